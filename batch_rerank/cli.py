@@ -1,0 +1,248 @@
+"""The command line: verbs and exit codes. Human text goes to stderr, `--json` prints one object on stdout."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from batch_rerank.config import load_config
+from batch_rerank.errors import BatchRerankError
+
+app = typer.Typer(
+    name="batch-rerank",
+    help="Score every candidate of a first-stage run with a reranker and write the run back re-sorted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+log = logging.getLogger("batch_rerank")
+P = ParamSpec("P")
+
+Job = Annotated[str, typer.Argument(metavar="JOB.YAML", help="The job file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N queries, into OUTPUT-limit-N: a sample run.")]
+Output = Annotated[str, typer.Argument(help="The output of a job: a path or an s3:// URL.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def _verb(function: Callable[P, None]) -> Callable[P, None]:
+    """Give a verb its log format, its signals and its exit codes; expected errors end without a traceback."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        handler = logging.StreamHandler(sys.stderr)
+        log.addHandler(handler)
+        log.propagate = False
+        log.setLevel(logging.INFO)
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            function(*args, **kwargs)
+        except BatchRerankError as error:
+            _leave(error.exit_code, f"error: {error}")
+        except KeyboardInterrupt:
+            _leave(130, "interrupted: finished units are kept; run the same command again to resume")
+        finally:
+            log.removeHandler(handler)
+
+    return wrapped
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    # Ray turns every driver's failure into exit code 1, so the last line of the log carries ours
+    log.error("%s", message)
+    log.error("exit code %d", code)
+    raise typer.Exit(code)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+@app.command()
+@_verb
+def run(
+    job: Job,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    limit: Limit = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run a job, or what is left of it."""
+    from batch_rerank.job.run import run as run_job
+
+    summary = run_job(load_config(job, overrides or (), limit), local=local)
+    totals = summary.totals
+    if summary.units == 0:
+        log.info("nothing to do: all %d units were done already", totals.units)
+    else:
+        rate = f"{summary.pairs / summary.seconds:,.0f} pairs/s with start-up"
+        steady = f", {summary.steady_rate:,.0f} after it" if summary.steady_rate else ""
+        log.info("%s pairs in %.1f s: %s%s", f"{summary.pairs:,}", summary.seconds, rate, steady)
+    odd = {
+        "pairs cut at max_length": totals.truncated,
+        "null texts (error rows)": totals.null_texts,
+        "null queries (error rows)": totals.null_queries,
+        "empty texts (scored)": totals.empty_texts,
+        "zero-row shards": summary.counts["zero_row_shards"],
+        "queries without candidates": summary.counts["queries_without_candidates"],
+    }
+    log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
+    log.info("output: %s", summary.output)
+    if as_json:
+        _print_json({**asdict(summary), "exit_code": 0})
+
+
+def _list(odd: dict[str, int]) -> str:
+    found = [f"{count:,} {name}" for name, count in odd.items() if count]
+    return ", ".join(found) or "nothing was cut or skipped"
+
+
+@app.command()
+@_verb
+def plan(job: Job, limit: Limit = None, overrides: Set = None, as_json: Json = False) -> None:
+    """Check a job and show what it would do. Reads ids and footers, writes nothing, touches no GPU."""
+    from batch_rerank.job.plan import make_plan
+    from batch_rerank.job.run import describe
+
+    made, model = make_plan(load_config(job, overrides or (), limit))
+    describe(made, model)
+    log.info("fingerprint %s", made.fingerprint)
+    if as_json:
+        _print_json(json.loads(made.to_json()))
+
+
+@app.command()
+@_verb
+def status(output: Output, as_json: Json = False) -> None:
+    """Show how far an output is and how its last run ended."""
+    from batch_rerank.job.verify import open_output
+
+    manifest, made = open_output(output)
+    last = manifest.read_status()
+    committed, broken = manifest.scan()
+    pairs = sum(receipt.rows_in for receipt in committed)
+    found = {
+        "state": last.get("state", "planned"),
+        "exit_code": last.get("exit_code"),
+        "message": last.get("message", ""),
+        "updated_at": last.get("updated_at"),
+        "units_done": len(committed),
+        "units_planned": len(made.units),
+        "units_broken": broken,
+        "pairs_done": pairs,
+        "pairs_planned": made.pairs,
+        "failed_rows": sum(receipt.failed for receipt in committed),
+        "success": manifest.success.exists(),
+    }
+    if as_json:
+        _print_json(found)
+        return
+    for name, value in found.items():
+        log.info("%-14s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else value)
+
+
+@app.command()
+@_verb
+def verify(output: Output, as_json: Json = False) -> None:
+    """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
+    from batch_rerank.job.verify import verify as verify_output
+
+    verdict = verify_output(output)
+    if as_json:
+        _print_json({**asdict(verdict), "ok": not verdict.problems})
+    for problem in verdict.problems[:20]:
+        log.error("%s", problem)
+    if verdict.problems:
+        _leave(6, f"error: {output}: {len(verdict.problems)} problem(s) found")
+    log.info(
+        "verified: %s rows of %s candidates in %d units", f"{verdict.rows:,}", f"{verdict.candidates:,}", verdict.units
+    )
+
+
+@app.command()
+@_verb
+def evaluate(
+    run_: Annotated[str, typer.Option("--run", metavar="OUTPUT", help="The output of a job.")],
+    qrels: Annotated[str, typer.Option(help="TREC qrels, or a BEIR TSV with a header.")],
+    measures: Annotated[list[str] | None, typer.Argument(help="As in ir_measures; nDCG@10 RR@10 R@10 if none.")] = None,
+    per_query: Annotated[bool, typer.Option("--per-query", help="Also each query's values.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate the first stage and the reranked run against qrels."""
+    from batch_rerank.evaluate import DEFAULT_MEASURES
+    from batch_rerank.evaluate import evaluate as evaluate_output
+
+    result = evaluate_output(run_, qrels, measures or DEFAULT_MEASURES)
+    if as_json:
+        values = asdict(result)
+        if not per_query:
+            del values["before_by_query"], values["after_by_query"]
+        _print_json(values)
+        return
+    table = Table("measure", "before", "after", "change")
+    for name, after in result.after.items():
+        before = result.before[name]
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    Console().print(table)
+    if per_query:
+        by_query = Table("query_id", "measure", "before", "after")
+        for name, queries in result.after_by_query.items():
+            for query_id, after in queries.items():
+                by_query.add_row(query_id, name, f"{result.before_by_query[name][query_id]:.4f}", f"{after:.4f}")
+        Console().print(by_query)
+    missing = (
+        f"; {result.queries_missing} of them are not in the run and count as zero" if result.queries_missing else ""
+    )
+    log.info("%d judged queries%s", result.queries, missing)
+
+
+@app.command()
+@_verb
+def models(as_json: Json = False) -> None:
+    """List the kinds, the templates and the hub ids that are known by name."""
+    from batch_rerank.engine.templates import HUB_MODELS, TEMPLATES
+
+    templates = {name: {"version": t.version, "source": t.source} for name, t in TEMPLATES.items()}
+    known = {name: asdict(model) for name, model in HUB_MODELS.items()}
+    if as_json:
+        _print_json({"templates": templates, "models": known})
+        return
+    table = Table("model", "template", "max_length")
+    for name, model in HUB_MODELS.items():
+        table.add_row(name, model.template, str(model.max_length or TEMPLATES[model.template].max_length))
+    Console().print(table)
+    for name, template in TEMPLATES.items():
+        log.info("template %s, version %d: %s", name, template.version, template.source)
+    log.info("Any other checkpoint directory or hub id of the same kinds works too: its files say which kind it is.")
+
+
+@app.command()
+@_verb
+def demo(
+    directory: Annotated[str, typer.Option("--dir", help="Where the collection and the output go.")] = "demo-data",
+    model: Annotated[str | None, typer.Option(help="Hub id or directory; MiniLM from PyPI if none.")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="How many queries.")] = 200,
+) -> None:
+    """Build a small code-search collection from Python's standard library and rerank it."""
+    from batch_rerank.demo import demo as run_demo
+
+    run_demo(directory, model or os.environ.get("MODEL") or None, queries)
+
+
+if __name__ == "__main__":
+    app()

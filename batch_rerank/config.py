@@ -1,0 +1,213 @@
+"""The job's configuration: one YAML file, every default visible here, unknown keys refused.
+
+`load_config` reports all errors of a file together, each with its place, what was found and what to do.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from batch_rerank.engine.checkpoint import KINDS
+from batch_rerank.errors import ConfigError
+from batch_rerank.schema import INPUT_COLUMNS, OUTPUT_NAMES
+
+StorageOptions = dict[str, Any]
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Input(Section):
+    """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}."""
+
+    layout: Literal["nested", "flat"]
+    path: str | Annotated[list[str], Field(min_length=1)]
+    columns: dict[str, str] = {}
+    unit_pairs: Annotated[int, Field(ge=1)] = 2000
+    unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
+    storage_options: StorageOptions = Field(default={}, exclude=True)  # may hold secrets: never stored
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> "Input":
+        unknown = sorted(set(self.columns) - set(INPUT_COLUMNS))
+        if unknown:
+            raise ValueError(f"columns: unknown {unknown}; expected some of {list(INPUT_COLUMNS)}")
+        return self
+
+    @property
+    def patterns(self) -> list[str]:
+        """The paths or globs, as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+class Output(Section):
+    """Where the ranked rows go, and which columns they have beyond the fixed ones."""
+
+    path: str
+    layout: Literal["flat"] = "flat"
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    include_text: bool = False
+    passthrough: list[str] = []
+    storage_options: StorageOptions = Field(default={}, exclude=True)
+
+    @model_validator(mode="after")
+    def _free_names(self) -> "Output":
+        taken = sorted(set(self.passthrough) & {*OUTPUT_NAMES, "text"})
+        if taken:
+            raise ValueError(f"passthrough: {taken} are columns of the output itself (text: set include_text)")
+        if len(set(self.passthrough)) < len(self.passthrough):
+            raise ValueError(f"passthrough: {self.passthrough} names a column twice")
+        return self
+
+
+class Model(Section):
+    """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's."""
+
+    name: str
+    revision: str | None = None
+    kind: str = "auto"
+    template: str = "auto"
+    instruction: str | None = None
+    max_length: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _known_kind(self) -> "Model":
+        if self.kind not in ("auto", *KINDS):
+            raise ValueError(f"kind: found {self.kind!r}; expected one of {['auto', *KINDS]}")
+        return self
+
+
+class Scoring(Section):
+    """`token_budget`: tokens of one batch. `max_failed_rows`: share of rows that may have an error, 0 to 1."""
+
+    token_budget: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    max_failed_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+class ActorRange(Section):
+    """A pool that grows and shrinks."""
+
+    min: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ActorRange":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class Cluster(Section):
+    """The actors. `gpus_per_actor: 0` scores on the CPU, with `cpus_per_actor` threads each."""
+
+    actors: Annotated[int, Field(ge=1)] | ActorRange = 1
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    cpus_per_actor: Annotated[int, Field(ge=1)] = 1
+    address: str | None = None
+    prefetch_units: Annotated[int, Field(ge=1)] = 2
+
+    @property
+    def device(self) -> str:
+        """What an actor scores on."""
+        return "cuda" if self.gpus_per_actor > 0 else "cpu"
+
+    @property
+    def min_actors(self) -> int:
+        """How many actors there are at least."""
+        return self.actors if isinstance(self.actors, int) else self.actors.min
+
+    @property
+    def max_actors(self) -> int:
+        """How many actors there may be."""
+        return self.actors if isinstance(self.actors, int) else self.actors.max
+
+
+class JobConfig(Section):
+    """A whole job. `limit` is set by `--limit`: only the first N queries, as a sample."""
+
+    input: Input
+    output: Output
+    model: Model
+    scoring: Scoring = Scoring()
+    cluster: Cluster = Cluster()
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> JobConfig:
+    """Read a job file and apply `section.key=value` overrides.
+
+    Raises ConfigError with every error of the file. With `limit`, the output is `<output>-limit-<N>`: a sample is
+    another job than the whole and must not stand in its place.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a job file (YAML)") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: found {type(raw).__name__}, expected the sections input, output and model")
+    for override in overrides:
+        _apply(raw, override)
+    if limit is not None:
+        raw["limit"] = limit
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
+    """Validate a parsed job. Raises ConfigError with every error."""
+    try:
+        config = JobConfig.model_validate(raw)
+    except ValidationError as error:
+        found: dict[str, list[str]] = {}
+        for one in error.errors():
+            found.setdefault(_place(one), []).append(_explain(one))
+        lines = [f"  {place}: {' or: '.join(dict.fromkeys(reasons))}" for place, reasons in found.items()]
+        raise ConfigError(f"{where}: {len(lines)} error(s) in the job file\n" + "\n".join(lines)) from None
+    if config.limit is None:
+        return config
+    sample = f"{config.output.path.rstrip('/')}-limit-{config.limit}"
+    return config.model_copy(update={"output": config.output.model_copy(update={"path": sample})})
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override!r}: expected section.key=value, e.g. --set model.max_length=1024")
+    section = raw
+    for name in names[:-1]:
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {name!r} is a value in the job file, not a section")
+        section = inner
+    try:
+        section[names[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: {value!r} is not a YAML value; quote it") from None
+
+
+def _place(error: Any) -> str:
+    """The key. pydantic adds the branch of a union to it ("constrained-int", "ActorRange", "list[str]")."""
+    parts = [str(part) for part in error["loc"]]
+    return ".".join(part for part in parts if re.fullmatch(r"[a-z_]+|\d+", part) and part not in ("int", "str"))
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "missing":
+        return "missing; this key is required"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key (value {error['input']!r}); remove it or correct its name"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"found {error['input']!r}; {message[0].lower()}{message[1:]}"

@@ -1,0 +1,75 @@
+"""The Python face, in the shape people know from CrossEncoder: one model in this process, no job, no Ray."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from batch_rerank.engine.checkpoint import relocate, resolve_model
+from batch_rerank.engine.encoding import Group, make_encoder
+from batch_rerank.engine.scorer import Float32, make_scorer, relevance
+
+
+class Ranked(TypedDict):
+    """One document of a ranking; `relevance_score` is None where the model defines no map to 0..1."""
+
+    doc_index: int
+    score: float
+    relevance_score: float | None
+
+
+class Reranker:
+    """A loaded reranker. Raises ModelError and ConfigError as the job does."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        kind: str = "auto",
+        template: str = "auto",
+        instruction: str | None = None,
+        device: str = "auto",
+    ) -> None:
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        spec = resolve_model(
+            name,
+            kind=kind,
+            template=template,
+            instruction=instruction,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+        )
+        self.spec = relocate(spec)
+        self._encoder = make_encoder(self.spec)
+        self._scorer = make_scorer(self.spec, device)
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Float32:
+        """float32[n_pairs] raw scores of (query, document) pairs, in input order; equal queries are scored together."""
+        by_query: dict[str, list[int]] = {}
+        for position, (query, _) in enumerate(pairs):
+            by_query.setdefault(query, []).append(position)
+        groups = [Group(query, [pairs[i][1] for i in positions]) for query, positions in by_query.items()]
+        order = np.array([i for positions in by_query.values() for i in positions], np.int64)
+        scores = np.empty(len(pairs), np.float32)
+        scores[order] = self._scorer.score(self._encoder.encode(groups))
+        return scores
+
+    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> list[Ranked]:
+        """The documents by score descending, ties in the order given."""
+        scores = self.score([(query, document) for document in documents])
+        relevances = relevance(self.spec, scores)
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [
+            Ranked(
+                doc_index=int(i),
+                score=float(scores[i]),
+                relevance_score=None if relevances is None else float(relevances[i]),
+            )
+            for i in order
+        ]

@@ -1,0 +1,58 @@
+"""The errors a user can cause, each with the exit code of the command line.
+
+An error says where, what was found, what was expected and what to do. Inside Ray workers these errors are caught,
+sent to the driver as values (`as_value`) and raised again there (`from_value`): Ray would wrap them in a traceback.
+"""
+
+
+class BatchRerankError(Exception):
+    """Base of all expected failures."""
+
+    exit_code = 1
+
+
+class UnfinishedError(BatchRerankError):
+    """The job ended without `_SUCCESS`: failed rows above the limit, or units that did not finish."""
+
+    exit_code = 1
+
+
+class ConfigError(BatchRerankError):
+    """The command line, the job file or a setting in it is wrong."""
+
+    exit_code = 2
+
+
+class InputError(BatchRerankError):
+    """The input data is not what the job file says, or it changed while the job ran."""
+
+    exit_code = 3
+
+
+class ConflictError(BatchRerankError):
+    """The output belongs to a job with another fingerprint."""
+
+    exit_code = 4
+
+
+class ModelError(BatchRerankError):
+    """The checkpoint cannot be loaded, or it is not a model this program can score with."""
+
+    exit_code = 5
+
+
+class StorageError(BatchRerankError):
+    """Storage refused a read or a write, or `verify` found a difference."""
+
+    exit_code = 6
+
+
+def as_value(error: BatchRerankError) -> dict[str, str]:
+    """The error as a plain value that can cross a process border."""
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def from_value(value: dict[str, str]) -> BatchRerankError:
+    """The error that `as_value` described; the base class if the type is unknown."""
+    types = {cls.__name__: cls for cls in BatchRerankError.__subclasses__()}
+    return types.get(value["type"], BatchRerankError)(value["message"])

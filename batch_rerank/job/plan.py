@@ -1,0 +1,225 @@
+"""Planning: shards, checks, units and the fingerprint. Reads footers and id columns, no text, and touches no GPU."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+import batch_rerank
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
+from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
+from batch_rerank.store.layouts import Columns, Queries, Scattered, find_scattered
+from batch_rerank.store.manifest import Plan, fingerprint
+from batch_rerank.store.shards import Shard, Unit, read_queries
+
+SCORING_VERSION = 1
+"""Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
+
+PLANNING_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What planning read of one shard."""
+
+    location: Location
+    file: File
+    columns: Columns
+    queries: Queries
+    row_group_ends: list[int]
+    pair_bytes: float
+    passthrough_types: dict[str, str]
+
+
+def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
+    """Plan a job: everything that can be wrong is found here, before an accelerator is taken.
+
+    Raises ConfigError, ModelError and InputError.
+    """
+    model = resolve_model(
+        config.model.name,
+        revision=config.model.revision,
+        kind=config.model.kind,
+        template=config.model.template,
+        instruction=config.model.instruction,
+        max_length=config.model.max_length,
+        dtype=config.model.dtype,
+        device=config.cluster.device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    make_encoder(model)  # the tokenizer fits the template, or the job ends here
+    seen = _read_shards(config)
+    _check_together(config, model, seen)
+    _verdict(find_scattered([(str(shard.location), shard.queries) for shard in seen]))
+    shards = [
+        Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1])) for index, shard in enumerate(seen)
+    ]
+    units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, config)]
+    if config.limit is not None:
+        units = _first_queries(units, seen, config.limit)
+    fields = _fingerprint_fields(config, model, seen)
+    counts = {
+        "shards": len(seen),
+        "zero_row_shards": sum(shard.rows == 0 for shard in shards),
+        "queries": sum(unit.queries for unit in units),
+        "queries_without_candidates": sum(int((shard.queries.pairs == 0).sum()) for shard in seen),
+    }
+    plan = Plan(
+        fingerprint=fingerprint(fields),
+        fingerprint_fields=fields,
+        config=config.model_dump(mode="json"),
+        model=asdict(model),
+        version=batch_rerank.__version__,
+        counts=counts,
+        notes=_notes(config, model, seen, units),
+        shards=shards,
+        units=units,
+    )
+    return plan, model
+
+
+def _read_shards(config: JobConfig) -> list[Seen]:
+    files: dict[str, tuple[Location, File]] = {}
+    for pattern in config.input.patterns:
+        location = locate(pattern, config.input.storage_options)
+        with input_errors(pattern):
+            found = list_files(location)
+        if not found:
+            raise InputError(
+                f"input.path {pattern!r}: no shard matches; expected at least one Parquet file; "
+                "check the path (globs are allowed, a directory means its *.parquet)"
+            )
+        files.update({file.path: (Location(location.fs, file.path), file) for file in found})
+    with ThreadPoolExecutor(PLANNING_THREADS) as pool:
+        return list(pool.map(lambda entry: _read_shard(config, *entry), files.values()))
+
+
+def _read_shard(config: JobConfig, location: Location, file: File) -> Seen:
+    if file.size == 0:
+        raise InputError(
+            f"{location}: the file has 0 bytes; expected Parquet (a table without rows has a footer); write it again"
+        )
+    return Seen(
+        location, file, *read_queries(location, config.input.layout, config.input.columns, config.output.passthrough)
+    )
+
+
+def _check_together(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -> None:
+    """What no shard can show alone."""
+    for shard in seen:
+        if shard.passthrough_types != seen[0].passthrough_types:
+            raise InputError(
+                f"{shard.location}: passed-through columns have the types {shard.passthrough_types}, but "
+                f"{seen[0].passthrough_types} in {seen[0].location}; expected one type in all shards"
+            )
+    if "instruction" in config.input.columns and not model.takes_instruction:
+        raise ConfigError(
+            f"input.columns.instruction: the template {model.template!r} has no place for one; remove the key"
+        )
+
+
+def _verdict(scattered: Sequence[Scattered]) -> None:
+    """Until there is staging, a scattered query ends the job."""
+    if scattered:
+        one = scattered[0]
+        places = " and ".join(f"{shard} row {row}" for shard, row in (one.first, one.second))
+        raise InputError(
+            f"query_id {one.query_id!r} stands in two places: {places} ({len(scattered)} such places in all); "
+            "expected all candidates of a query in adjacent rows of one shard; sort the run by query_id, or give "
+            "different queries different ids"
+        )
+
+
+def _units_of(index: int, shard: Seen, config: JobConfig) -> Iterator[Unit]:
+    cuts = cut_units(
+        shard.queries.pairs,
+        shard.queries.rows,
+        shard.row_group_ends,
+        min(config.input.unit_pairs, max(1, int(config.input.unit_bytes / max(1.0, shard.pair_bytes)))),
+    )
+    for number, (first, last) in enumerate(itertools.pairwise(cuts)):
+        rows, pairs = shard.queries.rows, shard.queries.pairs
+        yield Unit(
+            id=f"{index:05d}-{number:05d}",
+            shard=index,
+            start=int(rows[first]),
+            stop=int(rows[last]),
+            queries=int(last - first),
+            pairs=int(pairs[first:last].sum()),
+        )
+
+
+def cut_units(
+    pairs: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], row_group_ends: Sequence[int], unit_pairs: int
+) -> list[int]:
+    """Cut a shard's queries into units: indexes of first queries, and the number of queries at the end.
+
+    A unit ends when it has `unit_pairs` pairs, or at the end of a row group once it has half of them, so that a row
+    group is seldom decoded for two units. A query is never cut, however many candidates it has.
+    """
+    ends = set(row_group_ends)
+    cuts, count = [0], 0
+    for query, size in enumerate(pairs.tolist()):
+        count += size
+        full = count >= unit_pairs or (2 * count >= unit_pairs and int(rows[query + 1]) in ends)
+        if full or query == len(pairs) - 1:
+            cuts.append(query + 1)
+            count = 0
+    return cuts
+
+
+def _first_queries(units: Sequence[Unit], seen: Sequence[Seen], limit: int) -> list[Unit]:
+    """The units of the first `limit` queries; the last of them is cut short."""
+    kept: list[Unit] = []
+    for unit in units:
+        if limit <= 0:
+            break
+        queries = seen[unit.shard].queries
+        first = int(np.searchsorted(queries.rows, unit.start))
+        last = first + min(unit.queries, limit)
+        stop, pairs = int(queries.rows[last]), int(queries.pairs[first:last].sum())
+        kept.append(Unit(unit.id, unit.shard, unit.start, stop, last - first, pairs))
+        limit -= unit.queries
+    return kept
+
+
+def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Sequence[Unit]) -> list[str]:
+    notes = []
+    if not model.takes_instruction and any("instruction" in shard.columns.names for shard in seen):
+        notes.append(
+            f"the input's instruction column is not used: the template {model.template!r} has no place for one"
+        )
+    largest = max(units, key=lambda unit: unit.pairs, default=None)
+    if largest is not None and largest.pairs > 4 * config.input.unit_pairs:
+        notes.append(
+            f"unit {largest.id} has {largest.pairs:,} pairs: a query is never cut, so one task scores them all"
+        )
+    return notes
+
+
+def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -> dict[str, object]:
+    """Everything that changes an output byte but timing: not the cluster, the token budget, or the failure limits."""
+    shards = [[str(shard.location), shard.file.size, shard.file.version] for shard in seen]
+    return {
+        "scoring_version": SCORING_VERSION,
+        "model.identity": model.identity,
+        "model.kind": model.kind,
+        "model.template": model.template,
+        "model.instruction": model.instruction,
+        "model.max_length": model.max_length,
+        "model.dtype": model.dtype,
+        "input.layout": config.input.layout,
+        "input.columns": [shard.columns.names for shard in seen[:1]],
+        "input.shards": fingerprint({"shards": shards}),
+        "output.layout": config.output.layout,
+        "output.top_k": config.output.top_k,
+        "output.include_text": config.output.include_text,
+        "output.passthrough": config.output.passthrough,
+        "limit": config.limit,
+    }

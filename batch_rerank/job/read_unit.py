@@ -1,0 +1,88 @@
+"""A unit's canonical rows to what is scored: groups of texts, and the rows that wait for their scores."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.engine.encoding import Group
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.manifest import Plan
+from batch_rerank.store.shards import Shard, Unit, read_units
+
+NULL_QUERY = "query is null"
+NULL_TEXT = "text is null"
+
+
+@dataclass(frozen=True)
+class ReadUnit:
+    """A unit after reading: `rows` without texts (unless the output includes them) and with `error`, which is null for
+    the rows that are scored; `groups` hold the texts of those rows, in row order."""
+
+    unit: Unit
+    rows: pa.Table
+    groups: list[Group]
+    empty_texts: int
+
+
+@dataclass(frozen=True)
+class ReadRange:
+    """Units of one shard whose row groups are read together: one read task."""
+
+    shard: Shard
+    units: list[Unit]
+
+
+def read_ranges(plan: Plan, done: frozenset[str]) -> Iterator[ReadRange]:
+    """The units that are not done, as ranges of at most RANGE_UNITS units of one shard, in order."""
+    wanted = [unit for unit in plan.units if unit.id not in done]
+    for shard, units in groupby(wanted, key=lambda unit: unit.shard):
+        pending = list(units)
+        for start in range(0, len(pending), RANGE_UNITS):
+            yield ReadRange(plan.shards[shard], pending[start : start + RANGE_UNITS])
+
+
+RANGE_UNITS = 8
+"""Units of a read task: enough to decode a row group for several units, few enough to spread a large shard."""
+
+
+def read_range(work: ReadRange, config: JobConfig, model: ModelSpec) -> Iterator[ReadUnit]:
+    """Read the units of a range, each row group once. Raises InputError."""
+    location = locate(work.shard.url, config.input.storage_options)
+    names = (config.input.layout, config.input.columns, config.output.passthrough)
+    for unit, rows in read_units(location, work.shard, work.units, *names):
+        yield prepare(unit, rows, model.takes_instruction, config.output.include_text)
+
+
+def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: bool) -> ReadUnit:
+    """Take the texts out of canonical rows. A null query or text becomes the row's error; an empty text is scored."""
+    null_text = pc.if_else(pc.is_null(rows["text"]), NULL_TEXT, pa.scalar(None, pa.string()))
+    error = pc.if_else(pc.is_null(rows["query"]), NULL_QUERY, null_text)
+    good = rows.filter(pc.is_null(error))
+    groups = _groups(good, takes_instruction)
+    empty = int(pc.sum(pc.equal(pc.binary_length(good["text"]), 0)).as_py() or 0)
+    kept = rows.drop_columns(["query", "instruction"] if include_text else ["query", "instruction", "text"])
+    return ReadUnit(unit, kept.append_column("error", error), groups, empty)
+
+
+def _groups(rows: pa.Table, takes_instruction: bool) -> list[Group]:
+    index = rows["query_index"].to_numpy()
+    starts = np.flatnonzero(np.diff(index, prepend=-1)).tolist()
+    queries, texts = rows["query"], rows["text"].to_pylist()
+    instructions = rows["instruction"]
+    groups = []
+    for start, stop in zip(starts, [*starts[1:], len(texts)], strict=True):
+        instruction = _first_text(instructions.slice(start, stop - start)) if takes_instruction else None
+        groups.append(Group(queries[start].as_py(), texts[start:stop], instruction))
+    return groups
+
+
+def _first_text(values: pa.ChunkedArray) -> str | None:
+    """The query's instruction: flat rows carry it on every row, some of them null."""
+    present: Sequence[str] = values.drop_null().slice(0, 1).to_pylist()
+    return present[0] if present else None

@@ -1,0 +1,252 @@
+"""The job on Ray Data: CPU tasks read and encode, a pool of actors scores, CPU tasks rank and commit.
+
+The only file that imports ray, and wiring only. One unit is one row of one block, so it is one task of every stage.
+Expected errors come back as values in the stream and are raised in the driver; Ray would wrap them in tracebacks.
+"""
+
+import logging
+import os
+import pickle
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, cast
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec, relocate
+from batch_rerank.engine.encoding import Encoder, make_encoder
+from batch_rerank.errors import BatchRerankError, UnfinishedError, as_value, from_value
+from batch_rerank.job.read_unit import ReadRange, read_range, read_ranges
+from batch_rerank.job.steps import EncodedUnit, LoadedScorer, ScoredUnit, commit_unit, encode_unit, score_unit
+from batch_rerank.store.manifest import Plan, Receipt
+
+log = logging.getLogger("batch_rerank")
+
+READ_CPUS, WRITE_CPUS = 0.75, 0.25
+"""What a task reserves: one CPU beside the actors is enough for a reading and a writing task at once."""
+
+LOCAL_TASK_CPUS = 2
+UNIT_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task needs. `environment` carries the store's credentials to the workers: as an argument, because a
+    runtime_env is shown on the dashboard and written to logs."""
+
+    config: JobConfig
+    model: ModelSpec
+    fingerprint: str
+    environment: dict[str, str]
+
+    def enter(self) -> None:
+        """Take on the driver's environment in a worker."""
+        os.environ.update(self.environment)
+
+
+def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt]:
+    """Score and commit the units that are not done; receipts come in the order in which units finish.
+
+    Raises the expected errors of every step, and UnfinishedError where Ray gives up.
+    """
+    job = Job(config, model, plan.fingerprint, _environment())
+    ranges = [{"range": pickle.dumps(work)} for work in read_ranges(plan, done)]
+    if not ranges:
+        return
+    with _cluster(config), warnings.catch_warnings():
+        # Ray's advice when an input error ends the reading early: nothing that a user can act on
+        warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
+        dataset = _dataset(job, ranges, len(plan.units) - len(done))
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in cast(pa.Table, batch).to_pylist():
+                    if row["error"] is not None:
+                        raise from_value(pickle.loads(row["error"]))
+                    yield Receipt.from_json(row["payload"], "a worker's receipt")
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines()
+            raise UnfinishedError(
+                f"Ray ended the job: {lines[-1] if lines else type(error).__name__}; run it again to resume"
+            ) from error
+
+
+def _dataset(job: Job, ranges: list[dict[str, bytes]], units: int) -> "ray.data.Dataset":
+    cluster = job.config.cluster
+    most = min(cluster.max_actors, units)
+    pool = ActorPoolStrategy(
+        min_size=min(cluster.min_actors, units),
+        max_size=most,
+        initial_size=most,  # no ramp: a nightly job wants its GPUs at once
+        max_tasks_in_flight_per_actor=cluster.prefetch_units,
+    )
+    unit: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    task: dict[str, Any] = {**unit, "fn_kwargs": {"job": job}}
+    with _data_context():
+        items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
+        encoded = items.map_batches(read_and_encode, num_cpus=READ_CPUS, **task)  # type: ignore[arg-type]
+        scored = encoded.map_batches(
+            Score,
+            fn_constructor_args=(job,),
+            compute=pool,
+            num_cpus=_reserved_cpus(cluster.cpus_per_actor, most),
+            num_gpus=cluster.gpus_per_actor,
+            max_task_retries=UNIT_TRIES,
+            **unit,
+        )
+        return scored.map_batches(rank_and_write, num_cpus=WRITE_CPUS, **task)  # type: ignore[arg-type]
+
+
+def _reserved_cpus(threads: int, actors: int) -> float:
+    """CPUs that an actor reserves: its threads, or less where the actors would leave none to read and write with.
+
+    Actors never give their CPUs back, so on a cluster of fixed size a job that reserves them all waits for ever.
+    """
+    grows = ray._private.state.state.get_max_resources_from_cluster_config() is not None
+    total = float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    if grows or actors * threads + READ_CPUS + WRITE_CPUS <= total:
+        return threads
+    reserved = max(0.0, total - READ_CPUS - WRITE_CPUS) / actors
+    log.warning(
+        "the cluster has %g CPUs; %d actors of %d and reading and writing want %g: each actor reserves %.2g and keeps "
+        "its threads, so they share cores (cluster.actors, cluster.cpus_per_actor)",
+        total,
+        actors,
+        threads,
+        actors * threads + READ_CPUS + WRITE_CPUS,
+        reserved,
+    )
+    return reserved
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Ray Data's settings for one dataset, without changing those of the process."""
+    with warnings.catch_warnings():
+        # Copying the context touches Ray's own deprecated settings. And max_task_retries has no named parameter in Ray
+        # 2.60, but without it a unit that kills its actor is tried for ever
+        warnings.filterwarnings("ignore", "(?s).*deprecated", DeprecationWarning)
+        context = DataContext.get_current().copy()
+        context.target_max_block_size = 1  # a block ends after every unit, so units are spread and retried one by one
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1  # the driver holds receipts against the plan: a lost unit is missed by name
+        with DataContext.current(context):
+            yield
+
+
+def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
+    """A read range to its units, one block each."""
+    job.enter()
+    work: ReadRange = pickle.loads(batch["range"][0].as_py())
+    try:
+        for read in read_range(work, job.config, job.model):
+            yield _block(encode_unit(read, _encoder(job.model)))
+    except BatchRerankError as error:
+        yield _failure(error)
+
+
+class Score:
+    """An actor: one model copy. An error of the load is kept and returned with every unit."""
+
+    def __init__(self, job: Job) -> None:
+        job.enter()
+        self._scorer: LoadedScorer | BatchRerankError
+        try:
+            self._scorer = LoadedScorer(job.config, job.model)
+        except BatchRerankError as error:
+            self._scorer = error
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """An encoded unit to a scored one."""
+        scorer = self._scorer
+        if isinstance(scorer, BatchRerankError):
+            return _failure(scorer)
+        return _step(batch, lambda unit: score_unit(unit, scorer))
+
+
+def rank_and_write(batch: pa.Table, job: Job) -> pa.Table:
+    """A scored unit to its receipt."""
+    job.enter()
+    return _step(batch, lambda unit: commit_unit(unit, job.config, job.model, job.fingerprint).to_json())
+
+
+def _step(batch: pa.Table, work: Callable[[Any], EncodedUnit | ScoredUnit | bytes]) -> pa.Table:
+    """Apply a step to the one unit of a block; errors pass through."""
+    if batch["error"][0].is_valid:
+        return batch
+    try:
+        return _block(work(_unpack(batch["payload"][0].as_buffer())))
+    except BatchRerankError as error:
+        return _failure(error)
+
+
+def _block(value: EncodedUnit | ScoredUnit | bytes) -> pa.Table:
+    return _row(value if isinstance(value, bytes) else _pack(value), None)
+
+
+def _failure(error: BatchRerankError) -> pa.Table:
+    return _row(None, pickle.dumps(as_value(error)))
+
+
+def _row(payload: bytes | None, error: bytes | None) -> pa.Table:
+    return pa.table({"payload": pa.array([payload], pa.large_binary()), "error": pa.array([error], pa.binary())})
+
+
+def _pack(unit: EncodedUnit | ScoredUnit) -> bytes:
+    """Pickle with the rows as Arrow IPC: a pickled slice of a table would carry the whole table's buffers."""
+    rows = unit.rows
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return pickle.dumps((replace(unit, rows=None), sink.getvalue().to_pybytes()))
+
+
+def _unpack(buffer: pa.Buffer) -> Any:
+    unit, rows = pickle.loads(buffer)
+    return replace(unit, rows=pa.ipc.open_stream(rows).read_all())
+
+
+@lru_cache(maxsize=2)
+def _encoder(model: ModelSpec) -> Encoder:
+    """One tokenizer a worker process: loading the 11 MB of Qwen's takes longer than encoding a unit."""
+    return make_encoder(relocate(model))
+
+
+def _environment() -> dict[str, str]:
+    """Credentials, endpoint and hub settings of the driver. Files, profiles and roles are a node's and stay there."""
+    local = ("_FILE", "_BUNDLE", "PROFILE", "CONTAINER", "ROLE")
+    names = [name for name in os.environ if name.startswith(("AWS_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"))]
+    return {name: os.environ[name] for name in names if not any(part in name for part in local)}
+
+
+@contextmanager
+def _cluster(config: JobConfig) -> Iterator[None]:
+    """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own."""
+    if ray.is_initialized():
+        yield
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        # Ray Data's actors make Ray's C++ log a line at level error on every start; this Ray is ours and short-lived
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # a bare ray.init() would join whatever cluster this host last started
+        actors = config.cluster.max_actors * config.cluster.cpus_per_actor
+        ray.init(address="local", num_cpus=actors + LOCAL_TASK_CPUS, include_dashboard=False, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place, which exits with 15 and no status
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,128 @@
+"""The three steps of a unit, as both `run_local` and the Ray job call them: encode, score, commit."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec, relocate
+from batch_rerank.engine.encoding import Encoded, Encoder
+from batch_rerank.engine.scorer import Float32, Scorer, make_scorer
+from batch_rerank.job.rank import rank
+from batch_rerank.job.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
+from batch_rerank.job.write_unit import write_unit
+from batch_rerank.store import filesystem
+from batch_rerank.store.manifest import Manifest, Receipt
+from batch_rerank.store.shards import Unit
+
+
+@dataclass(frozen=True)
+class EncodedUnit:
+    """A unit that waits for its scores."""
+
+    unit: Unit
+    rows: pa.Table
+    encoded: Encoded
+    empty_texts: int
+
+
+@dataclass(frozen=True)
+class ScoredUnit:
+    """A unit that waits for its commit. `n_tokens`, `truncated` and `scores` are of the rows without an error."""
+
+    unit: Unit
+    rows: pa.Table
+    scores: Float32
+    n_tokens: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+    empty_texts: int
+    seconds: float
+    scorer: str
+
+
+def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
+    """Tokenise a unit."""
+    return EncodedUnit(read.unit, read.rows, encoder.encode(read.groups), read.empty_texts)
+
+
+def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
+    """Score a unit. Raises ModelError where the model gives no finite score."""
+    started = time.monotonic()
+    scores = scorer.score(unit.encoded)
+    return ScoredUnit(
+        unit=unit.unit,
+        rows=unit.rows,
+        scores=scores,
+        n_tokens=unit.encoded.n_tokens,
+        truncated=unit.encoded.truncated,
+        empty_texts=unit.empty_texts,
+        seconds=time.monotonic() - started,
+        scorer=scorer.tag,
+    )
+
+
+class LoadedScorer:
+    """A model copy with its name tag: host, process, device, threads and a number that tells two loads apart."""
+
+    def __init__(self, config: JobConfig, model: ModelSpec) -> None:
+        started = time.monotonic()
+        device = config.cluster.device
+        if model.kind != "checksum":
+            import torch
+
+            # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
+            torch.set_num_threads(config.cluster.cpus_per_actor)
+            model = relocate(model)
+        budget = None if config.scoring.token_budget == "auto" else config.scoring.token_budget
+        self._scorer: Scorer = make_scorer(model, device, budget)
+        load = f"{time.monotonic() - started:.1f}s {os.urandom(3).hex()}"
+        self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
+
+    def score(self, encoded: Encoded) -> Float32:
+        """float32[n_pairs]."""
+        return self._scorer.score(encoded)
+
+
+def _threads(model: ModelSpec) -> int:
+    if model.kind == "checksum":
+        return 1
+    import torch
+
+    return torch.get_num_threads()
+
+
+def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerprint: str) -> Receipt:
+    """Rank a unit, write its part, then its receipt. Raises StorageError."""
+    ranked = rank(scored.rows, scored.scores, scored.n_tokens, scored.truncated, model, config.output.top_k)
+    errors = scored.rows["error"]
+    receipt = Receipt(
+        unit=scored.unit.id,
+        fingerprint=fingerprint,
+        part="",
+        size=0,
+        sha256="",
+        rows_in=len(scored.rows),
+        rows_out=len(ranked),
+        queries=scored.unit.queries,
+        scored=len(scored.scores),
+        failed=len(scored.rows) - len(scored.scores),
+        null_texts=_count(errors, NULL_TEXT),
+        null_queries=_count(errors, NULL_QUERY),
+        empty_texts=scored.empty_texts,
+        truncated=int(scored.truncated.sum()),
+        tokens=int(scored.n_tokens.sum()),
+        seconds=round(scored.seconds, 4),
+        scorer=scored.scorer,
+    )
+    manifest = Manifest(filesystem.locate(config.output.path, config.output.storage_options))
+    return write_unit(manifest, scored.unit, ranked, model, receipt)
+
+
+def _count(errors: pa.ChunkedArray, value: str) -> int:
+    return int(pc.sum(pc.equal(errors, value)).as_py() or 0)

@@ -1,0 +1,184 @@
+"""Proof that an output is what its input asks for: re-reads every part and the ids of every shard.
+
+For each unit: the receipt is there, the part has its size and checksum, every input candidate appears exactly once (or
+was cut by top_k), ranks are 1, 2, … by score, then first-stage rank, then doc_id, and nothing else lies in between.
+"""
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batch_rerank.config import JobConfig
+from batch_rerank.errors import InputError, StorageError
+from batch_rerank.schema import OUTPUT_NAMES
+from batch_rerank.store.filesystem import Location, locate, storage_errors
+from batch_rerank.store.layouts import run_starts
+from batch_rerank.store.manifest import Manifest, Plan, Receipt, part_name, sha256
+from batch_rerank.store.shards import Unit, read_units
+
+VERIFY_THREADS = 4
+COMPARED = ["query_id", "doc_id", "first_stage_rank"]
+
+
+@dataclass
+class Verdict:
+    """What `verify` found. An output is good if there are no problems."""
+
+    units: int = 0
+    rows: int = 0
+    candidates: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def open_output(path: str) -> tuple[Manifest, Plan]:
+    """The manifest and plan of an output. Raises StorageError where there is none."""
+    manifest = Manifest(locate(path))
+    plan = manifest.read_plan()
+    if plan is None:
+        raise StorageError(f"{path}: no _manifest/plan.json; expected the output of `batch-rerank run`; check the path")
+    return manifest, plan
+
+
+def verify(path: str) -> Verdict:
+    """Check an output. Raises StorageError where it has no plan; differences are in the verdict."""
+    manifest, plan = open_output(path)
+    verdict = Verdict()
+    with storage_errors(manifest.root):
+        if not manifest.success.exists():
+            verdict.problems.append("no _SUCCESS: the job has not finished")
+        names = {part_name(unit.id) for unit in plan.units}
+        for found in sorted(manifest.root.fs.glob(f"{manifest.root.path}/*.parquet")):
+            if found.rsplit("/", 1)[-1] not in names:
+                verdict.problems.append(
+                    f"{found}: a Parquet file that the plan does not have; readers would take it for output"
+                )
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        shards = [list(units) for _, units in groupby(plan.units, key=lambda unit: unit.shard)]
+        for result in pool.map(lambda units: _verify_shard(manifest, plan, units), shards):
+            verdict.units += result.units
+            verdict.rows += result.rows
+            verdict.candidates += result.candidates
+            verdict.problems += result.problems
+    return verdict
+
+
+def input_ids(plan: Plan, units: list[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    """Canonical rows of units of one shard, re-read from the input. Raises InputError where it changed."""
+    config = JobConfig.model_validate(plan.config)
+    shard = plan.shards[units[0].shard]
+    location = locate(shard.url, config.input.storage_options)
+    return read_units(location, shard, units, config.input.layout, config.input.columns, [], ids_only=True)
+
+
+def _verify_shard(manifest: Manifest, plan: Plan, units: list[Unit]) -> Verdict:
+    verdict = Verdict()
+    top_k = plan.config["output"]["top_k"]
+    try:
+        for unit, candidates in input_ids(plan, units):
+            part = _read_part(manifest, plan, unit, verdict)
+            if part is not None:
+                verdict.problems += [f"unit {unit.id}: {problem}" for problem in compare(candidates, part, top_k)]
+                verdict.units += 1
+                verdict.rows += len(part)
+                verdict.candidates += len(candidates)
+    except InputError as error:
+        verdict.problems.append(f"input: {error}")
+    return verdict
+
+
+def _read_part(manifest: Manifest, plan: Plan, unit: Unit, verdict: Verdict) -> pa.Table | None:
+    where, location = manifest.receipt(unit.id), manifest.part(unit.id)
+    body, data = _content(where), _content(location)
+    if body is None or data is None:
+        absent = "receipt" if body is None else "part"
+        verdict.problems.append(f"unit {unit.id}: its {absent} is missing ({where if body is None else location})")
+        return None
+    try:
+        receipt = Receipt.from_json(body, where)
+        table = pq.read_table(io.BytesIO(data))
+    except (StorageError, pa.ArrowException, OSError) as error:
+        verdict.problems.append(f"unit {unit.id}: {str(error).splitlines()[0]}")
+        return None
+    metadata = table.schema.metadata or {}
+    checks = {
+        "the receipt is of another job or unit": (receipt.fingerprint, receipt.unit) == (plan.fingerprint, unit.id),
+        f"the part has {len(data):,} bytes, its receipt says {receipt.size:,}": len(data) == receipt.size,
+        "the part's checksum is not its receipt's": sha256(data) == receipt.sha256,
+        "the part is of another job": metadata.get(b"batch_rerank.fingerprint") == plan.fingerprint.encode(),
+        f"the part has {len(table)} rows, its receipt says {receipt.rows_out}": len(table) == receipt.rows_out,
+        f"the columns are {table.column_names[:10]}": table.column_names[: len(OUTPUT_NAMES)] == list(OUTPUT_NAMES),
+    }
+    verdict.problems += [f"unit {unit.id}: {problem}" for problem, good in checks.items() if not good]
+    return table if all(checks.values()) else None
+
+
+def _content(location: Location) -> bytes | None:
+    with storage_errors(location):
+        try:
+            return location.read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def compare(candidates: pa.Table, part: pa.Table, top_k: int | None) -> list[str]:
+    """Differences between a unit's input candidates and its output rows; none if the part is right."""
+    problems = _compare_ids(candidates, part, top_k)
+    starts = run_starts(part["query_id"].combine_chunks())
+    lengths = np.diff(np.append(starts, len(part)))
+    expected = np.arange(len(part)) - np.repeat(starts, lengths) + 1
+    if not np.array_equal(part["rank"].to_numpy(), expected):
+        problems.append("ranks are not 1, 2, … within each query")
+    order = part.select(["score", "first_stage_rank", "doc_id"]).append_column(
+        "query", pa.array(np.repeat(starts, lengths))
+    )
+    keys = [("query", "ascending"), ("score", "descending"), ("first_stage_rank", "ascending"), ("doc_id", "ascending")]
+    if not np.array_equal(pc.sort_indices(order, sort_keys=keys).to_numpy(), np.arange(len(part))):
+        problems.append("ranks do not follow the scores")
+    if not pc.all(pc.equal(pc.is_null(part["score"]), pc.is_valid(part["error"]))).as_py() and len(part):
+        problems.append("a row has a score and an error, or neither")
+    return problems
+
+
+def _compare_ids(candidates: pa.Table, part: pa.Table, top_k: int | None) -> list[str]:
+    problems = []
+    keys = ["query_id", "doc_id"]
+    repeated = part.group_by(keys).aggregate([([], "count_all")])
+    twice = repeated.filter(pc.greater(repeated["count_all"], 1))
+    if len(twice):
+        problems.append(f"{len(twice)} candidates appear twice, e.g. {_example(twice)}")
+    foreign = part.select(COMPARED).join(candidates.select(COMPARED), COMPARED, join_type="left anti")
+    if len(foreign):
+        problems.append(f"{len(foreign)} rows are no input candidates, e.g. {_example(foreign)}")
+    missing = candidates.select(keys).join(part.select(keys), keys, join_type="left anti")
+    if top_k is None and len(missing):
+        problems.append(f"{len(missing)} candidates are missing, e.g. {_example(missing)}")
+    counts = candidates.group_by("query_id").aggregate([([], "count_all")])
+    wanted = pc.min_element_wise(counts["count_all"], top_k if top_k is not None else 2**62)
+    kept = part.group_by("query_id").aggregate([([], "count_all")]).rename_columns(["query_id", "kept"])
+    both = counts.append_column("wanted", wanted).join(kept, "query_id", join_type="left outer")
+    short = both.filter(pc.not_equal(pc.fill_null(both["kept"], 0), both["wanted"]))
+    if top_k is not None and len(short):
+        row = short.slice(0, 1).to_pylist()[0]
+        found = f"{row['query_id']!r}: {row['kept']}, expected {row['wanted']}"
+        problems.append(f"{len(short)} queries have another number of rows than top_k keeps, e.g. {found}")
+    first = candidates["query_id"].combine_chunks()
+    if not problems and first.take(pa.array(run_starts(first))) != _order_of(part):
+        problems.append("queries are not in input order")
+    return problems
+
+
+def _order_of(part: pa.Table) -> pa.Array:
+    ids = part["query_id"].combine_chunks()
+    return ids.take(pa.array(run_starts(ids)))
+
+
+def _example(rows: pa.Table) -> str:
+    row = rows.slice(0, 1).to_pylist()[0]
+    return f"({row['query_id']!r}, {row['doc_id']!r})"

@@ -1,0 +1,40 @@
+"""Column names and Arrow schemas: the contract with those who write the input and read the output."""
+
+from collections.abc import Sequence
+
+INPUT_COLUMNS = (
+    "query_id",
+    "query",
+    "instruction",
+    "candidates",
+    "doc_id",
+    "text",
+    "title",
+    "score",
+    "rank",
+)
+"""Our names of the input's columns. `instruction`, `title`, `score` and `rank` are optional."""
+
+ALIASES = {
+    "query_id": ("qid", "query-id", "_id"),
+    "doc_id": ("docid", "docno", "pid", "corpus-id", "document_id", "_id"),
+    "text": ("contents", "passage", "document", "body"),
+    "query": ("question", "query_text"),
+    "instruction": ("instruct", "prompt"),
+    "candidates": ("documents", "passages", "docs"),
+}
+"""Names that other tools use: suggested where ours is missing, never taken silently."""
+
+OUTPUT_NAMES: Sequence[str] = (
+    "query_id",
+    "doc_id",
+    "rank",
+    "score",
+    "relevance_score",
+    "first_stage_rank",
+    "first_stage_score",
+    "n_tokens",
+    "truncated",
+    "error",
+)
+"""The output's columns, one row per candidate; then `text` if asked for, then the passed-through columns."""

@@ -1,0 +1,275 @@
+"""The job's bookkeeping beside its output: plan, receipts, status and `_SUCCESS`.
+
+`_manifest/plan.json`, `part-<shard>-<unit>.parquet`, `_manifest/receipts/<unit>.json`, `_SUCCESS`, in this order.
+A unit is done if and only if its receipt is there and its part is there with the receipt's size.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batch_rerank.errors import ConflictError, StorageError
+from batch_rerank.store.filesystem import File, Location, storage_errors
+from batch_rerank.store.shards import Shard, Unit
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a job is: resolved config and model, fingerprint, shards and units.
+
+    `counts` has what planning saw and passed over: shards, zero-row shards, queries, queries without candidates;
+    `notes` what a user should know before the run.
+    """
+
+    fingerprint: str
+    fingerprint_fields: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    version: str
+    counts: dict[str, int]
+    notes: list[str]
+    shards: list[Shard]
+    units: list[Unit]
+
+    @property
+    def pairs(self) -> int:
+        """Candidates of all units."""
+        return sum(unit.pairs for unit in self.units)
+
+    def to_json(self) -> bytes:
+        """Units and shards as lists of values: 50,000 units are about 3 MB."""
+        value = {**asdict(self), "manifest_version": MANIFEST_VERSION}
+        value["shards"] = [[s.url, s.file.path, s.file.size, s.file.version, s.rows] for s in self.shards]
+        value["units"] = [[u.id, u.shard, u.start, u.stop, u.queries, u.pairs] for u in self.units]
+        return json.dumps(value, separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: object) -> "Plan":
+        """Raises StorageError where the content is no plan."""
+        try:
+            value = json.loads(data)
+            if value.pop("manifest_version") != MANIFEST_VERSION:
+                raise StorageError(
+                    f"{where}: written by another version of batch_rerank; use that version, or a new output"
+                )
+            shards = [
+                Shard(i, url, File(path, size, version), rows)
+                for i, (url, path, size, version, rows) in enumerate(value.pop("shards"))
+            ]
+            units = [Unit(*unit) for unit in value.pop("units")]
+            return Plan(**value, shards=shards, units=units)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{where}: not a plan ({error}); the manifest is damaged, use a new output") from None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that a unit is committed: what came in, what went out, and what was odd about it."""
+
+    unit: str
+    fingerprint: str
+    part: str
+    size: int
+    sha256: str
+    rows_in: int
+    rows_out: int
+    queries: int
+    scored: int
+    failed: int
+    null_texts: int
+    null_queries: int
+    empty_texts: int
+    truncated: int
+    tokens: int
+    seconds: float
+    scorer: str
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: object) -> "Receipt":
+        """Raises StorageError where the content is no receipt."""
+        try:
+            return Receipt(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"{where}: not a receipt ({error}); delete it to have its unit scored again") from None
+
+
+SUMMED = (
+    "rows_in",
+    "rows_out",
+    "queries",
+    "scored",
+    "failed",
+    "null_texts",
+    "null_queries",
+    "empty_texts",
+    "truncated",
+    "tokens",
+)
+
+
+@dataclass
+class Totals:
+    """Sums over receipts, so that no list of receipts has to be kept."""
+
+    units: int = 0
+    rows_in: int = 0
+    rows_out: int = 0
+    queries: int = 0
+    scored: int = 0
+    failed: int = 0
+    null_texts: int = 0
+    null_queries: int = 0
+    empty_texts: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one more unit."""
+        self.units += 1
+        self.seconds += receipt.seconds
+        for name in SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(receipt, name))
+
+
+def fingerprint(fields: dict[str, Any]) -> str:
+    """sha256 of everything that changes an output byte."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of one output."""
+
+    root: Location
+
+    @property
+    def plan_location(self) -> Location:
+        """Where the plan is."""
+        return self.root / "_manifest/plan.json"
+
+    @property
+    def success(self) -> Location:
+        """The mark of a complete output."""
+        return self.root / "_SUCCESS"
+
+    def part(self, unit_id: str) -> Location:
+        """Where a unit's rows are."""
+        return self.root / part_name(unit_id)
+
+    def receipt(self, unit_id: str) -> Location:
+        """Where a unit's receipt is."""
+        return self.root / f"_manifest/receipts/{unit_id}.json"
+
+    def read_plan(self) -> Plan | None:
+        """The plan, or None for an output that has none."""
+        with storage_errors(self.plan_location):
+            try:
+                return Plan.from_json(self.plan_location.read_bytes(), self.plan_location)
+            except FileNotFoundError:
+                return None
+
+    def write_plan(self, plan: Plan) -> Plan:
+        """Create the plan; where there is one already, it must have the same fingerprint and is the one to follow.
+
+        Raises ConflictError that names the differing fields, and where the output holds anything without a plan.
+        """
+        existing = self.read_plan()
+        if existing is None:
+            self._refuse_foreign()
+            with storage_errors(self.root):
+                created = self.plan_location.create_exclusive(plan.to_json())
+            if created:
+                return plan
+            existing = self.read_plan()
+            assert existing is not None
+        if existing.fingerprint != plan.fingerprint:
+            raise ConflictError(self._conflict(existing, plan))
+        return existing
+
+    def _conflict(self, existing: Plan, plan: Plan) -> str:
+        ours, theirs = plan.fingerprint_fields, existing.fingerprint_fields
+        differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+        lines = [f"  {key}: there {_short(theirs.get(key))}, here {_short(ours.get(key))}" for key in differing]
+        return (
+            f"{self.root}: belongs to another job, which differs in {', '.join(differing)}:\n" + "\n".join(lines) + "\n"
+            "expected the same job or an empty output; use another output.path, or delete this output to replace it"
+        )
+
+    def _refuse_foreign(self) -> None:
+        with storage_errors(self.root):
+            foreign = (
+                sorted(self.root.fs.glob(f"{self.root.path}/*.parquet")) if self.root.fs.exists(self.root.path) else []
+            )
+        if foreign:
+            raise ConflictError(
+                f"{self.root}: holds {len(foreign)} Parquet file(s) that no plan describes, e.g. {foreign[0]}; "
+                "expected an empty output; use another output.path"
+            )
+
+    def scan(self, workers: int = 16) -> tuple[list[Receipt], list[str]]:
+        """What is committed: receipts whose part is there with the right size, and the units whose receipt has no such
+        part. One listing of each, bodies concurrently; checksums are `verify`'s work."""
+        with storage_errors(self.root):
+            parts = self._sizes(self.root.path, "part-*.parquet")
+            found = self._sizes(f"{self.root.path}/_manifest/receipts", "*.json")
+        locations = [Location(self.root.fs, path) for path in sorted(found)]
+        with ThreadPoolExecutor(workers) as pool:
+            bodies = pool.map(_read, locations)
+            receipts = [Receipt.from_json(body, where) for where, body in zip(locations, bodies, strict=True)]
+        committed = [r for r in receipts if parts.get(self.part(r.unit).path) == r.size]
+        whole = {receipt.unit for receipt in committed}
+        return committed, [receipt.unit for receipt in receipts if receipt.unit not in whole]
+
+    def discard(self, unit_id: str) -> None:
+        """Make a unit not done: its receipt goes first, so that no receipt ever stands without its part."""
+        for location in (self.receipt(unit_id), self.part(unit_id)):
+            with storage_errors(location):
+                if location.exists():
+                    location.remove()
+
+    def _sizes(self, directory: str, pattern: str) -> dict[str, int]:
+        found = self.root.fs.glob(f"{directory}/{pattern}", detail=True)
+        return {str(info["name"]): int(info["size"] or 0) for info in found.values()}
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """`_manifest/status.json`: how far the job is and how it ended. Ray hides a driver's exit code; this has it."""
+        with storage_errors(self.root):
+            (self.root / "_manifest/status.json").write_bytes(json.dumps(status, indent=1).encode())
+
+    def read_status(self) -> dict[str, Any]:
+        """The last status, or nothing."""
+        with storage_errors(self.root):
+            try:
+                value: dict[str, Any] = json.loads((self.root / "_manifest/status.json").read_bytes())
+                return value
+            except (FileNotFoundError, ValueError):
+                return {}
+
+
+def part_name(unit_id: str) -> str:
+    """The part of unit `00003-00017` is `part-00003-00017.parquet`, in every run."""
+    return f"part-{unit_id}.parquet"
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(location: Location) -> bytes:
+    with storage_errors(location):
+        return location.read_bytes()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

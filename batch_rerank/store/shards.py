@@ -1,0 +1,175 @@
+"""Reading shards: footers and id columns for the plan, then whole units, row groups decoded once and streamed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_rerank.errors import InputError
+from batch_rerank.store.filesystem import File, Location, input_errors, stat
+from batch_rerank.store.layouts import TEXTS, Columns, Queries, canonical, find_columns, queries_of
+
+BATCH_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A range of whole queries of one shard: rows `start` to `stop` of the file."""
+
+    id: str
+    shard: int
+    start: int
+    stop: int
+    queries: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file as the plan saw it."""
+
+    index: int
+    url: str
+    file: File
+    rows: int
+
+
+@contextmanager
+def open_parquet(location: Location) -> Iterator[pq.ParquetFile]:
+    """A Parquet file. Raises InputError where it is absent, empty or not Parquet."""
+    with input_errors(location):
+        file = location.open()
+    with file:
+        with reading(location, "the Parquet footer"):
+            parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+        yield parquet
+
+
+@contextmanager
+def reading(location: Location, what: str) -> Iterator[None]:
+    """Around the decoding of a footer or of pages: damage becomes an InputError."""
+    try:
+        with input_errors(location):
+            yield
+    except (pa.ArrowException, UnicodeDecodeError, EOFError) as error:
+        raise InputError(_unreadable(location, what, error)) from None
+    except InputError as error:
+        # pyarrow reports most damage as a plain OSError, which no type tells apart from a storage failure
+        if isinstance(error.__cause__, OSError):
+            raise InputError(_unreadable(location, what, error.__cause__)) from None
+        raise
+
+
+def _unreadable(location: Location, what: str, error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (
+        f"{location}: {what} cannot be read ({lines[0] if lines else type(error).__name__}); "
+        "expected a complete, undamaged Parquet file; write the shard again"
+    )
+
+
+def read_queries(
+    location: Location, layout: str, renamed: dict[str, str], passthrough: Sequence[str]
+) -> tuple[Columns, Queries, list[int], float, dict[str, str]]:
+    """What the plan needs of a shard: its columns, its queries, the rows at which row groups end, the mean bytes of
+    text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only."""
+    with open_parquet(location) as parquet:
+        columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
+        leaves = columns.leaves(_paths(parquet), ["query_id", "doc_id"])
+        with reading(location, "an id column"):
+            queries = queries_of(parquet.read(columns=leaves), columns, str(location))
+        ends, size, metadata = [0], 0, parquet.metadata
+        texts = set(columns.leaves(_paths(parquet), ["text"]))
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            ends.append(ends[-1] + group.num_rows)
+            chunks = (group.column(i) for i in range(group.num_columns))
+            size += sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in texts)
+        types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
+    return columns, queries, ends[1:], size / max(1, int(queries.pairs.sum())), types
+
+
+def read_units(
+    location: Location,
+    shard: Shard,
+    units: Sequence[Unit],
+    layout: str,
+    renamed: dict[str, str],
+    passthrough: Sequence[str],
+    ids_only: bool = False,
+) -> Iterator[tuple[Unit, pa.Table]]:
+    """Canonical rows of units of a shard in file order, one unit at a time; with `ids_only`, the texts are null.
+
+    Raises InputError where the file is damaged, or is not the one that was planned, at open or after the last read.
+    """
+    check_unchanged(location, shard)
+    with open_parquet(location) as parquet:
+        columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
+        if ids_only:
+            columns = columns.without(TEXTS)
+        wanted = [name for name in columns.names if name != "candidates"]
+        leaves = columns.leaves(_paths(parquet), [*wanted, *passthrough])
+        for unit, table in _slices(parquet, units, leaves, location):
+            with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
+                rows = canonical(table, columns, str(location))
+                rows.validate(full=True)  # Parquet promises UTF-8 and does not check it
+            yield unit, rows
+    check_unchanged(location, shard)
+
+
+def check_unchanged(location: Location, shard: Shard) -> None:
+    """Raise InputError where the shard is not the one that was planned."""
+    with input_errors(location):
+        now = stat(location)
+    if (now.size, now.version) != (shard.file.size, shard.file.version):
+        raise InputError(
+            f"{location}: changed since the plan (found {now.size:,} bytes {now.version}, expected "
+            f"{shard.file.size:,} bytes {shard.file.version}); restore the shard, or plan a new output"
+        )
+
+
+def _slices(
+    parquet: pq.ParquetFile, units: Sequence[Unit], leaves: list[str], location: Location
+) -> Iterator[tuple[Unit, pa.Table]]:
+    """Cut the row groups that the units touch into units; stops decoding after the last one."""
+    groups, position = _row_groups(parquet, units[0].start, units[-1].stop)
+    total = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
+    rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+    batch_rows = max(1, min(65536, BATCH_BYTES * rows // max(1, total)))
+    batches = parquet.iter_batches(batch_rows, row_groups=groups, columns=leaves)
+    pending: list[pa.RecordBatch] = []
+    end = position
+    for unit in units:
+        while end < unit.stop:
+            with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
+                pending.append(next(batches))
+            end += pending[-1].num_rows
+        table = pa.Table.from_batches(pending)
+        yield unit, table.slice(unit.start - position, unit.stop - unit.start)
+        pending = table.slice(unit.stop - position).to_batches()
+        position = unit.stop
+
+
+def _row_groups(parquet: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
+    """Row groups that overlap rows start to stop, and the first row of the first of them."""
+    groups: list[int] = []
+    first = row = 0
+    for index in range(parquet.metadata.num_row_groups):
+        rows = parquet.metadata.row_group(index).num_rows
+        if row < stop and row + rows > start:
+            first = first if groups else row
+            groups.append(index)
+        row += rows
+    return groups, first
+
+
+def _paths(parquet: pq.ParquetFile) -> list[str]:
+    return [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+
+
+def _type_of(schema: pa.Schema, columns: Columns, name: str) -> pa.DataType:
+    if columns.layout == "nested" and columns.passthrough[name]:
+        return schema.field(columns.names["candidates"]).type.value_type.field(name).type
+    return schema.field(name).type

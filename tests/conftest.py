@@ -1,0 +1,111 @@
+"""Small real inputs, and one Ray for the tests that need one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batch_rerank.config import JobConfig, parse_config
+
+Row = dict[str, Any]
+WORDS = ("alpha", "beta", "gamma", "delta", "größe", "北京", "def f(x):", "return x")
+
+
+def candidate_rows(queries: int, candidates: int, first: int = 0) -> list[Row]:
+    """Flat rows of `queries` queries with `candidates` documents each; documents repeat between queries."""
+    return [
+        {
+            "query_id": f"q{query}",
+            "query": f"what is {WORDS[query % len(WORDS)]} {query}",
+            "doc_id": f"d{document}",
+            "text": f"{WORDS[document % len(WORDS)]} " * (1 + (document * 7 + query) % 20),
+            "score": float(candidates - document),
+            "lang": WORDS[document % 3],
+        }
+        for query in range(first, first + queries)
+        for document in range(candidates)
+    ]
+
+
+def nested(rows: list[Row]) -> list[Row]:
+    """Flat rows as a row per query."""
+    queries: dict[str, Row] = {}
+    for row in rows:
+        top = {key: row[key] for key in ("query_id", "query", "instruction") if key in row}
+        query = queries.setdefault(row["query_id"], {**top, "candidates": []})
+        query["candidates"].append({key: value for key, value in row.items() if key not in top})
+    return list(queries.values())
+
+
+def write(path: Path, rows: list[Row], row_group_size: int | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return path
+
+
+def rows_of(output: str | Path) -> pa.Table:
+    """An output's rows in order, as a reader gets them: a plain glob of the parts."""
+    return pa.concat_tables([pq.read_table(part) for part in sorted(Path(output).glob("part-*.parquet"))])
+
+
+def job(input_path: str | Path, output: str | Path, **keys: Any) -> JobConfig:
+    """A job of the free scorer; `keys` are section__key=value."""
+    raw: dict[str, Any] = {
+        "input": {"layout": "flat", "path": str(input_path), "unit_pairs": 40},
+        "output": {"path": str(output)},
+        "model": {"name": "none", "kind": "checksum"},
+        "cluster": {"actors": 2, "gpus_per_actor": 0},
+    }
+    for key, value in keys.items():
+        section, _, name = key.partition("__")
+        raw.setdefault(section, {})[name] = value
+    return parse_config(raw, "test")
+
+
+@pytest.fixture
+def flat_shards(tmp_path: Path) -> Path:
+    """Three flat shards of 4 queries with 25 candidates each; row groups cut through queries."""
+    for shard in range(3):
+        write(tmp_path / "flat" / f"{shard}.parquet", candidate_rows(4, 25, first=4 * shard), row_group_size=33)
+    return tmp_path / "flat"
+
+
+@pytest.fixture
+def nested_shards(tmp_path: Path) -> Path:
+    """The same candidates as `flat_shards`, nested, three queries a row group."""
+    for shard in range(3):
+        rows = nested(candidate_rows(4, 25, first=4 * shard))
+        write(tmp_path / "nested" / f"{shard}.parquet", rows, row_group_size=3)
+    return tmp_path / "nested"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the whole session: jobs in this process use it as it is."""
+    import logging
+
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: exit code, stdout, stderr."""
+    from batch_rerank.cli import app
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            app([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -1,0 +1,238 @@
+"""Groups to token ids: the ids of whole strings, every distinct text once, and the shapes that scorers rely on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import INSTRUCTION, bert_reranker, modernbert_reranker, qwen3_embedding, qwen3_reranker, xlmr_reranker
+from tokenizers import Tokenizer
+
+from batch_rerank.engine.checkpoint import resolve_model
+from batch_rerank.engine.encoding import Encoded, Group, make_encoder
+from batch_rerank.engine.scorer import batches
+
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+BUILDERS = {
+    "qwen": qwen3_reranker,
+    "qwen-embedding": qwen3_embedding,
+    "xlmr": xlmr_reranker,
+    "bert": bert_reranker,
+    "modernbert": modernbert_reranker,
+}
+KINDS = [*BUILDERS, "checksum"]
+
+# Pieces that tokenizers join, split or rewrite at their edges
+PIECES = [
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "a",
+    "The",
+    "'s",
+    "7",
+    "½",
+    ":",
+    "}",
+    "_",
+    ">",
+    "->",
+    "北",
+    "é",
+]
+PIECES += [
+    "\u0301",
+    "\u200d",
+    "🙂",
+    "<|im_end|>",
+    "<think>",
+    "<Query>:",
+    "</s>",
+    "<mask>",
+    "[SEP]",
+    "yes",
+    "ﬁ",
+    "ß",
+    "د",
+]
+
+
+def adversarial(count: int) -> list[str]:
+    random = np.random.default_rng(7)
+    return [*PIECES, *("".join(random.choice(PIECES, random.integers(2, 9))) for _ in range(count))]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: build(tmp_path_factory.mktemp(name)) for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def encode(directories: dict[str, Path]) -> Callable[..., Encoded]:
+    def encode(name: str, groups: list[Group], **settings: object) -> Encoded:
+        if name == "checksum":
+            return make_encoder(resolve_model("none", kind="checksum", **settings)).encode(groups)
+        return make_encoder(resolve_model(str(directories[name]), **settings)).encode(groups)
+
+    return encode
+
+
+def pair_ids(encoded: Encoded, pair: int) -> list[int]:
+    """What a pair's model reads, by the contract in Encoded."""
+    prefix = encoded.segment(encoded.prefix[encoded.group_of_pair()[pair]])
+    return [*prefix, *encoded.segment(encoded.document[pair])[: encoded.kept[pair]], *encoded.tail]
+
+
+def prompt_ids(tokenizer: Tokenizer, query: str, document: str) -> list[int]:
+    """Qwen3-Reranker's card: three strings, tokenised one by one."""
+    middle = f"<Instruct>: {INSTRUCTION}\n<Query>: {query}\n<Document>: {document}"
+    return [i for part in (PREFIX, middle, SUFFIX) for i in tokenizer.encode(part).ids]
+
+
+def test_a_causal_pair_has_the_ids_of_the_whole_prompt(directories: dict[str, Path], encode: Callable) -> None:
+    tokenizer = Tokenizer.from_file(str(directories["qwen"] / "tokenizer.json"))
+    documents = adversarial(400)
+    for query in ("what?", "ends in a newline\n", " {query}<|im_end|>", ""):
+        encoded = encode("qwen", [Group(query, documents)])
+        for pair, document in enumerate(documents):
+            assert pair_ids(encoded, pair) == prompt_ids(tokenizer, query, document), document
+
+
+def test_a_tokenizer_that_joins_the_document_to_its_frame_gets_whole_strings(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(directories["qwen"], tmp_path / "joins"))
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]  # bytes only, no split into words
+    content["model"]["merges"].insert(0, [":", "Ġ"])
+    content["model"]["vocab"][":Ġ"] = 5000
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    encoder = make_encoder(resolve_model(str(directory)))
+    encoded = encoder.encode([Group("one", ["x", ""]), Group("two", ["x"])])
+    for pair, (query, document) in enumerate([("one", "x"), ("one", ""), ("two", "x")]):
+        assert 5000 in tokenizer.encode(f"<Document>: {document}").ids
+        assert pair_ids(encoded, pair) == prompt_ids(tokenizer, query, document)
+
+
+@pytest.mark.parametrize("name", ["xlmr", "bert", "modernbert"])
+def test_a_pair_has_the_ids_of_the_tokenizers_own_pair(
+    directories: dict[str, Path], encode: Callable, name: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(directories[name] / "tokenizer.json"))
+    documents = adversarial(200)
+    for query in ("what?", " ends in a space ", ""):
+        encoded = encode(name, [Group(query, documents)])
+        for pair, document in enumerate(documents):
+            assert pair_ids(encoded, pair) == tokenizer.encode(query, document).ids, document
+
+
+def test_a_sentence_has_the_ids_of_its_prompt_and_text(directories: dict[str, Path], encode: Callable) -> None:
+    tokenizer = Tokenizer.from_file(str(directories["qwen-embedding"] / "tokenizer.json"))
+    for text in adversarial(100):
+        encoded = encode("qwen-embedding", [Group(text, [text], instruction="Find {query}")])
+        query = tokenizer.encode(f"Instruct: Find {{query}}\nQuery:{text}").ids
+        assert encoded.segment(encoded.prefix[0]).tolist() == query
+        assert encoded.segment(encoded.document[0]).tolist() == tokenizer.encode(text).ids
+
+
+def test_braces_in_texts_are_kept(directories: dict[str, Path], encode: Callable) -> None:
+    encoded = encode("qwen", [Group("{document} {query} {0}", ["{instruction} {{x}} %s"], instruction="{query} {}")])
+    tokenizer = Tokenizer.from_file(str(directories["qwen"] / "tokenizer.json"))
+    middle = "<Instruct>: {query} {}\n<Query>: {document} {query} {0}\n<Document>: {instruction} {{x}} %s"
+    assert tokenizer.decode(pair_ids(encoded, 0), skip_special_tokens=False) == PREFIX + middle + SUFFIX
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_distinct_texts_are_tokenised_once(encode: Callable, name: str) -> None:
+    groups = [Group("one", ["a", "b", "a"]), Group("two", ["b", "c", ""]), Group("one", ["", "c"])]
+    encoded = encode(name, groups)
+    assert len(encoded.offsets) - 1 == 2 + 4  # queries one, two; documents a, b, c and the empty one
+    assert encoded.prefix[0] == encoded.prefix[2] != encoded.prefix[1]
+    a, b, c, empty = encoded.document[[0, 1, 4, 5]]
+    assert encoded.document.tolist() == [a, b, a, b, c, empty, empty, c]
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen-embedding"])
+def test_a_query_with_two_instructions_is_two_texts(encode: Callable, name: str) -> None:
+    groups = [Group("one", ["a"], "Find code"), Group("one", ["a"]), Group("one", ["a"], "Find code")]
+    encoded = encode(name, groups)
+    assert len(encoded.offsets) - 1 == 3
+    assert encoded.prefix[0] == encoded.prefix[2] != encoded.prefix[1]
+
+
+@pytest.mark.parametrize(
+    ("documents", "n_pairs"),
+    [([], 0), ([[]], 0), ([[], ["a", "bb"], []], 2), ([["a"], []], 1)],
+    ids=["no group", "a group without documents", "between empty groups", "before an empty group"],
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_shapes_and_dtypes(encode: Callable, name: str, documents: list[list[str]], n_pairs: int) -> None:
+    encoded = encode(name, [Group(f"query {i}", texts) for i, texts in enumerate(documents)])
+    shapes = {
+        "prefix": (np.int32, len(documents)),
+        "starts": (np.int64, len(documents) + 1),
+        "document": (np.int32, n_pairs),
+        "kept": (np.int32, n_pairs),
+        "n_tokens": (np.int32, n_pairs),
+        "truncated": (np.bool_, n_pairs),
+    }
+    found = {field: (getattr(encoded, field).dtype.type, len(getattr(encoded, field))) for field in shapes}
+    assert found == shapes
+    assert np.issubdtype(encoded.tokens.dtype, np.integer)
+    assert (encoded.offsets.dtype, encoded.tail.dtype) == (np.int64, np.int32)
+    assert (encoded.offsets[0], encoded.offsets[-1]) == (0, len(encoded.tokens))
+    assert encoded.starts.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
+    assert encoded.group_of_pair().tolist() == [i for i, texts in enumerate(documents) for _ in texts]
+
+
+@pytest.mark.parametrize("name", ["qwen", "xlmr", "bert", "modernbert", "checksum"])
+def test_a_pair_has_n_tokens_and_never_more_than_max_length(encode: Callable, name: str) -> None:
+    words = "river " * 60
+    groups = [Group(query, [words[:length] for length in range(0, 361, 24)]) for query in ("", "why?", words)]
+    encoded = encode(name, groups, max_length=100)
+    lengths = [len(pair_ids(encoded, pair)) for pair in range(len(encoded.document))]
+    assert lengths == encoded.n_tokens.tolist()
+    assert max(lengths) == 100
+
+
+def test_the_byte_encoder_gives_utf8_bytes(encode: Callable) -> None:
+    encoded = encode("checksum", [Group("q?", ["é", "12345678", "1234"], "find"), Group("r", ["é"])], max_length=13)
+    assert encoded.tokens.dtype == np.uint8
+    assert [bytes(pair_ids(encoded, pair)) for pair in range(4)] == [
+        b"find\nq?\n\xc3\xa9",
+        b"find\nq?\n12345",
+        b"find\nq?\n1234",
+        b"\nr\n\xc3\xa9",
+    ]
+    assert encoded.truncated.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("token_budget", [1, 64, 1000, 10**6])
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_hold_every_index_once_within_the_budget(token_budget: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 200, random.integers(1, 80)).astype(np.int32)
+    found = list(batches(lengths, token_budget))
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(lengths)))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= token_budget
+
+
+def test_batches_are_longest_first_and_one_longer_than_the_budget_is_alone() -> None:
+    found = [batch.tolist() for batch in batches(np.array([3, 50, 4, 4, 2, 4], np.int32), token_budget=12)]
+    assert found == [[1], [2, 3, 5], [0, 4]]
+
+
+def test_no_sequences_are_no_batches() -> None:
+    assert list(batches(np.empty(0, np.int32), token_budget=64)) == []

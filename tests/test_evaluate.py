@@ -1,0 +1,106 @@
+"""Measures before and after, against values computed by hand."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+from conftest import candidate_rows, job, rows_of, write
+
+from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.evaluate import evaluate, read_qrels
+from batch_rerank.job.run import run
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    run(job(write(tmp_path / "in.parquet", candidate_rows(3, 20)), tmp_path / "out"), local=True)
+    return tmp_path / "out"
+
+
+def relevant_at(output: Path, query_id: str, rank: int) -> str:
+    """The document that the output has at a rank."""
+    rows = rows_of(output)
+    found = rows.filter(pc.and_(pc.equal(rows["query_id"], query_id), pc.equal(rows["rank"], rank)))
+    return str(found["doc_id"][0].as_py())
+
+
+def test_before_and_after_by_hand(output: Path, tmp_path: Path) -> None:
+    second = relevant_at(output, "q0", 2)
+    position = int(second.removeprefix("d")) + 1  # the input's order is d0, d1, …
+    qrels = tmp_path / "qrels.txt"
+    qrels.write_text(f"q0 0 {second} 1\n")
+    result = evaluate(str(output), str(qrels), ["RR@10", "nDCG@10", "R@20"])
+    assert result.after == pytest.approx({"RR@10": 1 / 2, "nDCG@10": 1 / math.log2(3), "R@20": 1.0})
+    assert result.before["RR@10"] == pytest.approx(1 / position if position <= 10 else 0)
+
+
+def test_a_query_missing_from_the_run_counts_as_zero(output: Path, tmp_path: Path) -> None:
+    first = relevant_at(output, "q0", 1)
+    qrels = tmp_path / "qrels.txt"
+    qrels.write_text(f"q0 0 {first} 1\nnot-there 0 d1 1\n")
+    result = evaluate(str(output), str(qrels), ["RR@10"])
+    assert (result.queries, result.queries_missing) == (2, 1)
+    assert result.after == {"RR@10": 0.5}
+    assert result.after_by_query == {"RR@10": {"q0": 1.0, "not-there": 0.0}}
+
+
+def test_trec_and_beir_qrels_read_the_same(tmp_path: Path) -> None:
+    (tmp_path / "trec").write_text("q1 0 d1 2\nq1 Q0 d2 0\n\nq2 0 d3 1\n")
+    (tmp_path / "beir.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq2\td3\t1\n")
+    expected = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}}
+    assert read_qrels(str(tmp_path / "trec")) == read_qrels(str(tmp_path / "beir.tsv")) == expected
+
+
+def test_top_k_does_not_lower_the_first_stage(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.parquet", candidate_rows(3, 20))
+    run(job(path, tmp_path / "all"), local=True)
+    run(job(path, tmp_path / "top", output__top_k=2), local=True)
+    (tmp_path / "qrels").write_text("".join(f"q{n} 0 d{n} 1\n" for n in range(3)))
+    whole, cut = (evaluate(str(tmp_path / name), str(tmp_path / "qrels"), ["RR@10"]) for name in ("all", "top"))
+    assert whole.before == cut.before == pytest.approx({"RR@10": (1 + 1 / 2 + 1 / 3) / 3})
+
+
+def test_the_command_prints_a_table_or_json(output: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "qrels").write_text("q0 0 d0 1\n")
+    code, out, error = cli("evaluate", "--run", output, "--qrels", tmp_path / "qrels")
+    assert code == 0
+    assert all(name in out for name in ("nDCG@10", "RR@10", "R@10", "before", "after"))
+    assert "1 judged queries" in error
+    code, out, _ = cli("evaluate", "--run", output, "--qrels", tmp_path / "qrels", "AP", "--json", "--per-query")
+    assert code == 0
+    assert list(json.loads(out)["after_by_query"]) == ["AP"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("q1 0 d1\n", "line 1: found 'q1 0 d1', expected qid 0 docid relevance"),
+        ("q1 0 d1 1\nq1 0 d2 high\n", "line 2: found 'q1 0 d2 high'"),
+        ("query-id\tcorpus-id\tscore\nq1 d1 1\n", "line 2: found 'q1 d1 1', expected query-id, corpus-id, score"),
+        ("", "no judgements"),
+    ],
+)
+def test_bad_qrels_name_the_line(content: str, message: str, output: Path, tmp_path: Path) -> None:
+    (tmp_path / "qrels").write_text(content)
+    with pytest.raises(InputError, match=message.replace("(", "\\(")):
+        evaluate(str(output), str(tmp_path / "qrels"))
+
+
+def test_qrels_that_are_not_there_and_measures_that_are_none(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent: not found"):
+        evaluate(str(output), str(tmp_path / "absent"))
+    (tmp_path / "qrels").write_text("q0 0 d0 1\n")
+    with pytest.raises(ConfigError, match="measure 'nope@10' is not known"):
+        evaluate(str(output), str(tmp_path / "qrels"), ["nope@10"])
+
+
+def test_an_unfinished_output_is_not_evaluated(output: Path, tmp_path: Path) -> None:
+    (output / "_SUCCESS").unlink()
+    (tmp_path / "qrels").write_text("q0 0 d0 1\n")
+    with pytest.raises(InputError, match="has not finished"):
+        evaluate(str(output), str(tmp_path / "qrels"))

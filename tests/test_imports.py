@@ -1,0 +1,167 @@
+"""Who may import what: the engine runs on a bare GPU machine, the bookkeeping without torch, and Ray stays in one file.
+
+Each case runs in a fresh process in which the named packages are as good as not installed.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "batch_rerank"
+ENGINE = sorted(f"batch_rerank.engine.{path.stem}" for path in (PACKAGE / "engine").glob("[!_]*.py"))
+STORE = sorted(f"batch_rerank.store.{path.stem}" for path in (PACKAGE / "store").glob("[!_]*.py"))
+WITHOUT_TORCH = [f"batch_rerank.engine.{name}" for name in ("checkpoint", "encoding", "scorer", "templates")]
+
+UNINSTALL = """
+import sys
+from importlib.machinery import PathFinder
+
+absent = {absent!r}
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *where: None if name.partition(".")[0] in absent else find(name, *where)
+"""
+
+
+def python(code: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that does not find the absent packages."""
+    program = UNINSTALL.format(absent=absent) + code
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+def imports(modules: list[str], absent: tuple[str, ...]) -> str:
+    """What goes wrong when modules are imported where packages are absent; empty if nothing."""
+    result = python("".join(f"import {module}\n" for module in modules), absent)
+    return result.stderr if result.returncode else ""
+
+
+def test_the_engine_imports_without_ray_pyarrow_and_fsspec() -> None:
+    assert {"batch_rerank.engine.models", "batch_rerank.engine.reranker"} < set(ENGINE)
+    assert imports(ENGINE, ("ray", "pyarrow", "fsspec")) == ""
+
+
+def test_encoding_imports_without_torch() -> None:
+    assert set(WITHOUT_TORCH) < set(ENGINE)
+    assert imports(WITHOUT_TORCH, ("torch", "transformers", "ray", "pyarrow", "fsspec")) == ""
+
+
+def test_the_store_imports_without_torch_and_ray() -> None:
+    assert {"batch_rerank.store.manifest", "batch_rerank.store.shards"} < set(STORE)
+    assert imports(STORE, ("torch", "transformers", "ray")) == ""
+
+
+def test_the_whole_package_but_one_file_imports_without_ray() -> None:
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name not in ("run_ray.py", "__init__.py")]
+    modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in sorted(paths)]
+    assert len(modules) > 20
+    assert imports(modules, ("ray",)) == ""
+
+
+@pytest.mark.parametrize("module", ["batch_rerank", "batch_rerank.cli"])
+def test_a_bare_import_stays_light(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'ray', 'pyarrow', 'fsspec'}"
+    result = python(f"import {module}\nprint(sorted({heavy} & set(sys.modules)))")
+    assert result.stdout == "[]\n", result.stderr
+
+
+# ---- the same while they work, which also runs the imports inside functions
+
+SCORE = """
+from batch_rerank import Reranker
+reranker = Reranker({directory!r}, device="cpu")
+assert reranker.rank("red", ["green", "blue red"], top_k=1)[0]["doc_index"] in (0, 1)
+print(sorted({{"ray", "pyarrow", "fsspec"}} & set(sys.modules)))
+"""
+
+ENCODE = """
+from batch_rerank.engine.checkpoint import resolve_model
+from batch_rerank.engine.encoding import Group, make_encoder
+encoded = make_encoder(resolve_model({directory!r})).encode([Group("red", ["green", "blue red"])])
+print(encoded.n_tokens.tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cross-encoder of one tiny layer that knows three words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification
+
+    directory = tmp_path_factory.mktemp("model")
+    vocabulary = {
+        word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "green", "blue"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig(vocab_size=len(vocabulary), num_labels=1, max_position_embeddings=64, **size)
+    BertForSequenceClassification(config).save_pretrained(directory)
+    return str(directory)
+
+
+def test_the_engine_scores_without_ray_pyarrow_and_fsspec(checkpoint: str) -> None:
+    result = python(SCORE.format(directory=checkpoint), ("ray", "pyarrow", "fsspec"))
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_a_cpu_task_encodes_without_torch(checkpoint: str) -> None:
+    result = python(ENCODE.format(directory=checkpoint), ("torch", "transformers", "ray", "pyarrow", "fsspec"))
+    assert result.stdout == "[5, 6]\n", result.stderr  # [CLS] red [SEP] green [SEP], …
+
+
+# ---- in the source, where an import inside a function that no test calls counts too
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a source imports, at any depth, with the names taken from it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def importers(folder: str, *packages: str) -> set[str]:
+    """The files below a folder of the package that import one of the packages or anything in them."""
+    found = {str(path.relative_to(PACKAGE)): imported(path.read_text()) for path in (PACKAGE / folder).rglob("*.py")}
+    return {
+        path for path, names in found.items() if any(f"{name}.".startswith(f"{p}.") for name in names for p in packages)
+    }
+
+
+def test_one_file_imports_ray() -> None:
+    assert importers(".", "ray") == {"job/run_ray.py"}
+
+
+def test_the_engine_and_the_store_name_nothing_above_or_beside_them() -> None:
+    above = (
+        "batch_rerank.job",
+        "batch_rerank.cli",
+        "batch_rerank.config",
+        "batch_rerank.evaluate",
+        "batch_rerank.demo",
+    )
+    assert importers("engine", "ray", "pyarrow", "fsspec", "batch_rerank.store", *above) == set()
+    assert importers("store", "ray", "torch", "transformers", "batch_rerank.engine", *above) == set()
+
+
+# ---- these checks can fail
+
+
+def test_an_absent_package_is_absent() -> None:
+    assert "No module named 'pyarrow'" in imports(STORE, ("pyarrow",))
+    assert "No module named 'torch'" in imports(["batch_rerank.engine.models"], ("torch",))
+    assert "No module named 'ray'" in imports(["batch_rerank.job.run_ray"], ("ray",))
+
+
+def test_an_import_inside_a_function_is_seen() -> None:
+    source = "import os\ndef f():\n    from ray.data import Dataset\n    import rayon, torch.nn as nn\n"
+    assert list(imported(source)) == ["os", "ray.data.Dataset", "rayon", "torch.nn"]
+    assert importers("job", "ray.data") == {"job/run_ray.py"}
+    assert importers(".", "ra") == set()

@@ -1,0 +1,117 @@
+"""Planning: units, the fingerprint, and what is said before anything runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import candidate_rows, job, nested, write
+
+from batch_rerank.config import load_config
+from batch_rerank.job.plan import cut_units, make_plan
+from batch_rerank.store.manifest import Plan
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "row_group_ends", "unit_pairs", "cuts"),
+    [
+        ([10, 10, 10, 10], [40], 20, [0, 2, 4]),
+        ([10, 10, 10, 10], [40], 15, [0, 2, 4]),
+        ([10, 10, 10], [30], 20, [0, 2, 3]),
+        ([500, 1, 1, 1], [503], 20, [0, 1, 4]),
+        ([1, 1, 500, 1], [503], 20, [0, 3, 4]),
+        ([0, 0, 5], [5], 20, [0, 3]),
+        ([10, 10, 10, 10], [10, 20, 30, 40], 20, [0, 1, 2, 3, 4]),
+        ([10, 10, 10, 10], [10, 20, 30, 40], 30, [0, 2, 4]),
+        ([], [], 20, [0]),
+    ],
+)
+def test_units_are_cut_at_queries(
+    pairs: list[int], row_group_ends: list[int], unit_pairs: int, cuts: list[int]
+) -> None:
+    rows = np.concatenate([[0], np.cumsum(pairs)]).astype(np.int64)
+    assert cut_units(np.array(pairs, np.int64), rows, row_group_ends, unit_pairs) == cuts
+
+
+def test_long_texts_make_smaller_units(tmp_path: Path) -> None:
+    rows = [{**row, "text": f"{row['doc_id']} {'x' * 20_000}"} for row in candidate_rows(10, 10)]
+    path = write(tmp_path / "in.parquet", rows)
+    keys: dict[str, Any] = {"input__unit_pairs": 2000}
+    assert len(make_plan(job(path, tmp_path / "out", **keys))[0].units) == 1
+    keys["input__unit_bytes"] = 2000
+    assert len(make_plan(job(path, tmp_path / "out", **keys))[0].units) == 10
+
+
+def test_a_query_with_very_many_candidates_is_one_unit_and_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.parquet", candidate_rows(1, 500))
+    plan, _ = make_plan(job(path, tmp_path / "out"))
+    assert [unit.pairs for unit in plan.units] == [500]
+    assert "unit 00000-00000 has 500 pairs" in plan.notes[0]
+
+
+def test_a_plan_survives_its_file(flat_shards: Path, tmp_path: Path) -> None:
+    plan, _ = make_plan(job(flat_shards, tmp_path / "out", output__passthrough=["lang"]))
+    assert Plan.from_json(plan.to_json(), "test") == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model__max_length": 100}, "model.max_length"),
+        ({"model__instruction": "judge"}, "model.instruction"),
+        ({"output__top_k": 3}, "output.top_k"),
+        ({"output__include_text": True}, "output.include_text"),
+        ({"output__passthrough": ["lang"]}, "output.passthrough"),
+        ({"input__columns": {"text": "lang"}}, "input.columns"),
+    ],
+)
+def test_what_changes_the_output_changes_the_fingerprint(
+    change: dict[str, Any], field: str, flat_shards: Path, tmp_path: Path
+) -> None:
+    plain, _ = make_plan(job(flat_shards, tmp_path / "out"))
+    other, _ = make_plan(job(flat_shards, tmp_path / "out", **change))
+    differing = {key for key, value in other.fingerprint_fields.items() if value != plain.fingerprint_fields[key]}
+    assert differing == {field}
+    assert other.fingerprint != plain.fingerprint
+
+
+def test_a_rewritten_shard_changes_the_fingerprint(flat_shards: Path, tmp_path: Path) -> None:
+    before, _ = make_plan(job(flat_shards, tmp_path / "out"))
+    write(flat_shards / "0.parquet", candidate_rows(4, 25))
+    after, _ = make_plan(job(flat_shards, tmp_path / "out"))
+    assert after.fingerprint != before.fingerprint
+
+
+def test_plan_writes_nothing(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "job.yaml").write_text(job(flat_shards, tmp_path / "out").model_dump_json(exclude={"limit"}))
+    code, out, error = cli("plan", tmp_path / "job.yaml", "--json", "--set", "output.top_k=7")
+    assert code == 0
+    assert "3 shards, 12 queries, 300 pairs, 6 units" in error
+    assert json.loads(out)["config"]["output"]["top_k"] == 7
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_nested_shards_lists_may_be_large_lists(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(nested(candidate_rows(3, 4)))
+    kind = table.schema.field("candidates").type
+    table = table.set_column(2, "candidates", table["candidates"].cast(pa.large_list(kind.value_type)))
+    pq.write_table(table, tmp_path / "in.parquet")
+    plan, _ = make_plan(job(tmp_path / "in.parquet", tmp_path / "out", input__layout="nested"))
+    assert plan.pairs == 12
+
+
+def test_storage_options_are_in_no_plan(flat_shards: Path, tmp_path: Path) -> None:
+    raw = job(flat_shards, tmp_path / "out").model_dump(exclude={"limit"})
+    raw["output"]["storage_options"] = {"auto_mkdir": True}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    config = load_config(tmp_path / "job.yaml")
+    assert config.output.storage_options == {"auto_mkdir": True}
+    assert b"auto_mkdir" not in make_plan(config)[0].to_json()

@@ -1,0 +1,194 @@
+"""Killed anywhere and started again: the same rows, nothing scored twice that was committed, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import candidate_rows, job, rows_of, write
+
+import batch_rerank.job.write_unit as write_unit
+from batch_rerank.errors import StorageError
+from batch_rerank.job.run import run
+from batch_rerank.job.verify import verify
+from batch_rerank.store.manifest import Manifest
+
+
+def test_a_finished_job_has_nothing_to_do(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")}
+    again = run(job(flat_shards, tmp_path / "out"), local=True)
+    assert (again.units, again.resumed_units) == (0, 6)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")} == times
+
+
+def test_settings_that_change_no_score_may_change_between_runs(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    other = job(
+        flat_shards,
+        tmp_path / "out",
+        input__unit_pairs=10,
+        scoring__token_budget=64,
+        scoring__max_failed_rows=0.5,
+        cluster__actors=1,
+        cluster__prefetch_units=4,
+    )
+    assert run(other, local=True).units == 0
+
+
+@pytest.mark.parametrize("lost", ["receipt", "part", "part cut short"])
+def test_only_the_unit_that_lost_a_file_is_scored_again(lost: str, flat_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(job(flat_shards, out), local=True)
+    before = rows_of(out)
+    part, receipt = out / "part-00001-00000.parquet", out / "_manifest" / "receipts" / "00001-00000.json"
+    if lost == "receipt":
+        receipt.unlink()
+    elif lost == "part":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-20])
+    assert verify(str(out)).problems
+    again = run(job(flat_shards, out), local=True)
+    assert (again.units, again.resumed_units) == (1, 5)
+    assert rows_of(out) == before
+    assert verify(str(out)).problems == []
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program catches it."""
+
+
+@pytest.mark.parametrize("step", ["part", "receipt"])
+def test_killed_before_a_files_creation_reruns_only_that_unit(
+    step: str, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(job(flat_shards, tmp_path / "undisturbed"), local=True)
+    create = write_unit.Location.create_exclusive
+    created: list[str] = []
+
+    def create_until_the_third(self: write_unit.Location, data: bytes) -> bool:
+        is_receipt = "/receipts/" in self.path
+        if self.name != "plan.json" and is_receipt == (step == "receipt"):
+            created.append(self.name)
+            if len(created) == 3:
+                raise Killed
+        return create(self, data)
+
+    monkeypatch.setattr(write_unit.Location, "create_exclusive", create_until_the_third)
+    with pytest.raises(Killed):
+        run(job(flat_shards, tmp_path / "out"), local=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    again = run(job(flat_shards, tmp_path / "out"), local=True)
+    assert (again.units, again.resumed_units) == (4, 2)
+    undisturbed = rows_of(tmp_path / "undisturbed")
+    assert rows_of(tmp_path / "out") == undisturbed
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+def test_a_late_attempt_adopts_the_part_that_is_there(flat_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(job(flat_shards, out), local=True)
+    part = out / "part-00000-00000.parquet"
+    # another attempt's part of the same unit: same rows, other bytes, as GPU scores would make them
+    table = pq.read_table(part)
+    pq.write_table(table, part, compression="none")
+    theirs = part.read_bytes()
+    (out / "_manifest" / "receipts" / "00000-00000.json").unlink()
+    run(job(flat_shards, out), local=True)
+    assert part.read_bytes() == theirs
+    assert verify(str(out)).problems == []
+
+
+def test_a_part_of_another_job_is_not_adopted(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "other", output__top_k=2), local=True)
+    out = tmp_path / "out"
+    run(job(flat_shards, out), local=True)
+    (out / "_manifest" / "receipts" / "00000-00000.json").unlink()
+    (out / "part-00000-00000.parquet").write_bytes((tmp_path / "other" / "part-00000-00000.parquet").read_bytes())
+    with pytest.raises(StorageError, match=r"part-00000-00000\.parquet: exists and is another job's"):
+        run(job(flat_shards, out), local=True)
+    assert not (out / "_SUCCESS").exists()
+
+
+def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "batch_rerank.cli", *arguments], stderr=stderr, start_new_session=True
+        )
+
+
+def wait_for(condition: "object", process: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, "the job ended before the test could disturb it"
+        assert time.monotonic() < deadline, "the job did not get so far in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def long_job(tmp_path: Path) -> Path:
+    """A job file of 300 units: long enough to be disturbed in the middle."""
+    for shard in range(6):
+        write(tmp_path / "in" / f"{shard}.parquet", candidate_rows(50, 10, first=50 * shard))
+    raw = job(tmp_path / "in", tmp_path / "out", input__unit_pairs=10).model_dump()
+    del raw["limit"]
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+@pytest.mark.parametrize(
+    ("sent", "code", "state"),
+    [(signal.SIGKILL, -9, "running"), (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 130, "interrupted")],
+)
+def test_a_job_stopped_by_a_signal_resumes_to_the_same_rows(
+    sent: signal.Signals, code: int, state: str, local: bool, long_job: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", str(long_job), *(["--local"] if local else [])]
+    process = start(arguments, tmp_path / "log")
+    receipts = tmp_path / "out" / "_manifest" / "receipts"
+    wait_for(lambda: receipts.exists() and len(list(receipts.glob("*.json"))) >= 20, process)
+    os.kill(process.pid, sent)
+    assert process.wait(60) == code
+    _wait_for_silence(receipts)  # Ray's workers outlive a killed driver for a moment
+    committed = len(list(receipts.glob("*.json")))
+    assert 20 <= committed < 300
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["state"] == state
+    if code == 130:
+        assert (tmp_path / "log").read_text().rstrip().endswith("exit code 130")
+
+    from batch_rerank.config import load_config
+
+    again = run(load_config(long_job), local=True)
+    assert again.resumed_units == committed
+    run(load_config(long_job, [f"output.path={tmp_path / 'undisturbed'}"]), local=True)
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "undisturbed")
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+def _wait_for_silence(receipts: Path, seconds: float = 2.0) -> None:
+    count, since = -1, time.monotonic()
+    while time.monotonic() - since < seconds:
+        now = len(list(receipts.glob("*.json")))
+        if now != count:
+            count, since = now, time.monotonic()
+        time.sleep(0.1)
+
+
+def test_the_manifest_lists_each_unit_once(flat_shards: Path, tmp_path: Path) -> None:
+    from batch_rerank.store.filesystem import locate
+
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    committed, broken = Manifest(locate(str(tmp_path / "out"))).scan()
+    assert [receipt.unit for receipt in committed] == [f"0000{s}-0000{u}" for s in range(3) for u in range(2)]
+    assert broken == []

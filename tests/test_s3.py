@@ -1,0 +1,146 @@
+"""The whole job on s3://: input and output, credentials and endpoint from the environment, also in the workers."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import candidate_rows, job, nested, rows_of
+
+from batch_rerank.config import JobConfig
+from batch_rerank.errors import InputError, StorageError
+from batch_rerank.job.run import run
+from batch_rerank.job.verify import verify
+from batch_rerank.store.filesystem import locate
+
+SECRET = "canary-secret-4711"
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real HTTP server that speaks S3 (moto), in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
+            break
+        except OSError:
+            assert server.poll() is None
+            time.sleep(0.1)
+    yield url
+    server.terminate()
+    server.wait(10)
+    log.close()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    name = f"bucket-{time.monotonic_ns()}"
+    locate(f"s3://{name}").fs.mkdir(name)
+    return name
+
+
+def put_shards(bucket: str) -> None:
+    fs = locate(f"s3://{bucket}").fs
+    for shard in range(3):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(nested(candidate_rows(4, 25, first=4 * shard))), sink, row_group_size=3)
+        fs.pipe_file(f"{bucket}/in/day=1/{shard}.parquet", sink.getvalue().to_pybytes())
+
+
+def s3_job(bucket: str, **keys: Any) -> JobConfig:
+    path = f"s3://{bucket}/in/*/*.parquet"
+    return job(path, f"s3://{bucket}/out", input__layout="nested", **keys)
+
+
+def download(bucket: str, directory: Path) -> Path:
+    locate(f"s3://{bucket}").fs.get(f"{bucket}/out", str(directory), recursive=True)
+    return directory
+
+
+def test_the_ray_job_from_s3_to_s3_equals_the_local_one(
+    bucket: str, nested_shards: Path, tmp_path: Path, local_ray: None
+) -> None:
+    put_shards(bucket)
+    summary = run(s3_job(bucket))
+    run(job(nested_shards, tmp_path / "local", input__layout="nested"), local=True)
+    rows = rows_of(download(bucket, tmp_path / "s3"))
+    assert rows.replace_schema_metadata() == rows_of(tmp_path / "local").replace_schema_metadata()
+    assert (tmp_path / "s3" / "_SUCCESS").exists()
+    assert summary.output == f"s3://{bucket}/out"
+    assert verify(summary.output).problems == []
+
+
+def test_the_command_line_starts_its_own_ray_and_its_workers_reach_the_store(bucket: str, tmp_path: Path) -> None:
+    put_shards(bucket)
+    path = tmp_path / "job.yaml"
+    path.write_text(s3_job(bucket).model_dump_json(exclude={"limit"}))
+    command = [sys.executable, "-m", "batch_rerank.cli", "run", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["totals"]["rows_out"] == 300
+    assert verify(f"s3://{bucket}/out").problems == []
+    download(bucket, tmp_path / "s3")
+    written = [file for file in (tmp_path / "s3").rglob("*") if file.is_file()]
+    assert len(written) > 10
+    for file in written:
+        assert SECRET.encode() not in file.read_bytes(), f"{file} holds the secret"
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_a_job_on_s3_resumes_and_repairs(bucket: str, tmp_path: Path) -> None:
+    put_shards(bucket)
+    run(s3_job(bucket), local=True)
+    fs = locate(f"s3://{bucket}").fs
+    fs.rm_file(f"{bucket}/out/_manifest/receipts/00001-00000.json")
+    fs.rm_file(f"{bucket}/out/part-00002-00000.parquet")
+    again = run(s3_job(bucket), local=True)
+    assert (again.units, again.resumed_units) == (2, 7)
+    assert verify(f"s3://{bucket}/out").problems == []
+
+
+def test_an_object_is_created_once(bucket: str) -> None:
+    location = locate(f"s3://{bucket}/object")
+    assert location.create_exclusive(b"first") is True
+    assert location.create_exclusive(b"second") is False
+    assert location.read_bytes() == b"first"
+
+
+def test_a_missing_bucket_is_an_input_error(bucket: str) -> None:
+    with pytest.raises(InputError, match="no shard matches"):
+        run(job(f"s3://no-{bucket}/in/*.parquet", f"s3://{bucket}/out"), local=True)
+
+
+def test_a_missing_output_bucket_is_a_storage_error(bucket: str) -> None:
+    put_shards(bucket)
+    config = job(f"s3://{bucket}/in/*/*.parquet", f"s3://no-{bucket}/out", input__layout="nested")
+    with pytest.raises(StorageError, match=f"s3://no-{bucket}/out"):
+        run(config, local=True)
+
+
+def test_a_wrong_endpoint_fails_with_the_reason(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
+        run(s3_job(bucket), local=True)

@@ -1,0 +1,136 @@
+"""`verify` finds every difference and names the unit; each case breaks an output in one way."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from conftest import candidate_rows, job, write
+
+from batch_rerank.errors import StorageError
+from batch_rerank.job.run import run
+from batch_rerank.job.verify import verify
+
+UNIT = "00001-00001"
+
+
+@pytest.fixture
+def output(flat_shards: Path, tmp_path: Path) -> Path:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    return tmp_path / "out"
+
+
+def test_a_good_output_is_verified_with_its_numbers(output: Path) -> None:
+    verdict = verify(str(output))
+    assert (verdict.units, verdict.rows, verdict.candidates, verdict.problems) == (6, 300, 300, [])
+
+
+def test_one_flipped_bit(output: Path) -> None:
+    part = output / f"part-{UNIT}.parquet"
+    data = bytearray(part.read_bytes())
+    data[100] ^= 1
+    part.write_bytes(data)
+    assert verify(str(output)).problems[0].startswith(f"unit {UNIT}: ")
+
+
+def test_a_part_cut_short(output: Path) -> None:
+    part = output / f"part-{UNIT}.parquet"
+    part.write_bytes(part.read_bytes()[:-50])
+    assert [problem[: len(UNIT) + 5] for problem in verify(str(output)).problems] == [f"unit {UNIT}"]
+
+
+@pytest.mark.parametrize(("file", "word"), [("part-{}.parquet", "part"), ("_manifest/receipts/{}.json", "receipt")])
+def test_a_deleted_file(file: str, word: str, output: Path) -> None:
+    (output / file.format(UNIT)).unlink()
+    assert f"unit {UNIT}: its {word} is missing" in verify(str(output)).problems[0]
+
+
+def test_a_foreign_file_that_a_glob_would_read(output: Path) -> None:
+    write(output / "part-extra.parquet", candidate_rows(1, 1))
+    assert "part-extra.parquet: a Parquet file that the plan does not have" in verify(str(output)).problems[0]
+
+
+def test_an_unfinished_output(output: Path) -> None:
+    (output / "_SUCCESS").unlink()
+    assert verify(str(output)).problems == ["no _SUCCESS: the job has not finished"]
+
+
+def test_an_input_that_changed(output: Path, flat_shards: Path) -> None:
+    write(flat_shards / "1.parquet", candidate_rows(4, 25, first=4))
+    assert any("1.parquet: changed since the plan" in problem for problem in verify(str(output)).problems)
+
+
+def test_no_output_at_all(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"no _manifest/plan\.json"):
+        verify(str(tmp_path))
+
+
+def forge(output: Path, change: Callable[[pa.Table], pa.Table]) -> list[str]:
+    """Change a part's rows and give it a receipt that fits: only the content is wrong."""
+    part, receipt = output / f"part-{UNIT}.parquet", output / "_manifest" / "receipts" / f"{UNIT}.json"
+    table = pq.read_table(part)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), part)
+    data = part.read_bytes()
+    claims = json.loads(receipt.read_text())
+    claims |= {
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "rows_out": pq.read_metadata(part).num_rows,
+    }
+    receipt.write_text(json.dumps(claims))
+    return verify(str(output)).problems
+
+
+def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def test_a_lost_row(output: Path) -> None:
+    problems = forge(output, lambda table: table.slice(0, len(table) - 1))
+    assert problems[0].startswith(f"unit {UNIT}: 1 candidates are missing, e.g. ('q7', ")
+
+
+def test_a_doubled_row(output: Path) -> None:
+    problems = forge(output, lambda table: pa.concat_tables([table, table.slice(49)]))
+    assert f"unit {UNIT}: 1 candidates appear twice" in problems[0]
+
+
+def test_a_row_that_is_no_candidate(output: Path) -> None:
+    def rename(table: pa.Table) -> pa.Table:
+        return set_column(table, "doc_id", pc.replace_substring(table["doc_id"], "d13", "dx"))
+
+    problems = forge(output, rename)
+    assert any("2 rows are no input candidates" in problem for problem in problems)
+
+
+def test_ranks_with_a_gap(output: Path) -> None:
+    problems = forge(output, lambda table: set_column(table, "rank", pc.add(table["rank"], 1).cast(pa.int32())))
+    assert problems == [f"unit {UNIT}: ranks are not 1, 2, … within each query"]
+
+
+def test_scores_that_do_not_fit_the_ranks(output: Path) -> None:
+    problems = forge(output, lambda table: set_column(table, "score", pc.negate(table["score"])))
+    assert problems == [f"unit {UNIT}: ranks do not follow the scores"]
+
+
+def test_a_row_with_neither_score_nor_error(output: Path) -> None:
+    def lose_last_score(table: pa.Table) -> pa.Table:
+        last = pc.equal(table["rank"], 25)
+        return set_column(table, "score", pc.if_else(last, pa.scalar(None, pa.float32()), table["score"]))
+
+    assert forge(output, lose_last_score) == [f"unit {UNIT}: a row has a score and an error, or neither"]
+
+
+def test_more_rows_than_top_k(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "out", output__top_k=5), local=True)
+    problems = forge(tmp_path / "out", lambda table: table.slice(1))
+    assert any("queries have another number of rows than top_k keeps" in problem for problem in problems)
+
+
+def test_queries_out_of_order(output: Path) -> None:
+    problems = forge(output, lambda table: pa.concat_tables([table.slice(25), table.slice(0, 25)]))
+    assert problems == [f"unit {UNIT}: queries are not in input order"]
