@@ -11,8 +11,9 @@ def main() -> None:
     free, memory, real = (_read(f"pipeline-{name}.json") for name in ("free", "memory", "real"))
     print("| measured on 2 CPU cores (`benchmarks/pipeline.py`, `benchmarks/results`) | |")
     print("|---|---|")
-    rate = free["ray_pairs_per_s"]
-    print(f"| pairs/s through Ray with a free scorer, 1 KB texts, units of {free['unit_pairs']} | {_range(rate)} |")
+    for size in (600, 2000):
+        rate = _range(free[f"ray_pairs_per_s_units_of_{size}"])
+        print(f"| pairs/s through Ray with a free scorer, 1 KB texts, units of {size:,} | {rate} |")
     peaks = [memory[key]["median"] for key in sorted(memory, key=len) if key.startswith("driver_peak")]
     print(f"| the driver's peak memory at 100 and at 1,000 units | {peaks[0]:.0f} and {peaks[1]:.0f} MiB |")
     for threads in (1, 2):

