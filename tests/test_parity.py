@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoding import Encoded, Group, make_encoder
+from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.reranker import Reranker
-from batch_rerank.engine.scorer import Float32, make_scorer
+from batch_rerank.engine.scorer import make_scorer
 
 WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 QUERY = "What is the capital of France?"

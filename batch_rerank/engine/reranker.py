@@ -7,7 +7,8 @@ import numpy as np
 
 from batch_rerank.engine.checkpoint import relocate, resolve_model
 from batch_rerank.engine.encoding import Group, make_encoder
-from batch_rerank.engine.scorer import Float32, make_scorer, relevance
+from batch_rerank.engine.packing import Float32
+from batch_rerank.engine.scorer import make_scorer, relevance
 
 
 class Ranked(TypedDict):

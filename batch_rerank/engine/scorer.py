@@ -7,25 +7,19 @@ How pairs are batched inside is the scorer's business and never changes a score 
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import Encoded
+from batch_rerank.engine.packing import Float32, Ids, distinct_pairs
 from batch_rerank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    import torch
-
-    from batch_rerank.engine.models import EmbeddingModel
-
-Float32 = npt.NDArray[np.float32]
-Index = npt.NDArray[np.int64]
-Sequence32 = Sequence[npt.NDArray[np.integer]]
-Forward = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+    from batch_rerank.engine.memory import TokenBudget
+    from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel
 
 VECTOR_CACHE_BYTES = 256 * 2**20
 
@@ -34,12 +28,13 @@ class Scorer(Protocol):
     """Scores the pairs of encoded groups."""
 
     def score(self, encoded: Encoded) -> Float32:
-        """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine."""
+        """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
+        pair that the device's memory is too small for. Raises ModelError where the model gives NaN or infinity."""
         ...
 
 
 def make_scorer(spec: ModelSpec, device: str = "cpu", token_budget: int | None = None) -> Scorer:
-    """Load a model as a scorer. `token_budget`: tokens of one padded batch.
+    """Load a model as a scorer. `token_budget`: tokens of one batch, None to choose by free memory.
 
     Raises ModelError (the checkpoint does not load completely) and ConfigError (the device is absent).
     """
@@ -47,6 +42,7 @@ def make_scorer(spec: ModelSpec, device: str = "cpu", token_budget: int | None =
         return ChecksumScorer()
     import torch  # not at the top: an actor of the checksum kind does without it
 
+    from batch_rerank.engine.memory import TokenBudget, choose_budget
     from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -55,12 +51,14 @@ def make_scorer(spec: ModelSpec, device: str = "cpu", token_budget: int | None =
         )
     if device == "cuda" and spec.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise ConfigError("this GPU has no bfloat16; set model.dtype to float16 or float32")
-    # On CPUs batches of 2,000 to 4,000 tokens were faster than 8,000 (caches)
-    budget = token_budget or (32768 if device == "cuda" else 4096)
-    if spec.kind == "bi_encoder":
-        return BiEncoderScorer(EmbeddingModel(spec, device), device, budget)
-    model = CausalModel(spec, device) if spec.kind == "causal" else ClassificationModel(spec, device)
-    return PairScorer(model.scores, device, budget)
+    kinds: dict[str, Any] = {
+        "causal": CausalModel,
+        "sequence_classification": ClassificationModel,
+        "bi_encoder": EmbeddingModel,
+    }
+    model = kinds[spec.kind](spec, device)
+    budget = TokenBudget(token_budget or choose_budget(model.model, device))
+    return BiEncoderScorer(model, budget) if spec.kind == "bi_encoder" else PairScorer(model, budget)
 
 
 def relevance(spec: ModelSpec, scores: Float32) -> Float32 | None:
@@ -72,37 +70,33 @@ def relevance(spec: ModelSpec, scores: Float32) -> Float32 | None:
 
 
 class PairScorer:
-    """One forward a pair: causal and sequence-classification models."""
+    """One score a distinct pair: causal and sequence-classification models."""
 
-    def __init__(self, forward: Forward, device: str, token_budget: int) -> None:
-        self._forward, self._device, self._token_budget = forward, device, token_budget
+    def __init__(self, model: "CausalModel | ClassificationModel", budget: "TokenBudget") -> None:
+        self._model, self._budget = model, budget
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
-        import torch
-
-        scores = np.empty(len(encoded.document), np.float32)
-        group = encoded.group_of_pair()
-        for batch in batches(encoded.n_tokens, self._token_budget):
-            prefixes = [encoded.segment(encoded.prefix[group[pair]]) for pair in batch]
-            documents = [encoded.segment(encoded.document[pair])[: encoded.kept[pair]] for pair in batch]
-            rows = [np.concatenate([p, d, encoded.tail]) for p, d in zip(prefixes, documents, strict=True)]
-            document_starts = torch.tensor([len(prefix) for prefix in prefixes], device=self._device)
-            with torch.inference_mode():
-                result = self._forward(*padded(rows, self._device), document_starts)
-            scores[batch] = result.cpu().numpy()
-        return _finite(scores)
+        representative = distinct_pairs(encoded)
+        pairs, computed = self._budget.run(
+            np.unique(representative),
+            lambda pending, tokens: self._model.split(encoded, pending, tokens),
+            lambda batch: self._model.scores(encoded, batch),
+        )
+        scores = np.full(len(representative), np.nan, np.float32)
+        scores[pairs] = _finite(computed)
+        return scores[representative]
 
 
 class BiEncoderScorer:
-    """One forward a distinct text; a score is the dot product of two vectors, the cosine where they are normalised.
+    """One vector a distinct text; a score is the dot product of two, the cosine where they are normalised.
 
     The vectors of the latest texts are kept, up to VECTOR_CACHE_BYTES: a first stage finds the same documents for many
     queries (the demo's 10,000 pairs hold 3,300 documents).
     """
 
-    def __init__(self, model: "EmbeddingModel", device: str, token_budget: int) -> None:
-        self._model, self._device, self._token_budget = model, device, token_budget
+    def __init__(self, model: "EmbeddingModel", budget: "TokenBudget") -> None:
+        self._model, self._budget = model, budget
         self._cache: dict[bytes, Float32] = {}
 
     def score(self, encoded: Encoded) -> Float32:
@@ -113,27 +107,27 @@ class BiEncoderScorer:
         new = {key: ids for key, ids in zip(keys, segments, strict=True) if key not in known}
         known |= self._embed(list(new), list(new.values()))
         self._remember(known, new)
-        scores = np.empty(len(encoded.document), np.float32)
+        scores = np.full(len(encoded.document), np.nan, np.float32)
         for group, prefix in enumerate(encoded.prefix):
-            pairs = slice(encoded.starts[group], encoded.starts[group + 1])
-            documents = [known[keys[segment]] for segment in encoded.document[pairs]]
-            if documents:
-                scores[pairs] = np.stack(documents) @ known[keys[prefix]]
-        return _finite(scores)
+            query = known.get(keys[prefix])
+            for pair in range(encoded.starts[group], encoded.starts[group + 1]):
+                document = known.get(keys[encoded.document[pair]])
+                if query is not None and document is not None:
+                    scores[pair] = document @ query
+        return scores
 
-    def _embed(self, keys: list[bytes], segments: list[npt.NDArray[np.integer]]) -> dict[bytes, Float32]:
-        import torch
-
-        vectors: dict[bytes, Float32] = {}
-        for batch in batches(np.array([len(ids) for ids in segments], np.int32), self._token_budget):
-            with torch.inference_mode():
-                embedded = self._model.embed(*padded([segments[i] for i in batch], self._device)).cpu().numpy()
-            vectors |= {keys[i]: vector.copy() for i, vector in zip(batch, embedded, strict=True)}
-        return vectors
+    def _embed(self, keys: list[bytes], segments: list[Ids]) -> dict[bytes, Float32]:
+        lengths = np.array([len(ids) for ids in segments], np.int32)
+        order, vectors = self._budget.run(
+            np.arange(len(segments)),
+            lambda pending, tokens: (pending[batch] for batch in self._model.split(lengths[pending], tokens)),
+            lambda batch: self._model.embed([segments[index] for index in batch]),
+        )
+        return {keys[index]: vector.copy() for index, vector in zip(order, _finite(vectors), strict=True)}
 
     def _remember(self, known: dict[bytes, Float32], new: Iterable[bytes]) -> None:
         """Keep the new vectors; the oldest go first."""
-        self._cache.update((key, known[key]) for key in new)
+        self._cache.update((key, known[key]) for key in new if key in known)
         size = next(iter(known.values())).nbytes if known else 1
         for key in list(itertools.islice(self._cache, max(0, len(self._cache) - VECTOR_CACHE_BYTES // size))):
             del self._cache[key]
@@ -151,28 +145,6 @@ class ChecksumScorer:
         for pair, (segment, kept) in enumerate(zip(encoded.document, encoded.kept, strict=True)):
             sums[pair] = zlib.crc32(encoded.segment(segment)[:kept].data, heads[group[pair]])
         return np.asarray(sums / 2**28 - 8, np.float32)
-
-
-def batches(lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
-    """Indexes of sequences, longest first, so that rows times the longest row stay within the budget; a sequence
-    longer than the budget is alone. Sorting by length is what keeps padding low."""
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    start = 0
-    while start < len(order):
-        rows = max(1, token_budget // max(1, int(lengths[order[start]])))
-        yield order[start : start + rows]
-        start += rows
-
-
-def padded(rows: Sequence32, device: str) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """int64[n, longest] padded on the right with 0, and int64[n] lengths."""
-    import torch
-
-    lengths = np.array([len(row) for row in rows], np.int64)
-    ids = np.zeros((len(rows), int(lengths.max(initial=1))), np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-    return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
 
 
 def _finite(scores: Float32) -> Float32:

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.scorer import Float32, relevance
+from batch_rerank.engine.packing import Float32
+from batch_rerank.engine.scorer import relevance
 from batch_rerank.schema import OUTPUT_NAMES
 
 ORDER = [

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoding import Encoded, Encoder
-from batch_rerank.engine.scorer import Float32, Scorer, make_scorer
+from batch_rerank.engine.packing import Float32
+from batch_rerank.engine.scorer import Scorer, make_scorer
 from batch_rerank.job.rank import rank
 from batch_rerank.job.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
 from batch_rerank.job.write_unit import write_unit
@@ -52,19 +53,30 @@ def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
 
 
 def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
-    """Score a unit. Raises ModelError where the model gives no finite score."""
+    """Score a unit. A pair too large for the device's memory becomes an error row. Raises ModelError where the model
+    gives no finite score."""
     started = time.monotonic()
     scores = scorer.score(unit.encoded)
+    scored = ~np.isnan(scores)
     return ScoredUnit(
         unit=unit.unit,
-        rows=unit.rows,
-        scores=scores,
-        n_tokens=unit.encoded.n_tokens,
-        truncated=unit.encoded.truncated,
+        rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, unit.encoded.n_tokens),
+        scores=scores[scored],
+        n_tokens=unit.encoded.n_tokens[scored],
+        truncated=unit.encoded.truncated[scored],
         empty_texts=unit.empty_texts,
         seconds=time.monotonic() - started,
         scorer=scorer.tag,
     )
+
+
+def _with_errors(rows: pa.Table, failed: npt.NDArray[np.bool_], n_tokens: npt.NDArray[np.int32]) -> pa.Table:
+    """The rows with an error for each failed pair; the pairs are the rows without an error, in row order."""
+    errors = rows["error"].to_pylist()
+    pairs = [row for row, error in enumerate(errors) if error is None]
+    for pair in np.flatnonzero(failed):
+        errors[pairs[pair]] = f"out of memory: a sequence of {n_tokens[pair]} tokens does not fit; lower model.max_length"
+    return rows.set_column(rows.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
 
 
 class LoadedScorer:
