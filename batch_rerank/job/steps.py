@@ -75,7 +75,7 @@ def _with_errors(rows: pa.Table, failed: npt.NDArray[np.bool_], n_tokens: npt.ND
     errors = rows["error"].to_pylist()
     pairs = [row for row, error in enumerate(errors) if error is None]
     for pair in np.flatnonzero(failed):
-        errors[pairs[pair]] = f"out of memory: a sequence of {n_tokens[pair]} tokens does not fit; lower model.max_length"
+        errors[pairs[pair]] = f"out of memory: a sequence of {n_tokens[pair]} tokens does not fit; lower max_length"
     return rows.set_column(rows.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
 
 
