@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoding import Encoded, Group, make_encoder
-from batch_rerank.engine.scorer import batches
+from batch_rerank.engine.packing import batches
 
 PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "

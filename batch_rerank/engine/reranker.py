@@ -32,6 +32,7 @@ class Reranker:
         template: str = "auto",
         instruction: str | None = None,
         device: str = "auto",
+        token_budget: int | None = None,
     ) -> None:
         if device == "auto":
             import torch
@@ -48,7 +49,7 @@ class Reranker:
         )
         self.spec = relocate(spec)
         self._encoder = make_encoder(self.spec)
-        self._scorer = make_scorer(self.spec, device)
+        self._scorer = make_scorer(self.spec, device, token_budget)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Float32:
         """float32[n_pairs] raw scores of (query, document) pairs, in input order; equal queries are scored together."""

@@ -84,7 +84,7 @@ class PairScorer:
             lambda batch: self._model.scores(encoded, batch),
         )
         scores = np.full(len(representative), np.nan, np.float32)
-        scores[pairs] = _finite(computed)
+        scores[pairs] = _finite(computed, "pairs")
         return scores[representative]
 
 
@@ -123,7 +123,7 @@ class BiEncoderScorer:
             lambda pending, tokens: (pending[batch] for batch in self._model.split(lengths[pending], tokens)),
             lambda batch: self._model.embed([segments[index] for index in batch]),
         )
-        return {keys[index]: vector.copy() for index, vector in zip(order, _finite(vectors), strict=True)}
+        return {keys[index]: vector.copy() for index, vector in zip(order, _finite(vectors, "texts"), strict=True)}
 
     def _remember(self, known: dict[bytes, Float32], new: Iterable[bytes]) -> None:
         """Keep the new vectors; the oldest go first."""
@@ -147,11 +147,11 @@ class ChecksumScorer:
         return np.asarray(sums / 2**28 - 8, np.float32)
 
 
-def _finite(scores: Float32) -> Float32:
-    bad = int(np.count_nonzero(~np.isfinite(scores)))
+def _finite(values: Float32, what: str) -> Float32:
+    bad = int(np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1)))
     if bad:
         raise ModelError(
-            f"the model gave NaN or infinity for {bad} of {len(scores)} pairs; expected finite scores; "
+            f"the model gave NaN or infinity for {bad} of {len(values)} {what}; expected finite scores; "
             "check the weights, and with float16 try bfloat16 or float32"
         )
-    return scores
+    return values
