@@ -29,7 +29,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from tokenizers import Tokenizer
 
 from batch_rerank import Reranker
-from batch_rerank.demo import functions
+from batch_rerank.demo import standard_library
 from batch_rerank.engine.encoding import Group, make_encoder
 
 BATCH_SIZES = (8, 16, 32, 64)
@@ -56,7 +56,7 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in result.items()))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        options.tokenizer = options.tokenizer or str(train_tokenizer(root / "tokenizer", [f.code for f in functions()]))
+        options.tokenizer = options.tokenizer or str(train_tokenizer(root / "tokenizer", [f.code for f in standard_library()]))
         for name in options.rows or ROWS:
             if name == "bf16" and options.device == "cuda":
                 continue
@@ -203,7 +203,7 @@ def pairs_of(options: argparse.Namespace, collection: str, queries: int | None =
     queries = queries or options.queries
     rng = random.Random(0)
     if not options.data:
-        found = functions()
+        found = list(standard_library())
         return [(f.summary, d.code) for f in rng.sample(found, queries) for d in rng.sample(found, depth)]
     root = Path(options.data) / collection
     texts = {name: dict(_texts(root / f"{name}.jsonl")) for name in ("queries", "corpus")}

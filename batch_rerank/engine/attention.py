@@ -47,33 +47,33 @@ def can_pack(device: str) -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, key_cuts: Cuts, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention of sequence i of the queries over sequence i of the keys, for all i.
+    query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, key_cuts: Cuts, scale: float, causal: bool, out: Tensor
+) -> Tensor:
+    """Attention of sequence i of the queries over sequence i of the keys, for all i, into `out`.
 
-    query: [n_q, heads, dim], key and value: [n_k, kv_heads, dim], of one dtype; heads share keys in equal groups.
-    causal: position j of a sequence sees keys up to j; its queries and keys are then equally long.
-    Returns [n_q, heads, dim] and the float32[n_q, heads] log-sum-exp of the scaled products.
+    query and out: [n_q, heads, dim], key and value: [n_k, kv_heads, dim], of one dtype; heads share keys in equal
+    groups. causal: position j of a sequence sees keys up to j; its queries and keys are then equally long.
+    Returns the float32[n_q, heads] log-sum-exp of the scaled products.
     """
     if query.device.type == "cuda":
-        return _attend_cuda(query, key, value, cuts, key_cuts, scale, causal)
+        return _attend_cuda(query, key, value, cuts, key_cuts, scale, causal, out)
     groups = query.shape[1] // key.shape[1]
     # [kv_heads, group, n, dim] views: a key's head is repeated by a stride of 0, not by a copy
-    q = query.view(len(query), -1, groups, query.shape[2]).permute(1, 2, 0, 3)
+    q, result = (t.view(len(t), -1, groups, t.shape[2]).permute(1, 2, 0, 3) for t in (query, out))
     k, v = (t.permute(1, 0, 2)[:, None].expand(-1, groups, -1, -1) for t in (key, value))
-    outputs, sums = [], []
+    sums = torch.empty(len(query), key.shape[1], groups, device=query.device)
     for (start, stop), (key_start, key_stop) in zip(pairwise(cuts.at), pairwise(key_cuts.at), strict=True):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, :, start:stop], k[:, :, key_start:key_stop], v[:, :, key_start:key_stop], 0.0, causal, scale=scale
         )
-        outputs.append(output.permute(2, 0, 1, 3))
-        sums.append(lse.permute(2, 0, 1))
-    return torch.cat(outputs).flatten(1, 2), torch.cat(sums).flatten(1, 2)
+        result[:, :, start:stop] = output
+        sums[start:stop] = lse.permute(2, 0, 1)
+    return sums.flatten(1)
 
 
 def _attend_cuda(
-    query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, key_cuts: Cuts, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, key_cuts: Cuts, scale: float, causal: bool, out: Tensor
+) -> Tensor:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     assert cuts.cu is not None
@@ -91,10 +91,11 @@ def _attend_cuda(
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=True,
     )
-    return output, lse.transpose(0, 1)
+    out.copy_(output)
+    return lse.transpose(0, 1)
 
 
-def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Attention over the union of two sets of keys from attention over each. Overwrites `output`."""
+def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Make `output`, the attention over some keys, the attention over these and those of `other`."""
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # exp(other) / (exp(own) + exp(other))
-    return output.lerp_(other, weight.to(output.dtype))
+    output.lerp_(other, weight.to(output.dtype))

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, merge
+from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma")
 """Architectures that are this computation: RMS norm, rotary positions, grouped queries, gated MLP."""
@@ -45,19 +46,19 @@ class Packed:
 
         Joins weights that multiply the same input; the model's own parameters become views of the joined ones.
         """
-        self._embed, self._rotary, self._layers = body.embed_tokens, body.rotary_emb, list(body.layers)
+        self._embed, self._rotary = body.embed_tokens, body.rotary_emb
         config = body.config
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._unit_offset = config.model_type == "gemma"  # its norms multiply by 1 + weight
         self._norm = self._norm_of(body.norm)
-        self._blocks = [self._block(layer) for layer in self._layers]
+        self._blocks = [self._block(layer, config) for layer in body.layers]
 
     def _norm_of(self, norm: Any) -> tuple[Tensor, float]:
         epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
         return (norm.weight + 1 if self._unit_offset else norm.weight).detach(), float(epsilon)
 
-    def _block(self, layer: Any) -> "_Block":
+    def _block(self, layer: Any, config: Any) -> "_Block":
         attention, mlp = layer.self_attn, layer.mlp
         return _Block(
             before=self._norm_of(layer.input_layernorm),
@@ -66,10 +67,11 @@ class Packed:
             query_norm=self._norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
             key_norm=self._norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
             scale=float(attention.scaling),
-            output=(attention.o_proj.weight.detach(), attention.o_proj.bias),
-            gate_up=_join(mlp.gate_proj, mlp.up_proj),
-            down=(mlp.down_proj.weight.detach(), mlp.down_proj.bias),
-            activation=mlp.act_fn,
+            output=weights_of(attention.o_proj),
+            gate=weights_of(mlp.gate_proj),
+            up=weights_of(mlp.up_proj),
+            down=weights_of(mlp.down_proj),
+            activation=None if config.hidden_act == "silu" else mlp.act_fn,
         )
 
     def last_hidden(self, pack: Pack) -> Tensor:
@@ -80,27 +82,45 @@ class Packed:
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate_half's sign, once for all layers
         for block in self._blocks[:-1]:
             query, key, value = self._project(block, hidden, cos, sin)
-            block.add_attention(hidden, self._attend(block, query, key, value, pack))
-            block.add_mlp(hidden)
+            hidden = block.after_attention(hidden, self._attend(block, query, key, value, pack))
         return _rms_norm(self._last_layer(self._blocks[-1], hidden, cos, sin, pack), self._norm)
 
     def _project(self, block: "_Block", hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = functional.linear(_rms_norm(hidden, block.before), *block.query_key_value)
+        projected = linear(_rms_norm(hidden, block.before), block.query_key_value)
         heads = [self._heads, self._kv_heads, self._kv_heads]
         query, key, value = torch.split(projected.view(len(hidden), -1, self._dim), heads, 1)
         return _rotate(query, block.query_norm, cos, sin), _rotate(key, block.key_norm, cos, sin), value
 
     def _attend(self, block: "_Block", query: Tensor, key: Tensor, value: Tensor, pack: Pack) -> Tensor:
+        """[total, heads * dim]."""
         shared = pack.prefixes.at[-1]
-        prefix = (key[:shared], value[:shared])
-        documents = attend(
-            query[shared:], key[shared:], value[shared:], pack.documents, pack.documents, block.scale, True
-        )
-        if not shared:
-            return documents[0].flatten(1)
-        prefixes, _ = attend(query[:shared], *prefix, pack.prefixes, pack.prefixes, block.scale, True)
-        across = attend(query[shared:], *prefix, pack.groups, pack.prefixes, block.scale, False)
-        return torch.cat([prefixes, merge(*documents, *across)]).flatten(1)
+        out = torch.empty_like(query)
+        if shared:
+            prefix = (query[:shared], key[:shared], value[:shared], pack.prefixes, pack.prefixes)
+            attend(*prefix, block.scale, True, out[:shared])
+        documents = pack.documents
+        own = (query[shared:], key[shared:], value[shared:], documents, documents)
+        sums = attend(*own, block.scale, True, out[shared:])
+        self._add_prefix(block, query[shared:], key, value, pack.groups, pack, out[shared:], sums)
+        return out.flatten(1)
+
+    def _add_prefix(
+        self,
+        block: "_Block",
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        groups: Cuts,
+        pack: Pack,
+        out: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Merge the attention over the group's prefix into `out`, the attention over the document itself."""
+        shared = pack.prefixes.at[-1]
+        if shared:
+            across = torch.empty_like(query)
+            keys = (key[:shared], value[:shared], groups, pack.prefixes)
+            merge(out, sums, across, attend(query, *keys, block.scale, False, across))
 
     def _last_layer(self, block: "_Block", hidden: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
         """The layer's output at the last rows only; keys and values are needed at all rows."""
@@ -109,48 +129,44 @@ class Packed:
         split = self._heads * self._dim
         weight, bias = block.query_key_value
         normed = _rms_norm(hidden, block.before)
-        projected = functional.linear(normed, weight[split:], None if bias is None else bias[split:])
+        projected = linear(normed, (weight[split:], None if bias is None else bias[split:]))
         key, value = projected.view(len(hidden), -1, self._dim).chunk(2, 1)
         key = _rotate(key, block.key_norm, cos, sin)
-        query = functional.linear(normed[last], weight[:split], None if bias is None else bias[:split])
+        query = linear(normed[last], (weight[:split], None if bias is None else bias[:split]))
         query = _rotate(query.view(len(last), -1, self._dim), block.query_norm, cos[last], sin[last])
-        n = len(pack.documents.at) - 1
-        single = Cuts.of([1] * n, hidden.device.type)
-        answer, sums = attend(query, key[shared:], value[shared:], single, pack.documents, block.scale, False)
-        if shared:
-            across = attend(
-                query, key[:shared], value[:shared], pack.group_documents, pack.prefixes, block.scale, False
-            )
-            answer = merge(answer, sums, *across)
-        rows = hidden[last]
-        block.add_attention(rows, answer.flatten(1))
-        block.add_mlp(rows)
-        return rows
+        single = Cuts.of([1] * len(last), hidden.device.type)
+        out = torch.empty_like(query)
+        sums = attend(query, key[shared:], value[shared:], single, pack.documents, block.scale, False, out)
+        self._add_prefix(block, query, key, value, pack.group_documents, pack, out, sums)
+        return block.after_attention(hidden[last], out.flatten(1))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One layer's weights as (weight, bias) and norms as (weight, epsilon)."""
+    """One layer's weights; norms as (weight, epsilon). `activation` None is SiLU."""
 
     before: tuple[Tensor, float]
     after: tuple[Tensor, float]
-    query_key_value: tuple[Tensor, Tensor | None]
+    query_key_value: Weights
     query_norm: tuple[Tensor, float] | None
     key_norm: tuple[Tensor, float] | None
     scale: float
-    output: tuple[Tensor, Tensor | None]
-    gate_up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
+    output: Weights
+    gate: Weights
+    up: Weights
+    down: Weights
     activation: Any
 
-    def add_attention(self, hidden: Tensor, attended: Tensor) -> None:
-        """Add output(attended) to hidden."""
-        _add_linear(hidden, attended, *self.output)
-
-    def add_mlp(self, hidden: Tensor) -> None:
-        """Add down(activation(gate) * up) to hidden."""
-        gate, up = functional.linear(_rms_norm(hidden, self.after), *self.gate_up).chunk(2, -1)
-        _add_linear(hidden, self.activation(gate).mul_(up), *self.down)
+    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output from its input [n, hidden] and its attention [n, heads * dim]."""
+        hidden = linear_with(attended, self.output, "add", hidden)
+        normed = _rms_norm(hidden, self.after)
+        gate = (
+            linear(normed, self.gate, "swish")
+            if self.activation is None
+            else self.activation(linear(normed, self.gate))
+        )
+        return linear_with(linear_with(normed, self.up, "mul", gate), self.down, "add", hidden)
 
 
 def unsupported(body: Any, device: str) -> str | None:
@@ -169,24 +185,21 @@ def unsupported(body: Any, device: str) -> str | None:
     return None
 
 
-def _join(*linears: Any) -> tuple[Tensor, Tensor | None]:
+def _join(*linears: Any) -> Weights:
     """Linear layers of one input as one. Their own weights become views of the joined: no second copy stays."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, view in zip(linears, torch.split(weight, [linear.out_features for linear in linears]), strict=True):
-        linear.weight.data = view
+    weight = torch.cat([layer.weight.detach() for layer in linears])
+    for layer, view in zip(linears, torch.split(weight, [layer.out_features for layer in linears]), strict=True):
+        layer.weight.data = view
     if linears[0].bias is None:
         return weight, None
-    return weight, torch.cat([linear.bias.detach() for linear in linears])
-
-
-def _add_linear(hidden: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    hidden.addmm_(inputs, weight.t())
-    if bias is not None:
-        hidden.add_(bias)
+    return weight, torch.cat([layer.bias.detach() for layer in linears])
 
 
 def _rms_norm(hidden: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     weight, epsilon = norm
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32:  # half the passes of torch's own there
+        length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        return (hidden * length.square_().div_(hidden.shape[-1]).add_(epsilon).rsqrt_()).mul_(weight)
     return functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 

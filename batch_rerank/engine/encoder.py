@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface
 
 from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack
+from batch_rerank.engine.linear import use_onednn
 from batch_rerank.engine.packing import Ids
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "gte")
@@ -29,6 +30,7 @@ class Packed:
         self._model, self._device, self._config = model, device, model.config
         self._plain = model.config._attn_implementation
         self._starts: Tensor | None = None
+        use_onednn(model)
         body = model.base_model
         pooler = getattr(body, "pooler", None)
         if model is not body:
@@ -119,7 +121,9 @@ def _attention(
     if attention_mask is not None or odd:
         raise NotImplementedError(f"packed attention of {type(module).__name__}: unexpected arguments {sorted(odd)}")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(query, key, value, cuts, cuts, scaling, causal=False)[0][None], None
+    out = torch.empty_like(query)
+    attend(query, key, value, cuts, cuts, scaling, False, out)
+    return out[None], None
 
 
 AttentionInterface.register(NAME, _attention)
