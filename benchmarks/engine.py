@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from engine_models import SHAPES, build_causal, build_embedding, build_encoder, linear_flop, train_tokenizer
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tokenizers import Tokenizer
 
 from batch_rerank import Reranker
 from batch_rerank.demo import standard_library
@@ -56,7 +55,8 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in result.items()))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        options.tokenizer = options.tokenizer or str(train_tokenizer(root / "tokenizer", [f.code for f in standard_library()]))
+        if not options.tokenizer:
+            options.tokenizer = str(train_tokenizer(root / "tokenizer", [f.code for f in standard_library()]))
         for name in options.rows or ROWS:
             if name == "bf16" and options.device == "cuda":
                 continue
@@ -112,8 +112,10 @@ def against_cross_encoder(options: argparse.Namespace, directory: Path, pairs: P
         local_files_only=True,
     )
     sample = pairs[:100]
-    trials = {size: seconds(lambda s=size: theirs.predict(sample, batch_size=s), options.device) for size in BATCH_SIZES}
-    best = min(trials, key=trials.__getitem__)
+    trials = [
+        (seconds(lambda s=size: theirs.predict(sample, batch_size=s), options.device), size) for size in BATCH_SIZES
+    ]
+    best = min(trials)[1]
     ours.score(sample)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -212,8 +214,11 @@ def pairs_of(options: argparse.Namespace, collection: str, queries: int | None =
         query_id, _, doc_id, *_ = line.split()
         run.setdefault(query_id, []).append(doc_id)
     chosen = rng.sample(sorted(run), min(queries, len(run)))
-    filled = {q: (run[q] + [d for d in rng.sample(sorted(texts["corpus"]), depth) if d not in run[q]])[:depth] for q in chosen}
-    return [(texts["queries"][q], texts["corpus"][d]) for q, documents in filled.items() for d in documents]
+    pairs = []
+    for query in chosen:
+        more = [doc for doc in rng.sample(sorted(texts["corpus"]), depth) if doc not in run[query]]
+        pairs += [(texts["queries"][query], texts["corpus"][doc]) for doc in (run[query] + more)[:depth]]
+    return pairs
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:

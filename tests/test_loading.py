@@ -134,7 +134,7 @@ def test_weights_that_give_nan_are_refused_at_the_first_score(copy: Copy, name: 
     )
     spec = resolve_model(str(directory))
     encoded = make_encoder(spec).encode([Group("query", ["one", "two"])])
-    with pytest.raises(ModelError, match="NaN or infinity for (2 of 2 pairs|3 of 3 texts)"):
+    with pytest.raises(ModelError, match=r"NaN or infinity for (2 of 2 pairs|3 of 3 texts)"):
         make_scorer(spec).score(encoded)
 
 
