@@ -73,7 +73,7 @@ class Model(Section):
     name: str
     revision: str | None = None
     kind: str = "auto"
-    template: str = "auto"
+    template: str | dict[str, Any] = "auto"
     instruction: str | None = None
     max_length: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -16,9 +16,13 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GemmaConfig,
+    GemmaForCausalLM,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -34,7 +38,7 @@ CORPUS = [
     "Die Hauptstadt von Frankreich heißt Paris. La capitale de la France est à Paris.",
     "中国的首都是北京。北京在哪里？ Столица России — Москва. Где находится Москва?",
     "def rank(items):\n    return sorted(items, key=lambda item: -item.score)\n",
-    *["yes", "no"] * 8,
+    *["yes", "no", "Yes", "0", "1"] * 8,
 ] * 3
 LETTERS = sorted({letter for text in CORPUS for letter in text if not letter.isspace()})
 WORDS = sorted({word for text in CORPUS for word in re.findall(r"\w{2,}", text)})
@@ -59,6 +63,22 @@ def qwen3_reranker(path: Path, tied: bool = True) -> Path:
     tokenizer = _qwen_tokenizer(path, appends_end=False)
     _save(Qwen3ForCausalLM(_qwen3_config(tokenizer, tied)), path, seed=1 if tied else 2)
     return _as_on_the_hub(path, tokenizer)
+
+
+def qwen2_reranker(path: Path) -> Path:
+    """mixedbread-ai/mxbai-rerank-base-v2: Qwen2, with biases on queries, keys and values, and a tied head."""
+    tokenizer = _qwen_tokenizer(path, appends_end=False)
+    config = Qwen2Config(**_sizes(tokenizer), tie_word_embeddings=True, max_position_embeddings=32768)
+    return _save(Qwen2ForCausalLM(config), path, seed=8)
+
+
+def gemma_reranker(path: Path) -> Path:
+    """BAAI/bge-reranker-v2-gemma: Gemma, whose norms multiply by 1 + weight and whose embeddings are scaled."""
+    tokenizer = _qwen_tokenizer(path, appends_end=False)
+    tokenizer.add_special_tokens(["<bos>"])
+    _save_tokenizer(tokenizer, path, "PreTrainedTokenizerFast", 8192, {"bos": "<bos>", "pad": "<|endoftext|>"})
+    config = GemmaConfig(**_sizes(tokenizer), head_dim=32, max_position_embeddings=8192)
+    return _save(GemmaForCausalLM(config), path, seed=9)
 
 
 def qwen3_embedding(path: Path) -> Path:
@@ -186,14 +206,15 @@ def _save_tokenizer(tokenizer: Tokenizer, path: Path, cls: str, max_length: int,
     _write(path / "tokenizer_config.json", {"tokenizer_class": cls, "model_max_length": max_length, **tokens})
 
 
+def _sizes(tokenizer: Tokenizer) -> dict[str, int]:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+    return {"vocab_size": tokenizer.get_vocab_size(), **sizes, **heads}
+
+
 def _qwen3_config(tokenizer: Tokenizer, tied: bool) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **_sizes(tokenizer),
         head_dim=32,  # heads times head_dim is not hidden_size, as in 0.6B and 4B
         max_position_embeddings=40960,
         tie_word_embeddings=tied,

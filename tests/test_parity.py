@@ -36,7 +36,7 @@ TEXTS = [
 ]
 FORTY = [*TEXTS, *(f"{i} {text} " * (1 + i % 4) for i in (1, 2) for text in TEXTS), *TEXTS]
 LONG = "where does the river rise " * 80
-MAX_LENGTH = 256  # of the tests that cut; LONG is longer in every tokenizer here
+MAX_LENGTH = 320  # of the tests that cut; LONG is longer in every tokenizer here
 
 
 class Row(NamedTuple):
@@ -67,6 +67,98 @@ def qwen3_reranker_card(directory: Path) -> Reference:
         ids = prefix + middle + suffix
         logits = model(torch.tensor([ids])).logits[0, -1]
         return Row(float(logits[yes] - logits[no]), len(ids), len(middle) < len(whole))
+
+    return score
+
+
+def pieces(
+    lay: Callable[[str, str, str], list[str]], true: str | int, false: str | None = None
+) -> Callable[[Path], Reference]:
+    """A causal reranker whose pieces are tokenised apart. `lay`: query, document and instruction to the pieces, the
+    document's first of all; `DOCUMENT` stands for its place. What follows the document is never cut."""
+
+    def load(directory: Path) -> Reference:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        ids = functools.partial(tokenizer.encode, add_special_tokens=False)
+
+        def score(query: str, document: str, instruction: str, max_length: int) -> Row:
+            of_document, *laid = lay(query, document, instruction)
+            place = laid.index(DOCUMENT)
+            before, after = ([i for piece in part for i in ids(piece)] for part in (laid[:place], laid[place + 1 :]))
+            before_cut = before[: max_length - len(after)]
+            whole = ids(of_document)
+            kept = whole[: max_length - len(before_cut) - len(after)]
+            sequence = before_cut + kept + after
+            logits = model(torch.tensor([sequence])).logits[0, -1]
+            answer = logits[true if isinstance(true, int) else tokenizer.convert_tokens_to_ids(true)]
+            if false is not None:
+                answer = answer - logits[tokenizer.convert_tokens_to_ids(false)]
+            return Row(float(answer), len(sequence), len(sequence) < len(before) + len(whole) + len(after))
+
+        return score
+
+    return load
+
+
+DOCUMENT = "\0"
+QWEN_SYSTEM = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+
+
+def qwen3_eval(query: str, document: str, instruction: str) -> list[str]:
+    tail = "<|im_end|>\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    return [
+        f" {document}",
+        f"{QWEN_SYSTEM}<Instruct>: {instruction}\n\n<Query>: {query}\n\n<Document>:",
+        DOCUMENT,
+        tail,
+    ]
+
+
+def mxbai(query: str, document: str, instruction: str) -> list[str]:
+    system = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    task = (
+        "You are a search relevance expert who evaluates how well documents match search queries. For each "
+        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
+        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:"
+    )
+    asked = [f"instruction: {instruction}", "\n"] if instruction else []
+    before = [system, "<|im_start|>user\n", *asked, f"query: {query}", "\n", "document:"]
+    return [f" {document}", *before, DOCUMENT, "\n", task, "<|im_end|>\n<|im_start|>assistant\n"]
+
+
+def zerank(query: str, document: str, instruction: str) -> list[str]:
+    before = f"<|im_start|>system\n{query}<|im_end|>\n<|im_start|>user\n"
+    return [document, before, DOCUMENT, "<|im_end|>\n<|im_start|>assistant\n"]
+
+
+def gemma(query: str, document: str, instruction: str) -> list[str]:
+    task = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing "
+        "a prediction of either 'Yes' or 'No'."
+    )
+    return [f" {document}", "<bos>", f"A: {query}", "\n", "B:", DOCUMENT, "\n", task]
+
+
+def ctxl(directory: Path) -> Reference:
+    """One string, the query after the document: where it is too long the document is cut."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = functools.partial(tokenizer.encode, add_special_tokens=False)
+
+    def score(query: str, document: str, instruction: str, max_length: int) -> Row:
+        head = "Check whether a given document contains information helpful to answer the query.\n<Document>"
+        tail = f"\n<Query> {query}{' ' + instruction if instruction else ''} ??"
+        whole = ids(f"{head} {document}{tail}")
+        sequence = whole
+        if len(whole) > max_length:
+            end = ids(tail)[-max_length:]
+            start = ids(head)[: max_length - len(end)]
+            sequence = start + ids(f" {document}")[: max_length - len(start) - len(end)] + end
+        return Row(float(model(torch.tensor([sequence])).logits[0, -1, 0]), len(sequence), len(whole) > max_length)
 
     return score
 
@@ -119,15 +211,18 @@ class Model(NamedTuple):
     directory: Path
     reference: Reference
     tolerance: float
+    template: str = "auto"
+    instruction: str = WEB_SEARCH
 
     def score(self, groups: list[Group], token_budget: int | None = None, **settings: Any) -> tuple[Encoded, Float32]:
-        spec = resolve_model(str(self.directory), **settings)
+        spec = resolve_model(str(self.directory), template=self.template, **settings)
         encoded = make_encoder(spec).encode(groups)
         return encoded, make_scorer(spec, token_budget=token_budget).score(encoded)
 
     def assert_parity(self, groups: list[Group], **settings: Any) -> list[Row]:
-        max_length = settings.get("max_length") or resolve_model(str(self.directory)).max_length
-        instruction = settings.get("instruction", WEB_SEARCH)
+        spec = resolve_model(str(self.directory), template=self.template)
+        max_length = settings.get("max_length") or spec.max_length
+        instruction = settings.get("instruction", self.instruction)
         with torch.inference_mode():
             expected = [
                 self.reference(
@@ -146,6 +241,17 @@ class Model(NamedTuple):
 MODELS = {
     "qwen3-reranker-tied": (lambda path: checkpoints.qwen3_reranker(path, tied=True), qwen3_reranker_card, 1e-4),
     "qwen3-reranker-untied": (lambda path: checkpoints.qwen3_reranker(path, tied=False), qwen3_reranker_card, 1e-4),
+    "qwen3-reranker-eval": (
+        checkpoints.qwen3_reranker,
+        pieces(qwen3_eval, "yes", "no"),
+        1e-4,
+        "qwen3-reranker-eval",
+        "Given the user query, retrieval the relevant passages",
+    ),
+    "mxbai-rerank-v2": (checkpoints.qwen2_reranker, pieces(mxbai, "1", "0"), 1e-4, "mxbai-rerank-v2", ""),
+    "zerank": (checkpoints.qwen3_reranker, pieces(zerank, "Yes"), 1e-4, "zerank", ""),
+    "ctxl-rerank-v2": (checkpoints.qwen3_reranker, ctxl, 1e-4, "ctxl-rerank-v2", ""),
+    "bge-reranker-v2-gemma": (checkpoints.gemma_reranker, pieces(gemma, "Yes"), 1e-4, "bge-reranker-v2-gemma", ""),
     "bge-reranker": (checkpoints.xlmr_reranker, flag_embedding, 1e-4),
     "ms-marco-minilm": (checkpoints.bert_reranker, flag_embedding, 1e-4),
     "modernbert": (checkpoints.modernbert_reranker, flag_embedding, 1e-4),
@@ -153,7 +259,14 @@ MODELS = {
     "all-minilm": (lambda path: checkpoints.bert_embedding(path, "mean"), sentences("mean", ""), 1e-5),
     "bge-base": (lambda path: checkpoints.bert_embedding(path, "cls"), sentences("cls", ""), 1e-5),
 }
-TAKE_INSTRUCTIONS = ["qwen3-reranker-tied", "qwen3-reranker-untied", "qwen3-embedding"]
+TAKE_INSTRUCTIONS = [
+    "qwen3-reranker-tied",
+    "qwen3-reranker-untied",
+    "qwen3-reranker-eval",
+    "mxbai-rerank-v2",
+    "ctxl-rerank-v2",
+    "qwen3-embedding",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -171,9 +284,9 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
     def load(name: str) -> Model:
         if name not in loaded:
-            build, reference, tolerance = MODELS[name]
+            build, reference, tolerance, *template = MODELS[name]
             directory = build(tmp_path_factory.mktemp(name))
-            loaded[name] = Model(directory, functools.cache(reference(directory)), tolerance)
+            loaded[name] = Model(directory, functools.cache(reference(directory)), tolerance, *template)
         return loaded[name]
 
     return load

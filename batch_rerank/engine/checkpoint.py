@@ -7,11 +7,12 @@ checks all that can be checked before an accelerator is taken. `identify` gives 
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from batch_rerank.engine.templates import HUB_MODELS, PAIR, SENTENCE, TEMPLATES
+from batch_rerank.engine.templates import HUB_MODELS, PAIR, SENTENCE, TEMPLATES, CausalTemplate, parse_template
 from batch_rerank.errors import ConfigError, ModelError
 
 Kind = Literal["causal", "sequence_classification", "bi_encoder", "checksum"]
@@ -27,7 +28,8 @@ class ModelSpec:
     """A model as the job will use it.
 
     `max_length` counts tokens of the whole sequence. `instruction` is the job's or the template's, None where the
-    template has no place for one. `relevance` says how a score becomes 0..1: "sigmoid", or "none" if undefined.
+    template has no place for one. `relevance` says how a score becomes 0..1: "sigmoid" of
+    score / relevance_scale, or "none" if undefined. `causal`: the template of a causal model.
     """
 
     name: str
@@ -40,6 +42,8 @@ class ModelSpec:
     max_length: int
     dtype: str
     relevance: Literal["sigmoid", "none"]
+    relevance_scale: float = 1.0
+    causal: CausalTemplate | None = None
     trust_remote_code: bool = False
     pooling: Literal["cls", "mean", "last", ""] = ""
     normalize: bool = False
@@ -57,7 +61,7 @@ def resolve_model(
     *,
     revision: str | None = None,
     kind: str = "auto",
-    template: str = "auto",
+    template: str | Mapping[str, Any] = "auto",
     instruction: str | None = None,
     max_length: int | None = None,
     dtype: str = "auto",
@@ -89,7 +93,8 @@ def resolve_model(
             f"model directory {directory}: one of its JSON files has content of an unexpected form "
             f"({type(error).__name__}: {error}); expected a transformers checkpoint; copy it again"
         ) from error
-    details["instruction"] = _instruction(chosen, details["instruction"], instruction)
+    label = chosen if isinstance(chosen, str) else chosen.name
+    details["instruction"] = _instruction(label, details["instruction"], instruction)
     details["max_length"] = _max_length(max_length, details["max_length"], details.pop("positions"))
     return ModelSpec(
         name=name if commit else str(directory),  # absolute: workers may have another working directory
@@ -97,7 +102,7 @@ def resolve_model(
         directory=str(directory),
         identity=identify(directory, commit),
         kind=found,
-        template=chosen,
+        template=label,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         **details,
@@ -240,25 +245,29 @@ def _kind(directory: Path, config: dict[str, Any], asked: str, name: str) -> Kin
     return found
 
 
-def _template(kind: Kind, asked: str, config: dict[str, Any], name: str) -> str:
+def _template(kind: Kind, asked: str | Mapping[str, Any], config: dict[str, Any], name: str) -> str | CausalTemplate:
     only = {"sequence_classification": PAIR, "bi_encoder": SENTENCE}.get(kind)
     if only is not None:
         if asked not in ("auto", only):
             raise ConfigError(f"model.template: found {asked!r}; a model of kind {kind} takes {only!r} or auto")
         return only
+    if not isinstance(asked, str):
+        return parse_template(asked)
     if asked == "auto" and name in HUB_MODELS:
-        return HUB_MODELS[name].template
+        return TEMPLATES[HUB_MODELS[name].template]
     if asked == "auto" and config.get("model_type") != "qwen3":
         raise ConfigError(
             f"model.template: no template is known for the architecture {config.get('architectures')}; "
-            f"set one of {sorted(TEMPLATES)} if the model was trained with it"
+            f"set one of {sorted(TEMPLATES)} if the model was trained with it, or write your own"
         )
     if asked not in ("auto", *TEMPLATES):
-        raise ConfigError(f"model.template: found {asked!r}; expected one of {sorted(TEMPLATES)}")
-    return "qwen3-reranker" if asked == "auto" else asked
+        raise ConfigError(f"model.template: found {asked!r}; expected one of {sorted(TEMPLATES)}, or a mapping")
+    return TEMPLATES["qwen3-reranker" if asked == "auto" else asked]
 
 
-def _details(directory: Path, config: dict[str, Any], kind: Kind, template: str, name: str) -> dict[str, Any]:
+def _details(
+    directory: Path, config: dict[str, Any], kind: Kind, template: str | CausalTemplate, name: str
+) -> dict[str, Any]:
     """What depends on the kind: default instruction and max_length, positions, relevance, pooling, prompts."""
     positions = _positions(config)
     known = HUB_MODELS[name].max_length if name in HUB_MODELS else None
@@ -272,10 +281,10 @@ def _details(directory: Path, config: dict[str, Any], kind: Kind, template: str,
         "max_length": known or default,
         "relevance": "none",
     }
-    if kind == "causal":
-        causal = TEMPLATES[template]
-        length = min(causal.max_length, positions)
-        return {**common, "relevance": "sigmoid", "max_length": length, "instruction": causal.instruction}
+    if isinstance(template, CausalTemplate):
+        own = {"relevance": template.relevance, "relevance_scale": template.scale, "causal": template}
+        length = min(template.max_length, positions)
+        return {**common, **own, "max_length": length, "instruction": template.instruction}
     if kind == "sequence_classification":
         labels = config.get("num_labels") or len(config.get("id2label") or {"0": "", "1": ""})
         if labels != 1:

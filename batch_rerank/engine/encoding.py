@@ -7,21 +7,26 @@ A pair's sequence is prefix(query) + document[:kept] + tail. A bi-encoder's two 
 query) and the document. No torch here, so that a CPU task which only tokenises starts fast and stays small.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.templates import TEMPLATES, CausalTemplate
+from batch_rerank.engine.templates import CausalTemplate
 from batch_rerank.errors import ConfigError, ModelError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+Item = TypeVar("Item", bound=Hashable)
+
+_NONE = np.empty(0, np.int32)
 
 PROBES = (
     "",
@@ -96,7 +101,8 @@ def make_encoder(spec: ModelSpec) -> Encoder:
         return ByteEncoder(spec.max_length, spec.instruction or "")
     tokenizer = load_tokenizer(Path(spec.directory))
     if spec.kind == "causal":
-        return CausalEncoder(tokenizer, TEMPLATES[spec.template], spec.instruction, spec.max_length)
+        assert spec.causal is not None
+        return CausalEncoder(tokenizer, spec.causal, spec.instruction, spec.max_length)
     if spec.kind == "sequence_classification":
         return PairEncoder(tokenizer, spec.max_length)
     return SentenceEncoder(tokenizer, spec)
@@ -117,11 +123,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 class CausalEncoder:
-    """ids(prefix) + ids(middle)[: max_length - prefix - suffix] + ids(suffix), as on Qwen3-Reranker's card.
+    """ids(prefix) + ids(pieces of the middle) + ids(suffix); what the template has after the document is never cut.
 
-    The middle is split before the space that precedes the document, which for Qwen's tokenizer gives the ids of the
-    whole string, so query and document are tokenised apart and once each. Where the probes disprove that for a
-    tokenizer, whole middles are tokenised, pair by pair.
+    A piece is split before the space that precedes the document and after the document, which for Qwen's tokenizer
+    gives the ids of the whole string, so query and document are tokenised apart and once each. Where the probes
+    disprove that for a tokenizer, or where a query follows its document, the pairs are tokenised one by one.
     """
 
     def __init__(
@@ -129,48 +135,100 @@ class CausalEncoder:
     ) -> None:
         self._tokenizer, self._template, self._instruction = tokenizer, template, instruction
         self._prefix, self._suffix = (_ids(tokenizer, [text])[0] for text in (template.prefix, template.suffix))
-        self._limit = max_length - len(self._prefix) - len(self._suffix)
-        frame = len(_ids(tokenizer, [template.before_document("", instruction)])[0])
-        if self._limit <= frame:
-            needed = max_length - self._limit + frame
+        self._max_length = max_length
+        empty = self._frame(Group("", []))
+        needed = len(self._prefix) + len(empty.head) + len(empty.tail)
+        if needed >= max_length:
             raise ConfigError(
-                f"model.max_length: found {max_length}, but the template {template.name!r} takes {needed} tokens; "
-                f"set at least {needed + 16}"
+                f"model.max_length: found {max_length}, but the template {template.name!r} takes {needed + 1} tokens; "
+                f"set at least {needed + 17}"
             )
-        self.splits = self._split_is_exact()
+        self.splits = template.constant_tail and self._split_is_exact()
 
     def _split_is_exact(self) -> bool:
-        heads = [self._head(Group(query, [])) for query in PROBES]
-        documents = [self._lead() + text for text in PROBES]
-        whole = [head + document for head in heads for document in documents]
-        head_ids, document_ids = _ids(self._tokenizer, heads), _ids(self._tokenizer, documents)
-        apart = [np.concatenate([head, document]) for head in head_ids for document in document_ids]
-        return all(np.array_equal(a, b) for a, b in zip(apart, _ids(self._tokenizer, whole), strict=True))
-
-    def _lead(self) -> str:
-        before = self._template.middle.partition("{document}")[0]
-        return before[len(before.rstrip(" ")) :]
-
-    def _head(self, group: Group) -> str:
-        before = self._template.before_document(
-            group.query, self._instruction if group.instruction is None else group.instruction
+        frames = [self._frame(Group(query, [])) for query in PROBES]
+        documents = _ids(self._tokenizer, [frames[0].lead + text for text in PROBES])
+        tail = frames[0].tail
+        if not len(tail):
+            raise ModelError(f"template {self._template.name!r}: nothing follows the document; add a suffix")
+        return all(
+            np.array_equal(np.concatenate([frame.head, document, tail]), self._whole(frame, text))
+            for frame in frames
+            for document, text in zip(documents, PROBES, strict=True)
         )
-        return before[: len(before) - len(self._lead())]
+
+    def _frame(self, group: Group) -> "_Frame":
+        before, after, rest = self._template.pieces(group.query, self._given(group))
+        text = before[-1]
+        lead = text[len(text.rstrip(" ")) :]
+        head = _ids(self._tokenizer, [*before[:-1], text.rstrip(" ")])
+        following = _ids(self._tokenizer, rest)
+        tail = np.concatenate([*_ids(self._tokenizer, [after]), *following, self._suffix])
+        around = (np.concatenate([*head[:-1]]) if head[:-1] else _NONE, np.concatenate([*following, self._suffix]))
+        return _Frame(np.concatenate(head), lead, tail, text, after, around)
+
+    def _whole(self, frame: "_Frame", document: str) -> Int32:
+        """The ids of a pair after the prefix, with the document's piece tokenised as one string."""
+        piece = _ids(self._tokenizer, [frame.before + document + frame.after])[0]
+        return np.concatenate([frame.around[0], piece, frame.around[1]])
 
     def encode(self, groups: Sequence[Group]) -> Encoded:
-        """See Encoder. Cut on the right: the document's tail goes first, then the query's."""
-        heads = [self._head(group) for group in groups]
-        if self.splits:
-            documents = [self._lead() + document for group in groups for document in group.documents]
-        else:
-            documents = [h + self._lead() + d for h, g in zip(heads, groups, strict=True) for d in g.documents]
-            heads = ["" for _ in groups]
-        head_ids, head_of = _distinct(self._tokenizer, heads)
-        lengths = np.array([len(ids) for ids in head_ids], np.int32)[head_of]
-        prefixes = [np.concatenate([self._prefix, ids[: self._limit]]) for ids in head_ids]
-        room = np.maximum(self._limit - lengths, 0)
-        cut = lengths > self._limit
-        return _encode_pairs(self._tokenizer, groups, prefixes, head_of, documents, room, cut, self._suffix)
+        """See Encoder."""
+        return self._encode_apart(groups) if self.splits else self._encode_whole(groups)
+
+    def _encode_apart(self, groups: Sequence[Group]) -> Encoded:
+        keys, frame_of = _unique([(group.query, self._given(group)) for group in groups])
+        befores = [self._template.pieces(*key)[0] for key in keys]
+        frame = self._frame(Group("", []))
+        flat = [piece for before in befores for piece in [*before[:-1], before[-1].rstrip(" ")]]
+        ids, ids_of = _distinct(self._tokenizer, flat)
+        ends = np.cumsum([len(before) for before in befores])
+        heads = [np.concatenate([ids[i] for i in piece]) for piece in np.split(ids_of, ends[:-1])] if keys else []
+        limit = self._max_length - len(self._prefix) - len(frame.tail)
+        documents = [frame.lead + document for group in groups for document in group.documents]
+        lengths = np.array([len(head) for head in heads], np.int32)[frame_of]
+        prefixes = [np.concatenate([self._prefix, head[:limit]]) for head in heads]
+        room = np.maximum(limit - lengths, 0)
+        return _encode_pairs(self._tokenizer, groups, prefixes, frame_of, documents, room, lengths > limit, frame.tail)
+
+    def _encode_whole(self, groups: Sequence[Group]) -> Encoded:
+        """Every pair's own string. Where it is too long, its pieces are tokenised apart and the document is cut."""
+        limit = self._max_length - len(self._prefix)
+        pairs, pair_of = _unique([(group.query, self._given(group), d) for group in groups for d in group.documents])
+        segments, cuts = [], []
+        for (query, instruction), members in itertools.groupby(pairs, lambda pair: pair[:2]):
+            frame = self._frame(Group(query, [], instruction))
+            documents = [document for _, _, document in members]
+            pieces = _ids(self._tokenizer, [frame.before + document + frame.after for document in documents])
+            for document, piece in zip(documents, pieces, strict=True):
+                ids = np.concatenate([frame.around[0], piece, frame.around[1]])
+                cuts.append(len(ids) > limit)
+                segments.append(self._cut(frame, document, limit) if cuts[-1] else ids)
+        stop = -len(self._suffix) or None
+        return _assemble_whole(groups, self._prefix, [ids[:stop] for ids in segments], cuts, pair_of, self._suffix)
+
+    def _cut(self, frame: "_Frame", document: str, limit: int) -> Int32:
+        tail = frame.tail[-limit:]  # longer only where the query follows the document: its end is kept
+        head = frame.head[: limit - len(tail)]
+        kept = _ids(self._tokenizer, [frame.lead + document])[0][: limit - len(tail) - len(head)]
+        return np.concatenate([head, kept, tail])
+
+    def _given(self, group: Group) -> str:
+        instruction = self._instruction if group.instruction is None else group.instruction
+        return instruction or ""
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What surrounds a group's documents: ids before (`head`, without the prefix) and after (`tail`, with the suffix);
+    the spaces that go with the document; the texts around it in its own piece, and the ids of the other pieces."""
+
+    head: Int32
+    lead: str
+    tail: Int32
+    before: str
+    after: str
+    around: tuple[Int32, Int32]
 
 
 class PairEncoder:
@@ -313,6 +371,38 @@ def _assemble(
     )
 
 
+def _assemble_whole(
+    groups: Sequence[Group], prefix: Int32, segments: list[Int32], cuts: list[bool], pair_of: Int32, tail: Int32
+) -> Encoded:
+    """Distinct pairs' own ids (`segments`) behind one prefix, which takes over what all of them begin with."""
+    common = _common(segments)
+    prefix = np.concatenate([prefix, *(ids[:common] for ids in segments[:1])])
+    segments = [ids[common:] for ids in segments]
+    lengths = np.array([len(ids) for ids in segments], np.int32)[pair_of]
+    return Encoded(
+        *_concatenate([prefix, *segments]),
+        prefix=np.zeros(len(groups), np.int32),
+        starts=_starts(groups),
+        document=pair_of + np.int32(1),
+        kept=lengths,
+        tail=tail,
+        n_tokens=(len(prefix) + lengths + len(tail)).astype(np.int32),
+        truncated=np.array(cuts, np.bool_)[pair_of],
+    )
+
+
+def _common(segments: list[Int32]) -> int:
+    """How many leading ids all segments share, short of a whole segment."""
+    if not segments:
+        return 0
+    first = segments[0]
+    longest = min(len(ids) for ids in segments) - 1
+    for ids in segments[1:]:
+        differ = np.flatnonzero(ids[:longest] != first[:longest])
+        longest = int(differ[0]) if len(differ) else longest
+    return max(longest, 0)
+
+
 def _starts(groups: Sequence[Group]) -> Int64:
     return np.cumsum([0, *(len(group.documents) for group in groups)], dtype=np.int64)
 
@@ -322,9 +412,9 @@ def _concatenate(segments: Sequence[npt.NDArray[np.integer]]) -> tuple[npt.NDArr
     return (np.concatenate(segments) if segments else np.empty(0, np.int32)), offsets
 
 
-def _unique(texts: list[str]) -> tuple[list[str], Int32]:
-    index: dict[str, int] = {}
-    positions = [index.setdefault(text, len(index)) for text in texts]
+def _unique(items: "list[Item]") -> "tuple[list[Item], Int32]":
+    index: dict[Item, int] = {}
+    positions = [index.setdefault(item, len(index)) for item in items]
     return list(index), np.array(positions, np.int32)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +27,6 @@ from batch_rerank.engine.attention import Cuts, Tensor
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import Encoded, PairEncoder, load_tokenizer
 from batch_rerank.engine.packing import Ids, Index, batches, filled, own_tokens, prefix_of, shared_packs
-from batch_rerank.engine.templates import TEMPLATES
 from batch_rerank.errors import ModelError
 
 log = logging.getLogger("batch_rerank")
@@ -35,7 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class CausalModel:
-    """score = logit(true token) - logit(false token) at the last position (Qwen3-Reranker's card: log-odds of yes)."""
+    """score = logit(true token) - logit(false token) at the last position (Qwen3-Reranker's card: log-odds of yes), or
+    the true token's logit alone where the template names no other."""
 
     def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
         model = _load(AutoModelForCausalLM, spec, device)
@@ -44,7 +45,9 @@ class CausalModel:
             raise ModelError(f"model {spec.name!r}: its head has a bias or a soft cap, which is not supported")
         yes, no = answer_tokens(spec)
         # Two rows in float32 instead of the whole vocabulary: 1.4e-6 from the full head, 35 % less work at 0.6B
-        self._direction = head.weight[yes].float() - head.weight[no].float()
+        self._direction = head.weight[yes].float()
+        if no is not None:
+            self._direction = self._direction - head.weight[no].float()
         _refuse_constant(spec, self._direction)
         self.model, self._body, self._device = model, model.base_model, device
         self._decoder = _packed(decoder, self._body, spec, device) if packed else None
@@ -210,21 +213,33 @@ def _packed(path: Any, model: Any, spec: ModelSpec, device: str) -> Any:
     return None
 
 
-def answer_tokens(spec: ModelSpec) -> tuple[int, int]:
+def answer_tokens(spec: ModelSpec) -> tuple[int, int | None]:
     """Ids of the template's true and false token. Raises ModelError unless each is one token of the vocabulary."""
+    assert spec.causal is not None
     tokenizer = load_tokenizer(Path(spec.directory))
-    template = TEMPLATES[spec.template]
-    ids = []
-    for text in (template.true_token, template.false_token):
-        found = tokenizer.encode(text, add_special_tokens=False).ids
-        if len(found) != 1:
+    true, false = (
+        _token(tokenizer, spec.template, token) for token in (spec.causal.true_token, spec.causal.false_token)
+    )
+    if true == false or true is None:
+        raise ModelError(f"template {spec.template!r}: both answers are token {true}, expected two different ones")
+    return true, false
+
+
+def _token(tokenizer: Tokenizer, template: str, token: str | int | None) -> int | None:
+    if token is None:
+        return None
+    if isinstance(token, int):
+        if tokenizer.id_to_token(token) is None:
             raise ModelError(
-                f"template {template.name!r}: the answer {text!r} is {len(found)} tokens here, expected one"
+                f"template {template!r}: the answer is token id {token}, which the tokenizer does not have"
             )
-        ids.append(found[0])
-    if ids[0] == ids[1]:
-        raise ModelError(f"template {template.name!r}: both answers are token {ids[0]}, expected two different ones")
-    return ids[0], ids[1]
+        return token
+    found = tokenizer.encode(token, add_special_tokens=False).ids
+    if len(found) != 1:
+        raise ModelError(
+            f"template {template!r}: the answer {token!r} is {len(found)} tokens here ({found}), expected one"
+        )
+    return int(found[0])
 
 
 def _refuse_constant(spec: ModelSpec, head: torch.Tensor) -> None:

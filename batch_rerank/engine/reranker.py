@@ -1,7 +1,7 @@
 """The Python face, in the shape people know from CrossEncoder: one model in this process, no job, no Ray."""
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Reranker:
         max_length: int | None = None,
         dtype: str = "auto",
         kind: str = "auto",
-        template: str = "auto",
+        template: str | Mapping[str, Any] = "auto",
         instruction: str | None = None,
         device: str = "auto",
         token_budget: int | None = None,

@@ -62,10 +62,12 @@ def make_scorer(spec: ModelSpec, device: str = "cpu", token_budget: int | None =
 
 
 def relevance(spec: ModelSpec, scores: Float32) -> Float32 | None:
-    """float32[n] in 0..1: the sigmoid of the scores, or None where the model defines no such map."""
+    """float32[n] in 0..1: the sigmoid of the scaled scores, or None where the model defines no such map."""
     if spec.relevance == "none":
         return None
-    logits = np.clip(scores.astype(np.float64), -500, 500)  # exp overflows beyond 709; float32 sees no difference
+    logits = np.clip(
+        scores.astype(np.float64) / spec.relevance_scale, -500, 500
+    )  # exp overflows beyond 709; float32 sees no difference
     return np.asarray(1 / (1 + np.exp(-logits)), np.float32)
 
 

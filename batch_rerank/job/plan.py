@@ -210,7 +210,7 @@ def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen
         "scoring_version": SCORING_VERSION,
         "model.identity": model.identity,
         "model.kind": model.kind,
-        "model.template": model.template,
+        "model.template": model.template if model.causal is None else asdict(model.causal),
         "model.instruction": model.instruction,
         "model.max_length": model.max_length,
         "model.dtype": model.dtype,
