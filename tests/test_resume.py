@@ -121,7 +121,11 @@ def test_a_part_of_another_job_is_not_adopted(flat_shards: Path, tmp_path: Path)
 def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
     with log.open("wb") as stderr:
         return subprocess.Popen(
-            [sys.executable, "-m", "batch_rerank.cli", *arguments], stderr=stderr, start_new_session=True
+            [sys.executable, "-m", "batch_rerank.cli", *arguments],
+            stderr=stderr,
+            start_new_session=True,
+            # a shell's background jobs ignore Ctrl-C, and so would what these tests start if they run in one
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
