@@ -78,6 +78,7 @@ class Model(Section):
     max_length: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     @model_validator(mode="after")
     def _known_kind(self) -> "Model":

@@ -109,6 +109,98 @@ def xlmr_reranker(path: Path) -> Path:
     return _save(XLMRobertaForSequenceClassification(config), path, seed=4)
 
 
+def jina_reranker(path: Path) -> Path:
+    """jinaai/jina-reranker-v2-base-multilingual: XLM-R under the names of flash attention, without a model_type."""
+    xlmr_reranker(path)
+    weights = load_file(path / "model.safetensors")
+    names = {
+        "embeddings.LayerNorm": "emb_ln",
+        "encoder.layer.": "encoder.layers.",
+        "attention.output.dense": "mixer.out_proj",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "output.LayerNorm": "norm2",
+    }
+    packed = {}
+    for name, tensor in weights.items():
+        if "attention.self." in name:
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        packed[name] = tensor.contiguous()
+    for name in [name for name in weights if "attention.self.query" in name]:
+        parts = [weights[name.replace("query", part)] for part in ("query", "key", "value")]
+        new = name.replace("encoder.layer.", "encoder.layers.").replace("attention.self.query", "mixer.Wqkv")
+        packed[new] = torch.cat(parts)
+    save_file(packed, path / "model.safetensors", metadata={"format": "pt"})
+    classes = {"AutoConfig": "configuration_xlm_roberta.XLMRobertaFlashConfig"}
+    rewrite(path / "config.json", model_type=None, auto_map=classes, use_flash_attn=True, dtype=None)
+    return path
+
+
+GTE_FACTOR, GTE_THETA = 8.0, 20000
+
+
+def gte_reranker(path: Path) -> Path:
+    """Alibaba-NLP/gte-multilingual-reranker-base: `model_type: new`, packed projections, NTK-scaled rotary angles."""
+    xlmr_reranker(path)
+    rows = load_file(path / "model.safetensors")["roberta.embeddings.word_embeddings.weight"].shape[0]
+    hidden, inner = ENCODER["hidden_size"], ENCODER["intermediate_size"]
+    generator = torch.Generator().manual_seed(10)
+
+    def normal(*shape: int, around: float = 0.0) -> torch.Tensor:
+        return around + 0.2 * torch.randn(*shape, generator=generator)
+
+    weights = {
+        "new.embeddings.word_embeddings.weight": normal(rows, hidden),
+        "new.embeddings.token_type_embeddings.weight": normal(1, hidden),
+        "new.pooler.dense.weight": normal(hidden, hidden),
+        "new.pooler.dense.bias": normal(hidden),
+        "classifier.weight": normal(1, hidden),
+        "classifier.bias": normal(1),
+    }
+    norms = ["new.embeddings.LayerNorm"]
+    for layer in range(ENCODER["num_hidden_layers"]):
+        at = f"new.encoder.layer.{layer}"
+        norms += [f"{at}.attn_ln", f"{at}.mlp_ln"]
+        weights |= {
+            f"{at}.attention.qkv_proj.weight": normal(3 * hidden, hidden),
+            f"{at}.attention.qkv_proj.bias": normal(3 * hidden),
+            f"{at}.attention.o_proj.weight": normal(hidden, hidden),
+            f"{at}.attention.o_proj.bias": normal(hidden),
+            f"{at}.mlp.up_gate_proj.weight": normal(2 * inner, hidden),
+            f"{at}.mlp.down_proj.weight": normal(hidden, inner),
+            f"{at}.mlp.down_proj.bias": normal(hidden),
+        }
+    for norm in norms:
+        weights |= {f"{norm}.weight": normal(hidden, around=1.0), f"{norm}.bias": normal(hidden)}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    names = {"AutoConfig": "NewConfig", "AutoModelForSequenceClassification": "NewForSequenceClassification"}
+    config = {
+        **{key: value for key, value in ENCODER.items() if key != "num_labels"},
+        "architectures": ["NewForSequenceClassification"],
+        "model_type": "new",
+        "auto_map": {key: f"Alibaba-NLP/new-impl--modeling.{name}" for key, name in names.items()},
+        "hidden_act": "gelu",
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "layer_norm_eps": 1e-12,
+        "layer_norm_type": "layer_norm",
+        "max_position_embeddings": 1024,
+        "pack_qkv": True,
+        "pad_token_id": 1,
+        "position_embedding_type": "rope",
+        "rope_scaling": {"factor": GTE_FACTOR, "type": "ntk"},
+        "rope_theta": GTE_THETA,
+        "torch_dtype": "float16",
+        "type_vocab_size": 1,
+        "vocab_size": rows,
+    }
+    _write(path / "config.json", config)
+    return path
+
+
 def bert_reranker(path: Path) -> Path:
     """cross-encoder/ms-marco-MiniLM: the document has token type 1, and its score is the logit as it is."""
     tokenizer = _wordpiece_tokenizer(path)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import bert_embedding, bert_reranker, qwen3_embedding, qwen3_reranker, rewrite, xlmr_reranker
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from batch_rerank.engine.checkpoint import ModelSpec, identify, relocate, resolve_model
 from batch_rerank.engine.encoding import Group, make_encoder
+from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.errors import BatchRerankError, ConfigError, ModelError
 
@@ -82,7 +84,26 @@ def test_no_weights(copy: Copy) -> None:
 def test_pickled_weights_are_named_and_never_opened(copy: Copy) -> None:
     directory = copy("xlmr")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    refused(ModelError, directory, "only pickled weights (pytorch_model.bin)", "convert it to safetensors")
+    refused(ModelError, directory, "only pickled weights (pytorch_model.bin)", "allow_pickle")
+
+
+def test_pickled_weights_are_read_where_they_are_allowed_and_run_no_code(copy: Copy, tmp_path: Path) -> None:
+    directory = copy("xlmr")
+    expected = Reranker(str(directory), device="cpu").score([("query", "document")])
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    spec = resolve_model(str(directory), allow_pickle=True)
+    encoded = make_encoder(spec).encode([Group("query", ["document"])])
+    np.testing.assert_array_equal(make_scorer(spec).score(encoded), expected)
+
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"weight": Touch()}, directory / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        make_scorer(resolve_model(str(directory), allow_pickle=True))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.9999])
@@ -230,7 +251,7 @@ def with_code(copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(with_code: Path, tmp_path: Path) -> None:
-    refused(ModelError, with_code, "cannot be loaded", "custom code")
+    refused(ModelError, with_code, "cannot be loaded", "model.trust_remote_code: true")
     assert not (tmp_path / "ran").exists()
 
 
@@ -257,7 +278,7 @@ def test_an_instruction_where_the_template_has_no_place(originals: dict[str, Pat
 
 
 def test_an_unknown_template(originals: dict[str, Path]) -> None:
-    refused(ConfigError, originals["qwen"], "found 'chatml'", "['qwen3-reranker']", template="chatml")
+    refused(ConfigError, originals["qwen"], "found 'chatml'", "'qwen3-reranker'", template="chatml")
     refused(ConfigError, originals["xlmr"], "found 'chatml'", "takes 'pair' or auto", template="chatml")
 
 

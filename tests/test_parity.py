@@ -12,6 +12,7 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from batch_rerank.engine.checkpoint import resolve_model
@@ -183,6 +184,61 @@ def flag_embedding(directory: Path) -> Reference:
     return score
 
 
+def jina(directory: Path) -> Reference:
+    """The same weights under their usual names, in transformers' XLM-R."""
+    return flag_embedding(checkpoints.xlmr_reranker(directory / "plain"))
+
+
+def gte(directory: Path) -> Reference:
+    """The forward of Alibaba-NLP/new-impl, from its weights and nothing else: post-norm layers, packed projections,
+    gelu gate, rotary positions whose base is scaled by NTK."""
+    weights = load_file(directory / "model.safetensors")
+    backend = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    heads = checkpoints.ENCODER["num_attention_heads"]
+    dim = checkpoints.ENCODER["hidden_size"] // heads
+    base = checkpoints.GTE_THETA * checkpoints.GTE_FACTOR
+    frequencies = 1 / base ** (torch.arange(0, dim, 2) / dim) / checkpoints.GTE_FACTOR ** (2 / dim)
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], scale, shift, 1e-12)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:  # [heads, n, dim]
+        angles = torch.arange(x.shape[1])[:, None] * torch.cat([frequencies, frequencies])
+        left, right = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
+
+    def layer(at: str, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part.view(len(x), heads, dim).transpose(0, 1) for part in linear(f"{at}.attention.qkv_proj", x).chunk(3, -1)
+        )
+        mixed = torch.softmax(rotate(q) @ rotate(k).mT / dim**0.5, -1) @ v
+        x = norm(f"{at}.attn_ln", x + linear(f"{at}.attention.o_proj", mixed.transpose(0, 1).flatten(1)))
+        up, gate = linear(f"{at}.mlp.up_gate_proj", x).chunk(2, -1)
+        return norm(f"{at}.mlp_ln", x + linear(f"{at}.mlp.down_proj", torch.nn.functional.gelu(gate) * up))
+
+    def score(query: str, document: str, instruction: str, max_length: int) -> Row:
+        whole = backend.encode(query, document)
+        q, d = (backend.encode(text, add_special_tokens=False) for text in (query, document))
+        q.truncate(max_length * 3 // 4)
+        d.truncate(max_length - len(q) - 4)
+        ids = torch.tensor(backend.post_process(q, d).ids)
+        x = (
+            weights["new.embeddings.word_embeddings.weight"][ids]
+            + weights["new.embeddings.token_type_embeddings.weight"][0]
+        )
+        x = norm("new.embeddings.LayerNorm", x)
+        for index in range(checkpoints.ENCODER["num_hidden_layers"]):
+            x = layer(f"new.encoder.layer.{index}", x)
+        logit = linear("classifier", torch.tanh(linear("new.pooler.dense", x[:1])))
+        return Row(float(logit), len(ids), len(ids) < len(whole.ids))
+
+    return score
+
+
 def sentences(pooling: str, prompt: str) -> Callable[[Path], Reference]:
     """A bi-encoder by its card: tokenizer, pooling, L2, dot product."""
 
@@ -253,6 +309,8 @@ MODELS = {
     "ctxl-rerank-v2": (checkpoints.qwen3_reranker, ctxl, 1e-4, "ctxl-rerank-v2", ""),
     "bge-reranker-v2-gemma": (checkpoints.gemma_reranker, pieces(gemma, "Yes"), 1e-4, "bge-reranker-v2-gemma", ""),
     "bge-reranker": (checkpoints.xlmr_reranker, flag_embedding, 1e-4),
+    "jina-reranker": (checkpoints.jina_reranker, jina, 1e-4),
+    "gte-multilingual": (checkpoints.gte_reranker, gte, 1e-4),
     "ms-marco-minilm": (checkpoints.bert_reranker, flag_embedding, 1e-4),
     "modernbert": (checkpoints.modernbert_reranker, flag_embedding, 1e-4),
     "qwen3-embedding": (checkpoints.qwen3_embedding, sentences("last", "Instruct: {instruction}\nQuery:"), 1e-5),

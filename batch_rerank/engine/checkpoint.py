@@ -45,6 +45,7 @@ class ModelSpec:
     relevance_scale: float = 1.0
     causal: CausalTemplate | None = None
     trust_remote_code: bool = False
+    pickled: bool = False
     pooling: Literal["cls", "mean", "last", ""] = ""
     normalize: bool = False
     query_prompt: str = ""
@@ -67,6 +68,7 @@ def resolve_model(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> ModelSpec:
     """Describe the model that a hub id or a checkpoint directory names. Of a hub id only the small files are fetched:
     the weights are for those who score (`relocate`).
@@ -80,8 +82,9 @@ def resolve_model(
     if kind == "checksum":
         return _checksum_spec(name, instruction, max_length)
     directory, commit = locate(name, revision, weights=False)
+    pickled = allow_pickle and not any(directory.glob("*.safetensors"))
     if commit is None:
-        check_weights(directory)
+        check_weights(directory, pickled)
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     try:
         config = _read_json(directory / "config.json")
@@ -105,6 +108,7 @@ def resolve_model(
         template=label,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        pickled=pickled,
         **details,
     )
 
@@ -113,9 +117,9 @@ def relocate(spec: ModelSpec, weights: bool = True) -> ModelSpec:
     """A planned model on this machine. Raises ModelError where it is not here, or not the one that was planned."""
     if spec.kind == "checksum":
         return spec
-    directory, commit = locate(spec.name, spec.revision, weights)
+    directory, commit = locate(spec.name, spec.revision, weights, spec.pickled)
     if weights:
-        check_weights(directory)
+        check_weights(directory, spec.pickled)
     found = identify(directory, commit)
     if found != spec.identity:
         raise ModelError(
@@ -125,7 +129,7 @@ def relocate(spec: ModelSpec, weights: bool = True) -> ModelSpec:
     return replace(spec, directory=str(directory))
 
 
-def locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str | None]:
+def locate(name: str, revision: str | None, weights: bool = True, pickled: bool = False) -> tuple[Path, str | None]:
     """The checkpoint's directory and, for a hub id, its commit. Downloads from the hub what is not cached; without
     `weights` the small files only, so that a CPU node does not fetch 16 GB to tokenise."""
     directory = Path(name).expanduser()
@@ -138,7 +142,7 @@ def locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path,
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [*WEIGHTLESS_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*WEIGHTLESS_FILES, *(["*.bin" if pickled else "*.safetensors"] if weights else [])]
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises OSError, ValueError and its own errors
@@ -151,12 +155,13 @@ def locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path,
 
 
 def identify(directory: Path, commit: str | None) -> str:
-    """What makes two checkpoints the same: the hub commit, or a sha256 over a directory's small files and over every
-    safetensors header and size. Reads no weights, so a job's actors can recompute it at load in well under a second."""
+    """What makes two checkpoints the same: the hub commit, or a sha256 over a directory's small files, its pickles, and
+    the header and size of every safetensors. Reads no other weights, so an actor recomputes it in well under a second.
+    """
     if commit is not None:
         return f"commit:{commit}"
     digest = hashlib.sha256()
-    small = {path for pattern in WEIGHTLESS_FILES for path in directory.rglob(pattern)}
+    small = {path for pattern in (*WEIGHTLESS_FILES, "*.bin") for path in directory.rglob(pattern)}
     for path in sorted(small | set(directory.glob("*.safetensors"))):
         content = path.read_bytes() if path in small else _safetensors_header(path)
         digest.update(f"{path.relative_to(directory)}:{path.stat().st_size}:".encode())
@@ -164,15 +169,17 @@ def identify(directory: Path, commit: str | None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def check_weights(directory: Path) -> None:
-    """Raise ModelError where the weights are absent, pickled or cut short. Reads headers only."""
+def check_weights(directory: Path, pickled: bool = False) -> None:
+    """Raise ModelError where the weights are absent, cut short, or pickled and not `pickled`. Reads headers only."""
     weights = sorted(directory.glob("*.safetensors"))
+    if pickled and any(directory.glob("*.bin")):
+        return
     if not weights:
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        found = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
+        bins = sorted(path.name for path in directory.glob("*.bin"))
+        found = f"only pickled weights ({', '.join(bins)}), which can run code" if bins else "no weights"
         raise ModelError(
             f"model directory {directory}: found {found}; expected *.safetensors; "
-            "fetch the complete checkpoint or convert it to safetensors"
+            "fetch the complete checkpoint, convert it to safetensors, or set model.allow_pickle: true"
         )
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -219,6 +226,17 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
     path = directory / "modules.json"
     modules = _read_json(path)["items"] if path.exists() else []
     return [{"type": str(module["type"]), "path": str(module["path"])} for module in modules]
+
+
+def is_gte(config: dict[str, Any]) -> bool:
+    """Whether this is the config of Alibaba-NLP's `new` architecture, which transformers has as `gte`."""
+    return config.get("model_type") == "new"
+
+
+def is_jina(config: dict[str, Any]) -> bool:
+    """Whether this is the config of jina-reranker-v2: XLM-R with other names of the weights, and no model_type."""
+    remote = str((config.get("auto_map") or {}).get("AutoConfig"))
+    return "model_type" not in config and remote.endswith("XLMRobertaFlashConfig")
 
 
 def _kind(directory: Path, config: dict[str, Any], asked: str, name: str) -> Kind:
@@ -335,7 +353,8 @@ def instruction_in(prompt: str) -> str | None:
 def _positions(config: dict[str, Any]) -> int:
     positions = int(config.get("max_position_embeddings") or 512)
     # XLM-R and RoBERTa count positions from pad_token_id + 1: 514 rows hold 512 tokens
-    offset = int(config.get("pad_token_id") or 0) + 1 if "roberta" in str(config.get("model_type")) else 0
+    roberta = "roberta" in str(config.get("model_type")) or is_jina(config)
+    offset = int(config.get("pad_token_id") or 0) + 1 if roberta else 0
     return positions - offset
 
 

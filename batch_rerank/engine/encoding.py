@@ -137,11 +137,11 @@ class CausalEncoder:
         self._prefix, self._suffix = (_ids(tokenizer, [text])[0] for text in (template.prefix, template.suffix))
         self._max_length = max_length
         empty = self._frame(Group("", []))
-        needed = len(self._prefix) + len(empty.head) + len(empty.tail)
+        needed = len(self._prefix) + len(self._whole(empty, ""))
         if needed >= max_length:
             raise ConfigError(
-                f"model.max_length: found {max_length}, but the template {template.name!r} takes {needed + 1} tokens; "
-                f"set at least {needed + 17}"
+                f"model.max_length: found {max_length}, but the template {template.name!r} takes {needed} tokens; "
+                f"set at least {needed + 16}"
             )
         self.splits = template.constant_tail and self._split_is_exact()
 

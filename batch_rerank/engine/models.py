@@ -1,4 +1,4 @@
-"""Checkpoints as torch modules: strict loading, and one forward for each kind.
+"""One forward for each kind of model.
 
 Each model says how pairs (or texts) are put together (`split`) and computes one such batch. Where device and
 architecture allow it, sequences are packed end to end: `decoder.py` for causal models, `encoder.py` for the others.
@@ -19,19 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from batch_rerank.engine import decoder, encoder
 from batch_rerank.engine.attention import Cuts, Tensor
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import Encoded, PairEncoder, load_tokenizer
+from batch_rerank.engine.loading import load
 from batch_rerank.engine.packing import Ids, Index, batches, filled, own_tokens, prefix_of, shared_packs
 from batch_rerank.errors import ModelError
 
 log = logging.getLogger("batch_rerank")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CausalModel:
@@ -39,7 +37,7 @@ class CausalModel:
     the true token's logit alone where the template names no other."""
 
     def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
-        model = _load(AutoModelForCausalLM, spec, device)
+        model = load(AutoModelForCausalLM, spec, device)
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if getattr(model.config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
             raise ModelError(f"model {spec.name!r}: its head has a bias or a soft cap, which is not supported")
@@ -73,7 +71,7 @@ class ClassificationModel:
     """score = the raw logit of a one-label head over the tokenizer's pair."""
 
     def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
-        self.model, self._device = _load(AutoModelForSequenceClassification, spec, device), device
+        self.model, self._device = load(AutoModelForSequenceClassification, spec, device), device
         linear = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
         _refuse_constant(spec, next(layer for layer in reversed(linear) if layer.out_features == 1).weight)
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
@@ -110,7 +108,7 @@ class EmbeddingModel:
     """One vector a text: cls, mean or last-token pooling, then L2 where the checkpoint says so."""
 
     def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
-        self.model, self._device = _load(AutoModel, spec, device), device
+        self.model, self._device = load(AutoModel, spec, device), device
         self._pooling, self._normalize = spec.pooling, spec.normalize
         self._decoder = self._encoder = None
         if packed and spec.pooling == "last":
@@ -249,46 +247,3 @@ def _refuse_constant(spec: ModelSpec, head: torch.Tensor) -> None:
             f"model {spec.name!r}: every weight of its scoring head is {head.flatten()[0].item():g}; "
             "expected a trained head; this is a base model or a damaged checkpoint"
         )
-
-
-def _load(auto_class: type, spec: ModelSpec, device: str) -> PreTrainedModel:
-    """Load with every weight accounted for: transformers only warns where a head is missing, and makes a random one."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # its load report repeats what the check below raises
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        model, info = auto_class.from_pretrained(  # type: ignore[attr-defined]
-            spec.directory,
-            dtype=DTYPES[spec.dtype],
-            trust_remote_code=spec.trust_remote_code,  # unset, transformers asks on stdin
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation="sdpa",
-            ignore_mismatched_sizes=True,  # so that they are reported below with the others
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever transformers, safetensors or remote code raise on a bad checkpoint
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {spec.name!r} ({spec.directory}) cannot be loaded: {reason}") from error
-    wrong = {
-        name: sorted(map(str, info[name]))
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[name]
-    }
-    if wrong:
-        listed = "; ".join(
-            f"{len(keys)} {name.replace('_', ' ')}: {', '.join(keys[:4])}" for name, keys in wrong.items()
-        )
-        raise ModelError(
-            f"model {spec.name!r} ({spec.directory}): its weights do not fit {type(model).__name__}: {listed}; "
-            "expected every weight to be there once; this is another model class or a damaged checkpoint"
-        )
-    largest = max(load_tokenizer(Path(spec.directory)).get_vocab().values())
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise ModelError(
-            f"model {spec.name!r}: its tokenizer gives ids up to {largest}, but its embedding has {rows} rows; "
-            "expected the tokenizer of this model"
-        )
-    loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
-    return loaded

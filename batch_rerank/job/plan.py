@@ -52,6 +52,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         dtype=config.model.dtype,
         device=config.cluster.device,
         trust_remote_code=config.model.trust_remote_code,
+        allow_pickle=config.model.allow_pickle,
     )
     make_encoder(model)  # the tokenizer fits the template, or the job ends here
     seen = _read_shards(config)
