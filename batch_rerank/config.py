@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from batch_rerank.engine.checkpoint import KINDS
 from batch_rerank.errors import ConfigError
-from batch_rerank.schema import INPUT_COLUMNS, OUTPUT_NAMES
+from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
 
 StorageOptions = dict[str, Any]
 
@@ -59,7 +59,7 @@ class Output(Section):
 
     @model_validator(mode="after")
     def _free_names(self) -> "Output":
-        taken = sorted(set(self.passthrough) & {*OUTPUT_NAMES, "text"})
+        taken = sorted(set(self.passthrough) & {*OUTPUT_NAMES, CHUNK_OFFSET, "text"})
         if taken:
             raise ValueError(f"passthrough: {taken} are columns of the output itself (text: set include_text)")
         if len(set(self.passthrough)) < len(self.passthrough):
@@ -88,10 +88,16 @@ class Model(Section):
 
 
 class Scoring(Section):
-    """`token_budget`: tokens of one batch. `max_failed_rows`: share of rows that may have an error, 0 to 1."""
+    """`token_budget`: tokens of one batch. `max_failed_rows`: share of rows that may have an error, 0 to 1.
+
+    `long_documents`: truncate, or chunk: a document that does not fit is scored in chunks that share `chunk_overlap`
+    tokens, and has the score of its best chunk.
+    """
 
     token_budget: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     max_failed_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
+    long_documents: Literal["truncate", "chunk"] = "truncate"
+    chunk_overlap: Annotated[int, Field(ge=0)] = 80
 
 
 class ActorRange(Section):

@@ -25,6 +25,9 @@ ALIASES = {
 }
 """Names that other tools use: suggested where ours is missing, never taken silently."""
 
+CHUNK_OFFSET = "chunk_offset"
+"""With scoring.long_documents: chunk, the first token of the best chunk within its document; null in an error row."""
+
 OUTPUT_NAMES: Sequence[str] = (
     "query_id",
     "doc_id",

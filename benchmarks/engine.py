@@ -29,7 +29,8 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from batch_rerank import Reranker
 from batch_rerank.demo import standard_library
-from batch_rerank.engine.encoding import Group, make_encoder
+from batch_rerank.engine.encoded import Group
+from batch_rerank.engine.encoding import make_encoder
 
 BATCH_SIZES = (8, 16, 32, 64)
 CUT = 512

@@ -11,8 +11,10 @@ from checkpoints import INSTRUCTION, bert_reranker, modernbert_reranker, qwen3_e
 from tokenizers import Tokenizer
 
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.engine.encoding import Encoded, Group, make_encoder
+from batch_rerank.engine.encoded import Encoded, Group
+from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import batches
+from batch_rerank.engine.tokens import TokenCache, load_tokenizer
 
 PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
@@ -236,3 +238,27 @@ def test_batches_are_longest_first_and_one_longer_than_the_budget_is_alone() -> 
 
 def test_no_sequences_are_no_batches() -> None:
     assert list(batches(np.empty(0, np.int32), token_budget=64)) == []
+
+
+def test_a_bounded_cache_gives_the_same_ids_and_forgets_the_oldest(directories: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(directories["qwen"])
+    cache = TokenCache(tokenizer, tokens=40)
+    calls: list[list[str]] = []
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> object:
+            calls.append(texts)
+            return tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    cache._tokenizer = Counting()
+    texts = ["Paris is", "Moscow", "Paris is", ""]
+    for _ in range(2):
+        ids, positions = cache.distinct(texts)
+        assert [ids[i].tolist() for i in positions] == [
+            tokenizer.encode(t, add_special_tokens=False).ids for t in texts
+        ]
+    assert calls == [["Paris is", "Moscow", ""], []]
+    cache.distinct(["where does the river rise? " * 10])
+    assert sum(len(ids) for ids in cache._known.values()) <= 40
+    cache.distinct(["Paris is"])
+    assert calls[-1] == ["Paris is"]

@@ -78,7 +78,8 @@ print(sorted({{"ray", "pyarrow", "fsspec"}} & set(sys.modules)))
 
 ENCODE = """
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.engine.encoding import Group, make_encoder
+from batch_rerank.engine.encoded import Group
+from batch_rerank.engine.encoding import make_encoder
 encoded = make_encoder(resolve_model({directory!r})).encode([Group("red", ["green", "blue red"])])
 print(encoded.n_tokens.tolist())
 """

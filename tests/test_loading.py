@@ -13,7 +13,8 @@ from checkpoints import bert_embedding, bert_reranker, qwen3_embedding, qwen3_re
 from safetensors.torch import load_file, save_file
 
 from batch_rerank.engine.checkpoint import ModelSpec, identify, relocate, resolve_model
-from batch_rerank.engine.encoding import Group, make_encoder
+from batch_rerank.engine.encoded import Group
+from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.errors import BatchRerankError, ConfigError, ModelError

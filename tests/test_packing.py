@@ -12,7 +12,8 @@ from checkpoints import modernbert_reranker, qwen3_reranker, rewrite, xlmr_reran
 from transformers import AutoModelForCausalLM
 
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.engine.encoding import Encoded, Group, make_encoder
+from batch_rerank.engine.encoded import Encoded, Group
+from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.memory import SMALLEST, TokenBudget, choose_budget
 from batch_rerank.engine.models import CausalModel, ClassificationModel
 from batch_rerank.engine.packing import Index, distinct_pairs, filled, shared_packs

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.engine.encoding import Encoded, Group, make_encoder
+from batch_rerank.engine.encoded import Encoded, Group
+from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import make_scorer

@@ -9,7 +9,8 @@ from checkpoints import qwen3_reranker
 
 from batch_rerank.config import parse_config
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.engine.encoding import Group, make_encoder
+from batch_rerank.engine.encoded import Group
+from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import make_scorer, relevance
 from batch_rerank.engine.templates import HUB_MODELS, PAIR, SENTENCE, TEMPLATES, parse_template

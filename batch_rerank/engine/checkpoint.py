@@ -30,6 +30,7 @@ class ModelSpec:
     `max_length` counts tokens of the whole sequence. `instruction` is the job's or the template's, None where the
     template has no place for one. `relevance` says how a score becomes 0..1: "sigmoid" of
     score / relevance_scale, or "none" if undefined. `causal`: the template of a causal model.
+    `chunk_overlap`: None to cut long documents, else the tokens that two chunks of one share.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelSpec:
     causal: CausalTemplate | None = None
     trust_remote_code: bool = False
     pickled: bool = False
+    chunk_overlap: int | None = None
     pooling: Literal["cls", "mean", "last", ""] = ""
     normalize: bool = False
     query_prompt: str = ""
@@ -69,6 +71,7 @@ def resolve_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    chunk_overlap: int | None = None,
 ) -> ModelSpec:
     """Describe the model that a hub id or a checkpoint directory names. Of a hub id only the small files are fetched:
     the weights are for those who score (`relocate`).
@@ -80,7 +83,7 @@ def resolve_model(
         if value not in allowed:
             raise ConfigError(f"model.{setting}: found {value!r}; expected one of {list(allowed)}")
     if kind == "checksum":
-        return _checksum_spec(name, instruction, max_length)
+        return replace(_checksum_spec(name, instruction, max_length), chunk_overlap=chunk_overlap)
     directory, commit = locate(name, revision, weights=False)
     pickled = allow_pickle and not any(directory.glob("*.safetensors"))
     if commit is None:
@@ -109,6 +112,7 @@ def resolve_model(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         pickled=pickled,
+        chunk_overlap=chunk_overlap,
         **details,
     )
 

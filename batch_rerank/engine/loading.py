@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, XLMRobertaConfig, XLMRobertaForSequenc
 from transformers.utils import logging as transformers_logging
 
 from batch_rerank.engine.checkpoint import ModelSpec, is_gte, is_jina
-from batch_rerank.engine.encoding import load_tokenizer
+from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

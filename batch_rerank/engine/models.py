@@ -24,9 +24,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from batch_rerank.engine import decoder, encoder
 from batch_rerank.engine.attention import Cuts, Tensor
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoding import Encoded, PairEncoder, load_tokenizer
+from batch_rerank.engine.encoded import Encoded
+from batch_rerank.engine.encoding import PairEncoder
 from batch_rerank.engine.loading import load
 from batch_rerank.engine.packing import Ids, Index, batches, filled, own_tokens, prefix_of, shared_packs
+from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.errors import ModelError
 
 log = logging.getLogger("batch_rerank")

@@ -1,11 +1,12 @@
 """Which pairs are scored together. How they are grouped never changes a score beyond the dtype's tolerance."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_rerank.engine.encoding import Encoded, Int32
+from batch_rerank.engine.encoded import Encoded, Int32
 
 Index = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.integer]
@@ -19,6 +20,31 @@ def distinct_pairs(encoded: Encoded) -> Index:
     keys = prefixes.astype(np.int64) << 32 | encoded.document
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return np.asarray(first[inverse], np.int64)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of each document: float32 score (NaN: none), int32 tokens read, whether it was cut, and int32 first
+    token of its best chunk, None where documents are not read in chunks."""
+
+    scores: Float32
+    n_tokens: Int32
+    truncated: npt.NDArray[np.bool_]
+    offset: Int32 | None
+
+
+def best_chunks(encoded: Encoded, scores: Float32) -> Scored:
+    """Pairs to documents: a document has the score of its best chunk (MaxP), the first of equals."""
+    if encoded.chunks is None or not len(scores):
+        offset = None if encoded.chunks is None else encoded.chunks.offset
+        return Scored(scores, encoded.n_tokens, encoded.truncated, offset)
+    owner = encoded.chunks.owner
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    best = np.maximum.reduceat(scores, starts)  # NaN where a chunk has none
+    wins = np.isnan(best)[owner] | (scores == best[owner])
+    first = np.minimum.reduceat(np.where(wins, np.arange(len(scores)), len(scores)), starts)
+    n_tokens = np.add.reduceat(encoded.n_tokens, starts)
+    return Scored(best, n_tokens, np.logical_or.reduceat(encoded.truncated, starts), encoded.chunks.offset[first])
 
 
 def shared_packs(encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:

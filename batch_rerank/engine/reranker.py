@@ -6,8 +6,9 @@ from typing import Any, TypedDict
 import numpy as np
 
 from batch_rerank.engine.checkpoint import relocate, resolve_model
-from batch_rerank.engine.encoding import Group, make_encoder
-from batch_rerank.engine.packing import Float32
+from batch_rerank.engine.encoded import Group
+from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.packing import Float32, best_chunks
 from batch_rerank.engine.scorer import make_scorer, relevance
 
 
@@ -59,7 +60,8 @@ class Reranker:
         groups = [Group(query, [pairs[i][1] for i in positions]) for query, positions in by_query.items()]
         order = np.array([i for positions in by_query.values() for i in positions], np.int64)
         scores = np.empty(len(pairs), np.float32)
-        scores[order] = self._scorer.score(self._encoder.encode(groups))
+        encoded = self._encoder.encode(groups)
+        scores[order] = best_chunks(encoded, self._scorer.score(encoded)).scores
         return scores
 
     def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> list[Ranked]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoding import Encoded
+from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.packing import Float32, Ids, distinct_pairs
 from batch_rerank.errors import ConfigError, ModelError
 

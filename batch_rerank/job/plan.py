@@ -53,6 +53,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         device=config.cluster.device,
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle=config.model.allow_pickle,
+        chunk_overlap=config.scoring.chunk_overlap if config.scoring.long_documents == "chunk" else None,
     )
     make_encoder(model)  # the tokenizer fits the template, or the job ends here
     seen = _read_shards(config)
@@ -215,6 +216,7 @@ def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen
         "model.instruction": model.instruction,
         "model.max_length": model.max_length,
         "model.dtype": model.dtype,
+        "scoring.chunk_overlap": model.chunk_overlap,
         "input.layout": config.input.layout,
         "input.columns": [shard.columns.names for shard in seen[:1]],
         "input.shards": fingerprint({"shards": shards}),

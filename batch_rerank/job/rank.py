@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.scorer import relevance
-from batch_rerank.schema import OUTPUT_NAMES
+from batch_rerank.schema import CHUNK_OFFSET, OUTPUT_NAMES
 
 ORDER = [
     ("query_index", "ascending"),
@@ -25,10 +25,12 @@ def rank(
     truncated: npt.NDArray[np.bool_],
     model: ModelSpec,
     top_k: int | None,
+    offset: npt.NDArray[np.int32] | None = None,
 ) -> pa.Table:
     """The output rows of a unit, sorted by query in input order, then rank.
 
-    `scores`, `n_tokens` and `truncated` are of the rows without an error, in row order; the others get null, 0, False.
+    `scores`, `n_tokens`, `truncated` and `offset` are of the rows without an error, in row order; the others get null,
+    0 and False.
     """
     scored = pc.is_null(rows["error"]).to_numpy()
     relevances = relevance(model, scores)
@@ -40,6 +42,8 @@ def rank(
         "n_tokens": pc.fill_null(_spread(n_tokens, scored, pa.int32()), 0),
         "truncated": pc.fill_null(_spread(truncated, scored, pa.bool_()), False),
     }
+    if offset is not None:
+        columns[CHUNK_OFFSET] = _spread(offset, scored, pa.int32())
     for name, values in columns.items():
         rows = rows.append_column(name, values)
     rows = rows.take(pc.sort_indices(rows, sort_keys=ORDER))

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoding import Group
+from batch_rerank.engine.encoded import Group
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Plan
 from batch_rerank.store.shards import Shard, Unit, read_units

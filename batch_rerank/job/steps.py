@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
-from batch_rerank.engine.encoding import Encoded, Encoder
-from batch_rerank.engine.packing import Float32
+from batch_rerank.engine.encoded import Encoded
+from batch_rerank.engine.encoding import Encoder
+from batch_rerank.engine.packing import Float32, best_chunks
 from batch_rerank.engine.scorer import Scorer, make_scorer
 from batch_rerank.job.rank import rank
 from batch_rerank.job.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
@@ -35,13 +36,15 @@ class EncodedUnit:
 
 @dataclass(frozen=True)
 class ScoredUnit:
-    """A unit that waits for its commit. `n_tokens`, `truncated` and `scores` are of the rows without an error."""
+    """A unit that waits for its commit. `scores`, `n_tokens`, `truncated` and `offset` (with chunks: of the best) are
+    of the rows without an error."""
 
     unit: Unit
     rows: pa.Table
     scores: Float32
     n_tokens: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
+    offset: npt.NDArray[np.int32] | None
     empty_texts: int
     seconds: float
     scorer: str
@@ -56,14 +59,15 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
     """Score a unit. A pair too large for the device's memory becomes an error row. Raises ModelError where the model
     gives no finite score."""
     started = time.monotonic()
-    scores = scorer.score(unit.encoded)
-    scored = ~np.isnan(scores)
+    best = best_chunks(unit.encoded, scorer.score(unit.encoded))
+    scored = ~np.isnan(best.scores)
     return ScoredUnit(
         unit=unit.unit,
-        rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, unit.encoded.n_tokens),
-        scores=scores[scored],
-        n_tokens=unit.encoded.n_tokens[scored],
-        truncated=unit.encoded.truncated[scored],
+        rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens),
+        scores=best.scores[scored],
+        n_tokens=best.n_tokens[scored],
+        truncated=best.truncated[scored],
+        offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
         seconds=time.monotonic() - started,
         scorer=scorer.tag,
@@ -111,7 +115,8 @@ def _threads(model: ModelSpec) -> int:
 
 def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerprint: str) -> Receipt:
     """Rank a unit, write its part, then its receipt. Raises StorageError."""
-    ranked = rank(scored.rows, scored.scores, scored.n_tokens, scored.truncated, model, config.output.top_k)
+    top_k = config.output.top_k
+    ranked = rank(scored.rows, scored.scores, scored.n_tokens, scored.truncated, model, top_k, scored.offset)
     errors = scored.rows["error"]
     receipt = Receipt(
         unit=scored.unit.id,

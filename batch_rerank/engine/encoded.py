@@ -1,0 +1,171 @@
+"""Groups of texts, and what becomes of them: token ids, every distinct text once, put end to end. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.integer]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+NONE = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One query with its documents; `instruction` None means the job's or the template's."""
+
+    query: str
+    documents: Sequence[str]
+    instruction: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Which document each pair of an `Encoded` is a part of, where long documents are read in chunks.
+
+    owner: int64[n_pairs], ascending, counts the groups' documents; offset: int32[n_pairs], first token of the chunk.
+    """
+
+    owner: Int64
+    offset: Int32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of some groups, every distinct text once.
+
+    Segment i is `tokens[offsets[i]:offsets[i + 1]]`. Pairs are in the order of the groups and their documents.
+
+    tokens: integer[total]; offsets: int64[n_segments + 1]
+    prefix: int32[n_groups], segment before the documents of a group
+    starts: int64[n_groups + 1], pairs of group g are starts[g] to starts[g + 1]
+    document: int32[n_pairs], segment of a pair's document; kept: int32[n_pairs], how many of its tokens are used
+    tail: int32[n_tail], tokens after every document (empty for a bi-encoder)
+    n_tokens: int32[n_pairs], tokens the model reads for a pair; truncated: bool[n_pairs]
+    chunks: None, or what each pair is a chunk of
+    """
+
+    tokens: npt.NDArray[np.integer]
+    offsets: Int64
+    prefix: Int32
+    starts: Int64
+    document: Int32
+    kept: Int32
+    tail: Int32
+    n_tokens: Int32
+    truncated: npt.NDArray[np.bool_]
+    chunks: Chunks | None = None
+
+    def segment(self, index: int) -> npt.NDArray[np.integer]:
+        """Token ids of one segment."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def group_of_pair(self) -> Int32:
+        """int32[n_pairs]: the group each pair belongs to."""
+        return np.repeat(np.arange(len(self.prefix), dtype=np.int32), np.diff(self.starts))
+
+
+def assemble(
+    groups: Sequence[Group],
+    prefixes: Sequence[Ids],
+    prefix_of: Int32,
+    segments: Sequence[Ids],
+    document_of: Int32,
+    room: Int32,
+    query_cut: npt.NDArray[np.bool_],
+    tail: Int32,
+    overlap: int | None,
+) -> Encoded:
+    """Put prefixes and document segments end to end. `room[g]`: document tokens that fit beside group g's prefix.
+    `overlap`: None to cut longer documents, else the tokens that two chunks of one share."""
+    starts, chunks = pair_starts(groups), None
+    if overlap is not None:
+        rooms = np.repeat(room, np.diff(starts))
+        segments, document_of, chunks = chunked(segments, document_of, rooms, overlap)
+        starts = np.searchsorted(chunks.owner, starts)
+    group = np.repeat(np.arange(len(groups)), np.diff(starts))
+    lengths = np.array([len(ids) for ids in segments], np.int32)[document_of]
+    kept = np.minimum(lengths, room[group]).astype(np.int32)
+    cut = lengths > kept
+    if chunks is not None:
+        cut &= np.bincount(chunks.owner)[chunks.owner] == 1  # of several chunks the next begins before this one ends
+    prefix_lengths = np.array([len(ids) for ids in prefixes], np.int32)[prefix_of]
+    longest = int(room.max(initial=0))  # tokens that no pair can use need not travel to the scorer
+    return Encoded(
+        *concatenate([*prefixes, *(ids[:longest] for ids in segments)]),
+        prefix=prefix_of,
+        starts=starts,
+        document=(document_of + len(prefixes)).astype(np.int32),
+        kept=kept,
+        tail=tail,
+        n_tokens=(prefix_lengths[group] + kept + len(tail)).astype(np.int32),
+        truncated=cut | query_cut[group],
+        chunks=chunks,
+    )
+
+
+def assemble_whole(
+    groups: Sequence[Group], prefix: Int32, segments: list[Int32], cuts: list[bool], pair_of: Int32, tail: Int32
+) -> Encoded:
+    """Distinct pairs' own ids (`segments`) behind one prefix, which takes over what all of them begin with."""
+    common = common_length(segments)
+    prefix = np.concatenate([prefix, *(ids[:common] for ids in segments[:1])])
+    segments = [ids[common:] for ids in segments]
+    lengths = np.array([len(ids) for ids in segments], np.int32)[pair_of]
+    return Encoded(
+        *concatenate([prefix, *segments]),
+        prefix=np.zeros(len(groups), np.int32),
+        starts=pair_starts(groups),
+        document=pair_of + np.int32(1),
+        kept=lengths,
+        tail=tail,
+        n_tokens=(len(prefix) + lengths + len(tail)).astype(np.int32),
+        truncated=np.array(cuts, np.bool_)[pair_of],
+    )
+
+
+def common_length(segments: list[Int32]) -> int:
+    """How many leading ids all segments share, short of a whole segment."""
+    if not segments:
+        return 0
+    first = segments[0]
+    longest = min(len(ids) for ids in segments) - 1
+    for ids in segments[1:]:
+        differ = np.flatnonzero(ids[:longest] != first[:longest])
+        longest = int(differ[0]) if len(differ) else longest
+    return max(longest, 0)
+
+
+def chunked(
+    segments: Sequence[Ids], document_of: Int32, rooms: Int32, overlap: int
+) -> tuple[Sequence[Ids], Int32, Chunks]:
+    """Pairs whose document is longer than its room become one pair a chunk of that size; each chunk begins `overlap`
+    tokens before the end of the one before. Where there is room for no more than the overlap the document is cut."""
+    chunks = list(segments)
+    known: dict[tuple[int, int, int], int] = {}
+    chunk_of, owner, offset = [], [], []
+    for pair, (document, room) in enumerate(zip(document_of.tolist(), rooms.tolist(), strict=True)):
+        ids = segments[document]
+        step = room - overlap
+        more = -(-(len(ids) - room) // step) if step > 0 and len(ids) > room else 0
+        for start in range(0, (more + 1) * step, step) if more else (0,):
+            index = document if start == 0 else known.setdefault((document, start, room), len(chunks))
+            if index == len(chunks):
+                chunks.append(ids[start : start + room])
+            chunk_of.append(index)
+            owner.append(pair)
+            offset.append(start)
+    return chunks, np.array(chunk_of, np.int32), Chunks(np.array(owner, np.int64), np.array(offset, np.int32))
+
+
+def pair_starts(groups: Sequence[Group]) -> Int64:
+    """int64[n_groups + 1]: pairs of group g are result[g] to result[g + 1]."""
+    return np.cumsum([0, *(len(group.documents) for group in groups)], dtype=np.int64)
+
+
+def concatenate(segments: Sequence[Ids]) -> tuple[Ids, Int64]:
+    """Segments end to end, and int64[n_segments + 1]: where each begins."""
+    offsets = np.cumsum([0, *(len(ids) for ids in segments)], dtype=np.int64)
+    return (np.concatenate(segments) if segments else np.empty(0, np.int32)), offsets
