@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from batch_rerank.config import load_config
 from batch_rerank.errors import BatchRerankError
@@ -214,21 +214,27 @@ def evaluate(
 @app.command()
 @_verb
 def models(as_json: Json = False) -> None:
-    """List the kinds, the templates and the hub ids that are known by name."""
-    from batch_rerank.engine.templates import HUB_MODELS, TEMPLATES
+    """List the templates, and the hub ids that are known by name."""
+    from batch_rerank.engine.templates import HUB_MODELS, PAIR, SENTENCE, TEMPLATES
 
-    templates = {name: {"version": t.version, "source": t.source} for name, t in TEMPLATES.items()}
-    known = {name: asdict(model) for name, model in HUB_MODELS.items()}
     if as_json:
-        _print_json({"templates": templates, "models": known})
+        templates = {name: asdict(template) for name, template in TEMPLATES.items()}
+        _print_json({"templates": templates, "models": {name: asdict(model) for name, model in HUB_MODELS.items()}})
         return
-    table = Table("model", "template", "max_length")
-    for name, model in HUB_MODELS.items():
-        table.add_row(name, model.template, str(model.max_length or TEMPLATES[model.template].max_length))
-    Console().print(table)
-    for name, template in TEMPLATES.items():
-        log.info("template %s, version %d: %s", name, template.version, template.source)
-    log.info("Any other checkpoint directory or hub id of the same kinds works too: its files say which kind it is.")
+    about = {name: f"version {template.version}, {template.source}" for name, template in TEMPLATES.items()}
+    about[PAIR] = "the tokenizer's own pair of query and document"
+    about[SENTENCE] = "each text alone, with the checkpoint's own prompts"
+    console = Console(highlight=False)
+    for name, source in about.items():
+        console.print(f"[bold]{name}[/bold]: {source}")
+        ids = Table.grid(Column(no_wrap=True), Column(justify="right"), Column(), padding=(0, 1))
+        for model, known in HUB_MODELS.items():
+            if known.template == name:
+                ids.add_row(f"  {model}", str(known.max_length or TEMPLATES[name].max_length), known.note)
+        console.print(ids)
+    log.info("The number is the default max_length, in tokens.")
+    log.info("Any other hub id or checkpoint directory of the same kinds works too: its files say which kind it is.")
+    log.info("A directory has no id: set model.template to a name above, or to a mapping with a template of your own.")
 
 
 @app.command()

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batch_rerank.engine.checkpoint import KINDS
+from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
 
@@ -79,6 +80,15 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+    @model_validator(mode="after")
+    def _whole_template(self) -> "Model":
+        if not isinstance(self.template, str):
+            try:
+                parse_template(self.template)
+            except ConfigError as error:
+                raise ValueError(str(error).removeprefix("model.")) from None
+        return self
 
     @model_validator(mode="after")
     def _known_kind(self) -> "Model":

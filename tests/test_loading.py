@@ -252,7 +252,7 @@ def with_code(copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(with_code: Path, tmp_path: Path) -> None:
-    refused(ModelError, with_code, "cannot be loaded", "model.trust_remote_code: true")
+    refused(ModelError, with_code, "names code of its own", "modeling.Config", "model.trust_remote_code: true")
     assert not (tmp_path / "ran").exists()
 
 

@@ -129,3 +129,6 @@ def test_a_query_after_its_document_still_shares_what_all_pairs_begin_with(direc
 def test_a_job_file_may_carry_its_own_template() -> None:
     job = {"input": {"layout": "flat", "path": "x"}, "output": {"path": "y"}, "model": {"name": "m", "template": OWN}}
     assert parse_config(job, "job").model.template == OWN
+    wrong = {**job, "model": {"name": "m", "template": {"middle": "{query}"}}, "cluster": {"actors": 0}}
+    with pytest.raises(ConfigError, match=r"(?s)2 error\(s\).*model: template: true_token: missing.*cluster.actors"):
+        parse_config(wrong, "job")

@@ -91,6 +91,8 @@ def resolve_model(
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     try:
         config = _read_json(directory / "config.json")
+        if not trust_remote_code:
+            _refuse_code(config, name)
         found = _kind(directory, config, kind, name)
         chosen = _template(found, template, config, name)
         details = _details(directory, config, found, chosen, name)
@@ -230,6 +232,20 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
     path = directory / "modules.json"
     modules = _read_json(path)["items"] if path.exists() else []
     return [{"type": str(module["type"]), "path": str(module["path"])} for module in modules]
+
+
+def _refuse_code(config: dict[str, Any], name: str) -> None:
+    """Raise ModelError where the checkpoint cannot be loaded without running code of its own."""
+    if not config.get("auto_map") or is_gte(config) or is_jina(config):
+        return
+    from transformers import CONFIG_MAPPING  # slow, and seldom needed
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        code = sorted(map(str, config["auto_map"].values()))
+        raise ModelError(
+            f"model {name!r}: transformers does not have its model_type {config.get('model_type')!r}, and config.json "
+            f"names code of its own: {code}; read that code, and where you trust it set model.trust_remote_code: true"
+        )
 
 
 def is_gte(config: dict[str, Any]) -> bool:

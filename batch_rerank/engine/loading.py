@@ -45,11 +45,6 @@ def load(auto_class: Any, spec: ModelSpec, device: str) -> PreTrainedModel:
         raise
     except Exception as error:  # whatever transformers, safetensors or remote code raise on a bad checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            reason = (
-                "it needs code of its own, which its files name in auto_map; read that code, and where you trust it "
-                "set model.trust_remote_code: true"
-            )
         raise ModelError(f"model {spec.name!r} ({spec.directory}) cannot be loaded: {reason}") from error
     _refuse_wrong_keys(spec, model, info)
     _refuse_other_vocabulary(spec, model)

@@ -232,12 +232,18 @@ _GIVEN = {
     "bge-reranker-v2-gemma": ["BAAI/bge-reranker-v2-gemma"],
 }
 
+_NON_COMMERCIAL = "licence CC-BY-NC 4.0: not for commercial use"
+_LICENCES = {
+    **dict.fromkeys(("zeroentropy/zerank-1", "zeroentropy/zerank-2"), _NON_COMMERCIAL),
+    **dict.fromkeys(_GIVEN["ctxl-rerank-v2"], "licence CC-BY-NC-SA 4.0: not for commercial use"),
+}
+
 HUB_MODELS = {
-    **{name: HubModel(template) for template, names in _GIVEN.items() for name in names},
+    **{name: HubModel(template, note=_LICENCES.get(name, "")) for template, names in _GIVEN.items() for name in names},
     "BAAI/bge-reranker-v2-m3": HubModel(PAIR, 1024),
     "Alibaba-NLP/gte-multilingual-reranker-base": HubModel(PAIR, 8192),
     "Alibaba-NLP/gte-reranker-modernbert-base": HubModel(PAIR, 8192),
-    "jinaai/jina-reranker-v2-base-multilingual": HubModel(PAIR, 1024, "licence CC-BY-NC 4.0: not for commercial use"),
+    "jinaai/jina-reranker-v2-base-multilingual": HubModel(PAIR, 1024, _NON_COMMERCIAL),
     "cross-encoder/ms-marco-MiniLM-L6-v2": HubModel(PAIR, 512),
     **{f"Qwen/Qwen3-Embedding-{size}": HubModel(SENTENCE, 8192) for size in ("0.6B", "4B", "8B")},
 }
