@@ -50,10 +50,10 @@ def shared_packs(encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[
 def _even(pairs: Index, lengths: Int32, room: int) -> Iterator[Index]:
     """Pairs, in order, in runs of at most `room` tokens, as equal as that allows; a longer pair is a run."""
     ends = np.cumsum(lengths, dtype=np.int64)
+    runs = max(1, -(-int(ends[-1]) // max(1, room)))
+    goal = ends[-1] / runs
     start, spent = 0, 0
     while start < len(pairs):
-        left = int(ends[-1]) - spent
-        goal = left / max(1, -(-left // max(1, room)))
         # the pair that crosses the goal still belongs to the run if there is room for it
         stop = int(np.searchsorted(ends, spent + goal)) + 1
         stop = min(stop, max(start + 1, int(np.searchsorted(ends, spent + room, side="right"))))
