@@ -431,14 +431,22 @@ def test_the_slow_path_computes_in_float32_and_leaves_the_model_as_it_was(
     np.testing.assert_allclose(scores, Reference(spec, wide).scores(pairs), rtol=0, atol=1e-6)
 
 
-def test_weights_are_put_back_where_a_forward_raises(originals: dict[str, Path]) -> None:
+def test_weights_are_put_back_where_a_forward_raises(
+    originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, scorer = loaded(originals["qwen"], dtype="bfloat16")
     network: Any = scorer.network
-    attention = network.model.layers[1].self_attn
-    hook = attention.o_proj.register_forward_pre_hook(lambda module, args: 1 / 0)
-    with pytest.raises(ZeroDivisionError), in_float32(network):
+    widened = []
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        widened.append(output.weight.dtype)
+        raise RuntimeError("no kernel")
+
+    output = network.model.layers[1].self_attn.o_proj
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no kernel"), in_float32(network):
+        patch.setattr(output, "forward", broken)
         network(input_ids=torch.tensor([[1, 2, 3]]))
-    hook.remove()
+    assert widened == [torch.float32]
     assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
     assert network(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16, "no hook stays"
 

@@ -169,3 +169,5 @@ def in_float32(network: PreTrainedModel) -> Iterator[None]:
             hook.remove()
         for weight, data in narrow.items():  # of modules whose forward raised
             weight.data = data
+        if network.device.type == "cuda":
+            torch.cuda.empty_cache()  # the widened weights' blocks are of no size that scoring asks for
