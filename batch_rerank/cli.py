@@ -128,6 +128,24 @@ def plan(job: Job, limit: Limit = None, overrides: Set = None, as_json: Json = F
 
 @app.command()
 @_verb
+def selftest(job: Job, overrides: Set = None, as_json: Json = False) -> None:
+    """Load a job's model on this machine and test it, as every actor does before its first unit. Needs no input."""
+    from batch_rerank.job.selftest import run_self_test
+
+    result = run_self_test(load_config(job, overrides or ()))
+    if as_json:
+        _print_json({**asdict(result), "passed": result.passed})
+    for check in result.checks:
+        log.info("%-6s  %-8s  %s", "passed" if check.passed else "FAILED", check.name, check.seen)
+    for thing in result.not_checked:
+        log.info("not checked: %s", thing)
+    if not result.passed:
+        failed = [check.name for check in result.checks if not check.passed]
+        _leave(5, f"error: the self-test failed: {', '.join(failed)}")
+
+
+@app.command()
+@_verb
 def status(output: Output, as_json: Json = False) -> None:
     """Show how far an output is and how its last run ended."""
     from batch_rerank.job.verify import open_output

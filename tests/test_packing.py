@@ -133,7 +133,8 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
     monkeypatch.setattr(CausalModel, "scores", small)
 
     class Loaded:
-        tag = "here"
+        tag = self_test = "here"
+        model = resolve_model(str(qwen))
 
         def score(self, encoded: Encoded) -> np.ndarray:
             return PairScorer(model, TokenBudget(4096)).score(encoded)

@@ -1,13 +1,18 @@
 """The whole job in this process: layouts, columns, sampling, counts."""
 
+import json
+import logging
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checkpoints import bert_reranker
 from conftest import candidate_rows, job, nested, rows_of, write
+from safetensors.torch import load_file, save_file
 
 from batch_rerank.config import parse_config
+from batch_rerank.errors import ModelError
 from batch_rerank.job.run import run
 from batch_rerank.job.verify import verify
 
@@ -184,3 +189,31 @@ def test_a_passed_through_column_of_a_query_is_repeated(tmp_path: Path) -> None:
     path = write(tmp_path / "in.parquet", rows)
     run(job(path, tmp_path / "out", input__layout="nested", output__passthrough=["market"]), local=True)
     assert rows_of(tmp_path / "out")["market"].to_pylist() == ["Q0", "Q0", "Q1", "Q1", "Q2", "Q2"]
+
+
+def test_the_self_test_is_logged_before_the_first_unit_and_kept_in_every_receipt(
+    flat_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("batch_rerank"), "propagate", True)
+    caplog.set_level(logging.INFO, "batch_rerank")
+    model = bert_reranker(tmp_path / "model")
+    config = job(flat_shards, tmp_path / "out", model__name=str(model), model__kind="auto", model__max_length=128)
+    run(config, local=True)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.startswith("self-test passed: load, weights, ") for message in messages].count(True) == 1
+    tested = next(i for i, message in enumerate(messages) if message.startswith("self-test"))
+    assert tested < next(i for i, message in enumerate(messages) if " units  " in message)
+    receipts = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_manifest" / "receipts").glob("*")]
+    assert {receipt["self_test"] for receipt in receipts} == {messages[tested]}
+
+
+def test_a_model_that_fails_its_self_test_scores_nothing(flat_shards: Path, tmp_path: Path) -> None:
+    model = bert_reranker(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["bert.pooler.dense.weight"].zero_()  # loads, and scores everything alike
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = job(flat_shards, tmp_path / "out", model__name=str(model), model__kind="auto", model__max_length=128)
+    with pytest.raises(ModelError, match="self-test failed: spread: all 12 scores are"):
+        run(config, local=True)
+    assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["exit_code"] == 5
+    assert not list((tmp_path / "out").glob("part-*"))

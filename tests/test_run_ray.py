@@ -1,6 +1,7 @@
 """The Ray job: equal to the oracle, one load an actor, threads set on purpose, errors without tracebacks."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 import pytest
 from checkpoints import qwen3_reranker
 from conftest import candidate_rows, job, rows_of, write
+from safetensors.torch import load_file, save_file
 
 from batch_rerank.errors import InputError, ModelError
 from batch_rerank.job.run import run
@@ -85,15 +87,41 @@ def test_an_actor_takes_the_threads_that_are_asked_for(model: Path, flat_shards:
     assert all("threads=2" in json.loads(path.read_text())["scorer"] for path in receipts)
 
 
-def test_an_error_of_the_load_comes_back_as_itself(tmp_path: Path, flat_shards: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
+def test_the_driver_logs_one_self_test_of_its_two_actors(
+    model: Path,
+    flat_shards: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("batch_rerank"), "propagate", True)
+    caplog.set_level(logging.INFO, "batch_rerank")
+    keys: dict[str, Any] = {"model__name": str(model), "model__kind": "auto", "model__max_length": 256}
+    run(job(flat_shards, tmp_path / "out", **keys, input__unit_pairs=25))
+    logged = [r.getMessage() for r in caplog.records if r.getMessage().startswith("self-test passed: load, weights")]
+    receipts = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_manifest" / "receipts").glob("*")]
+    assert len(logged) == 1
+    assert logged[0] in {receipt["self_test"] for receipt in receipts}
+    assert all(receipt["self_test"].startswith("self-test passed") for receipt in receipts)
 
+
+def test_a_failed_self_test_comes_back_as_itself(tmp_path: Path, flat_shards: Path) -> None:
+    broken = qwen3_reranker(tmp_path / "broken", tied=False)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"] *= 1e6
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = job(flat_shards, tmp_path / "out", model__name=str(broken), model__kind="auto", model__max_length=256)
+    with pytest.raises(ModelError, match="self-test failed: spread: all 12 scores are saturated"):
+        run(config)
+    assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["exit_code"] == 5
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_an_error_of_the_load_comes_back_as_itself(tmp_path: Path, flat_shards: Path) -> None:
     broken = qwen3_reranker(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    assert torch.is_tensor(weights["model.embed_tokens.weight"])
     config = job(flat_shards, tmp_path / "out", model__name=str(broken), model__kind="auto", model__max_length=256)
     with pytest.raises(ModelError, match=r"1 missing keys: model\.norm\.weight"):
         run(config)

@@ -18,6 +18,8 @@ from batch_rerank.engine.packing import Float32, Ids, distinct_pairs
 from batch_rerank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from batch_rerank.engine.memory import TokenBudget
     from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel
 
@@ -26,6 +28,11 @@ VECTOR_CACHE_BYTES = 256 * 2**20
 
 class Scorer(Protocol):
     """Scores the pairs of encoded groups."""
+
+    @property
+    def network(self) -> "PreTrainedModel | None":
+        """The loaded model, for the self-test's slow path; None where there is none."""
+        ...
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
@@ -76,6 +83,7 @@ class PairScorer:
 
     def __init__(self, model: "CausalModel | ClassificationModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
+        self.network = model.model
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
@@ -99,6 +107,7 @@ class BiEncoderScorer:
 
     def __init__(self, model: "EmbeddingModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
+        self.network = model.model
         self._cache: dict[bytes, Float32] = {}
 
     def score(self, encoded: Encoded) -> Float32:
@@ -138,6 +147,8 @@ class BiEncoderScorer:
 class ChecksumScorer:
     """A free scorer: the CRC-32 of a pair's token ids, mapped to -8..8. It moves every byte of the text and costs
     nothing, so it measures and tests the pipeline; it does not rank."""
+
+    network = None
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""

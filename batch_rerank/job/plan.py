@@ -42,19 +42,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
 
     Raises ConfigError, ModelError and InputError.
     """
-    model = resolve_model(
-        config.model.name,
-        revision=config.model.revision,
-        kind=config.model.kind,
-        template=config.model.template,
-        instruction=config.model.instruction,
-        max_length=config.model.max_length,
-        dtype=config.model.dtype,
-        device=config.cluster.device,
-        trust_remote_code=config.model.trust_remote_code,
-        allow_pickle=config.model.allow_pickle,
-        chunk_overlap=config.scoring.chunk_overlap if config.scoring.long_documents == "chunk" else None,
-    )
+    model = configured_model(config)
     make_encoder(model)  # the tokenizer fits the template, or the job ends here
     seen = _read_shards(config)
     _check_together(config, model, seen)
@@ -84,6 +72,23 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         units=units,
     )
     return plan, model
+
+
+def configured_model(config: JobConfig) -> ModelSpec:
+    """The model of a job, without its weights. Raises ConfigError and ModelError."""
+    return resolve_model(
+        config.model.name,
+        revision=config.model.revision,
+        kind=config.model.kind,
+        template=config.model.template,
+        instruction=config.model.instruction,
+        max_length=config.model.max_length,
+        dtype=config.model.dtype,
+        device=config.cluster.device,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_pickle=config.model.allow_pickle,
+        chunk_overlap=config.scoring.chunk_overlap if config.scoring.long_documents == "chunk" else None,
+    )
 
 
 def _read_shards(config: JobConfig) -> list[Seen]:

@@ -69,12 +69,17 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
         # Ray's advice when an input error ends the reading early: nothing that a user can act on
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
         dataset = _dataset(job, ranges, len(plan.units) - len(done))
+        logged = False
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
                     if row["error"] is not None:
                         raise from_value(pickle.loads(row["error"]))
-                    yield Receipt.from_json(row["payload"], "a worker's receipt")
+                    receipt = Receipt.from_json(row["payload"], "a worker's receipt")
+                    if receipt.self_test and not logged:  # of the first actor; the others' are in their receipts
+                        log.info("%s", receipt.self_test)
+                        logged = True
+                    yield receipt
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines()
             raise UnfinishedError(

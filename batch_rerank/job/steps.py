@@ -16,6 +16,8 @@ from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import Encoder
 from batch_rerank.engine.packing import Float32, best_chunks
 from batch_rerank.engine.scorer import Scorer, make_scorer
+from batch_rerank.engine.selftest import self_test, unit_fault
+from batch_rerank.errors import ModelError
 from batch_rerank.job.rank import rank
 from batch_rerank.job.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
 from batch_rerank.job.write_unit import write_unit
@@ -48,6 +50,7 @@ class ScoredUnit:
     empty_texts: int
     seconds: float
     scorer: str
+    self_test: str
 
 
 def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
@@ -57,9 +60,16 @@ def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
 
 def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
     """Score a unit. A pair too large for the device's memory becomes an error row. Raises ModelError where the model
-    gives no finite score."""
+    gives NaN, or scores that are no scores: the same for every sequence, or all saturated."""
     started = time.monotonic()
-    best = best_chunks(unit.encoded, scorer.score(unit.encoded))
+    scores = scorer.score(unit.encoded)
+    fault = unit_fault(scorer.model, unit.encoded, scores)
+    if fault:
+        raise ModelError(
+            f"unit {unit.unit.id}: {fault}; expected different scores for different texts; the model or its device is "
+            "damaged, or nothing fits into its memory; see batch-rerank selftest"
+        )
+    best = best_chunks(unit.encoded, scores)
     scored = ~np.isnan(best.scores)
     return ScoredUnit(
         unit=unit.unit,
@@ -71,6 +81,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
         empty_texts=unit.empty_texts,
         seconds=time.monotonic() - started,
         scorer=scorer.tag,
+        self_test=scorer.self_test,
     )
 
 
@@ -84,25 +95,42 @@ def _with_errors(rows: pa.Table, failed: npt.NDArray[np.bool_], n_tokens: npt.ND
 
 
 class LoadedScorer:
-    """A model copy with its name tag: host, process, device, threads and a number that tells two loads apart."""
+    """A model copy that has passed its self-test. Raises ModelError where it does not load or pass.
+
+    `tag`: host, process, device, threads and a number that tells two loads apart; `self_test`: its summary, empty for
+    the free scorer.
+    """
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
         started = time.monotonic()
         device = config.cluster.device
-        if model.kind != "checksum":
-            import torch
-
-            # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
-            torch.set_num_threads(config.cluster.cpus_per_actor)
-            model = relocate(model)
-        budget = None if config.scoring.token_budget == "auto" else config.scoring.token_budget
-        self._scorer: Scorer = make_scorer(model, device, budget)
+        self.model, self._scorer = load_scorer(config, model)
         load = f"{time.monotonic() - started:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
+        self.self_test = "" if model.kind == "checksum" else self._tested()
+
+    def _tested(self) -> str:
+        started = time.monotonic()
+        result = self_test(self.model, self._scorer)
+        if not result.passed:
+            raise ModelError(f"model {self.model.name!r}: {result.summary()}; see batch-rerank selftest")
+        return f"{result.summary()}; {time.monotonic() - started:.1f} s"
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]."""
         return self._scorer.score(encoded)
+
+
+def load_scorer(config: JobConfig, model: ModelSpec) -> tuple[ModelSpec, Scorer]:
+    """A planned model on this machine, and its scorer. Raises ModelError and ConfigError."""
+    if model.kind != "checksum":
+        import torch
+
+        # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
+        torch.set_num_threads(config.cluster.cpus_per_actor)
+        model = relocate(model)
+    budget = None if config.scoring.token_budget == "auto" else config.scoring.token_budget
+    return model, make_scorer(model, config.cluster.device, budget)
 
 
 def _threads(model: ModelSpec) -> int:
@@ -136,6 +164,7 @@ def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerp
         tokens=int(scored.n_tokens.sum()),
         seconds=round(scored.seconds, 4),
         scorer=scored.scorer,
+        self_test=scored.self_test,
     )
     manifest = Manifest(filesystem.locate(config.output.path, config.output.storage_options))
     return write_unit(manifest, scored.unit, ranked, model, receipt)

@@ -68,7 +68,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that a unit is committed: what came in, what went out, and what was odd about it."""
+    """Proof that a unit is committed: what came in, what went out, and what was odd about it.
+
+    scorer: the model copy that scored it; self_test: what its self-test said, empty in receipts of older versions
+    """
 
     unit: str
     fingerprint: str
@@ -87,6 +90,7 @@ class Receipt:
     tokens: int
     seconds: float
     scorer: str
+    self_test: str = ""
 
     def to_json(self) -> bytes:
         """One JSON object."""
