@@ -1,5 +1,6 @@
 """Small real inputs, and one Ray for the tests that need one."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,26 @@ def nested_shards(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for the whole session: jobs in this process use it as it is."""
-    import logging
-
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged from now on. caplog sees a record twice or not at all after a verb has run in this process."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    log = logging.getLogger("batch_rerank")
+    monkeypatch.setattr(log, "handlers", [*log.handlers, Keep()])
+    log.setLevel(logging.INFO)
+    return messages
 
 
 @pytest.fixture

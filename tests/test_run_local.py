@@ -1,7 +1,6 @@
 """The whole job in this process: layouts, columns, sampling, counts."""
 
 import json
-import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -192,19 +191,16 @@ def test_a_passed_through_column_of_a_query_is_repeated(tmp_path: Path) -> None:
 
 
 def test_the_self_test_is_logged_before_the_first_unit_and_kept_in_every_receipt(
-    flat_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    flat_shards: Path, tmp_path: Path, logged: list[str]
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("batch_rerank"), "propagate", True)
-    caplog.set_level(logging.INFO, "batch_rerank")
     model = bert_reranker(tmp_path / "model")
     config = job(flat_shards, tmp_path / "out", model__name=str(model), model__kind="auto", model__max_length=128)
     run(config, local=True)
-    messages = [record.getMessage() for record in caplog.records]
-    assert [message.startswith("self-test passed: load, weights, ") for message in messages].count(True) == 1
-    tested = next(i for i, message in enumerate(messages) if message.startswith("self-test"))
-    assert tested < next(i for i, message in enumerate(messages) if " units  " in message)
+    assert [message.startswith("self-test passed: load, weights, ") for message in logged].count(True) == 1
+    tested = next(i for i, message in enumerate(logged) if message.startswith("self-test"))
+    assert tested < next(i for i, message in enumerate(logged) if " units  " in message)
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_manifest" / "receipts").glob("*")]
-    assert {receipt["self_test"] for receipt in receipts} == {messages[tested]}
+    assert {receipt["self_test"] for receipt in receipts} == {logged[tested]}
 
 
 def test_a_model_that_fails_its_self_test_scores_nothing(flat_shards: Path, tmp_path: Path) -> None:

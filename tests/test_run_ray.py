@@ -1,7 +1,6 @@
 """The Ray job: equal to the oracle, one load an actor, threads set on purpose, errors without tracebacks."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +87,14 @@ def test_an_actor_takes_the_threads_that_are_asked_for(model: Path, flat_shards:
 
 
 def test_the_driver_logs_one_self_test_of_its_two_actors(
-    model: Path,
-    flat_shards: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, flat_shards: Path, tmp_path: Path, logged: list[str]
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("batch_rerank"), "propagate", True)
-    caplog.set_level(logging.INFO, "batch_rerank")
     keys: dict[str, Any] = {"model__name": str(model), "model__kind": "auto", "model__max_length": 256}
     run(job(flat_shards, tmp_path / "out", **keys, input__unit_pairs=25))
-    logged = [r.getMessage() for r in caplog.records if r.getMessage().startswith("self-test passed: load, weights")]
+    tests = [message for message in logged if message.startswith("self-test passed: load, weights")]
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_manifest" / "receipts").glob("*")]
-    assert len(logged) == 1
-    assert logged[0] in {receipt["self_test"] for receipt in receipts}
+    assert len(tests) == 1
+    assert tests[0] in {receipt["self_test"] for receipt in receipts}
     assert all(receipt["self_test"].startswith("self-test passed") for receipt in receipts)
 
 

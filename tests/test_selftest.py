@@ -150,6 +150,12 @@ def test_a_max_length_that_leaves_the_canaries_alike_does_not_fail_them(original
     assert any(thing.startswith("spread of the scores: max_length 81") for thing in result.not_checked)
 
 
+def test_a_model_that_reads_in_chunks_is_tested_on_cut_texts(originals: dict[str, Path]) -> None:
+    result = result_of(originals["bert"], max_length=64, chunk_overlap=8)
+    assert failed(result) == {}
+    assert "where the chunks of long documents begin and end" in result.not_checked
+
+
 def test_a_template_of_which_nothing_is_known_is_said_to_be_unchecked(
     originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,8 +87,8 @@ def self_test(spec: ModelSpec, scorer: Scorer) -> SelfTest:
     from batch_rerank.engine.reference import Reference  # not at the top: units are looked at without torch
 
     try:
-        # in one piece: the slow path cuts long documents
-        encoder, reference = make_encoder(replace(spec, chunk_overlap=None)), Reference(spec, network)
+        encoder = make_encoder(replace(spec, chunk_overlap=None))  # the slow path cuts
+        reference = Reference(spec, network)
     except BatchRerankError as error:
         return not_loaded(error)
     found: Findings = [Check("load", True, f"every weight of {type(network).__name__} is there once")]
@@ -102,6 +102,7 @@ def self_test(spec: ModelSpec, scorer: Scorer) -> SelfTest:
     differences: list[float] = []
     found += _attempt("canaries", lambda: _canaries(spec, encoder, scorer, reference, differences))
     found += _attempt("golden", lambda: _golden(spec, encoder, scorer))
+    found += ["where the chunks of long documents begin and end"] if spec.chunk_overlap is not None else []
     checks = tuple(item for item in found if isinstance(item, Check))
     return SelfTest(checks, tuple(item for item in found if isinstance(item, str)), max(differences, default=None))
 
