@@ -31,6 +31,7 @@ from batch_rerank import Reranker
 from batch_rerank.demo import standard_library
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.linear import linear
 
 BATCH_SIZES = (8, 16, 32, 64)
 CUT = 512
@@ -253,7 +254,8 @@ def matmul_rate(options: argparse.Namespace) -> float:
     rates = []
     for size in (1024, 2048) if options.device == "cpu" else (4096, 8192):
         a = torch.randn(size, size, device=options.device, dtype=getattr(torch, options.dtype))
-        rates += [2 * size**3 / seconds(lambda a=a: a @ a, options.device) for _ in range(6)]
+        for call in (lambda a=a: a @ a, lambda a=a: linear(a, (a, None))):  # on CPUs: MKL and oneDNN
+            rates += [2 * size**3 / seconds(call, options.device) for _ in range(10)]
     return max(rates)
 
 

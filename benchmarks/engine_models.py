@@ -104,9 +104,9 @@ def train_tokenizer(path: Path, texts: Iterable[str]) -> Path:
 
 def _encoder(shape: tuple[Any, ...], path: Path) -> dict[str, Any]:
     layers, hidden, heads, _, _, _, _ = shape
-    pad = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(SPECIALS[0])
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-    return {**sizes, "intermediate_size": 4 * hidden, "vocab_size": _rows(path), "pad_token_id": pad}
+    # XLM-R counts positions from its pad token's id
+    return {**sizes, "intermediate_size": 4 * hidden, "vocab_size": _rows(path), "pad_token_id": 1}
 
 
 def _copy_tokenizer(path: Path, tokenizer: str) -> None:

@@ -18,12 +18,14 @@ _ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def linear(inputs: Tensor, weights: Weights, then: Literal["none", "swish"] = "none") -> Tensor:
-    """[n, in] to [n, out]: inputs @ weight.T + bias, then the activation."""
+def linear(inputs: Tensor, weights: Weights, then: Literal["none", "swish", "gelu"] = "none") -> Tensor:
+    """[n, in] to [n, out]: inputs @ weight.T + bias, then the activation (gelu: the exact one, by erf)."""
     if _fits(inputs):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, *weights, then, [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, *weights, then, [], "none")
         return product
     product = functional.linear(inputs, *weights)
+    if then == "gelu":
+        return functional.gelu(product)
     return functional.silu(product, inplace=True) if then == "swish" else product
 
 
@@ -36,22 +38,27 @@ def linear_with(inputs: Tensor, weights: Weights, then: Literal["add", "mul"], o
     return product.add_(other) if then == "add" else product.mul_(other)
 
 
-def use_onednn(model: torch.nn.Module) -> None:
-    """Let every plain linear layer of a model on the CPU compute its product this way."""
+def use_onednn(model: Any) -> None:
+    """Let every plain linear layer of an encoder on the CPU compute its product this way, BERT's GELU with it."""
+    exact_gelu = getattr(model.config, "hidden_act", None) == "gelu"
     for module in model.modules():
         if type(module) is torch.nn.Linear and module.weight.device.type == "cpu":
-            module.forward = _Forward(module)  # type: ignore[method-assign,assignment]
+            _compute(module, "none")
+        if exact_gelu and hasattr(module, "intermediate_act_fn") and module.dense.weight.device.type == "cpu":
+            module.intermediate_act_fn = torch.nn.Identity()
+    for module in model.modules():
+        if isinstance(getattr(module, "intermediate_act_fn", None), torch.nn.Identity):
+            _compute(module.dense, "gelu")
 
 
-class _Forward:
-    """`forward` of a linear layer; reads its weights when called, as the layer itself does."""
+def _compute(module: Any, then: Literal["none", "gelu"]) -> None:
+    """Replace a linear layer's forward; the weights are read when it is called, as the layer itself does."""
 
-    def __init__(self, module: torch.nn.Linear) -> None:
-        self._module = module
-
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def forward(inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        return linear(flat, (self._module.weight, self._module.bias)).view(*inputs.shape[:-1], -1)
+        return linear(flat, (module.weight, module.bias), then).view(*inputs.shape[:-1], -1)
+
+    module.forward = forward
 
 
 def _fits(inputs: Tensor) -> bool:
