@@ -16,6 +16,8 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -193,12 +195,40 @@ def bf16(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     }
 
 
+def memory(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Peak memory of scoring one query with 100 and with 10,000 candidates, each in a process of its own."""
+    build_causal(directory, SHAPES["tiny"], options.tokenizer, "cpu")
+    peaks = {}
+    for candidates in (100, 10_000):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(directory), str(candidates), options.device],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks[f"peak_mib_at_{candidates}_candidates"] = round(float(done.stdout.split()[-1]))
+    return peaks
+
+
+CHILD = """
+import resource, sys
+from batch_rerank import Reranker
+ours = Reranker(sys.argv[1], device=sys.argv[3])
+ours.score([("what is it?", f"candidate {i} " * 20) for i in range(int(sys.argv[2]))])
+if sys.argv[3] == "cuda":
+    import torch
+    print(torch.cuda.max_memory_allocated() / 2**20)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
 ROWS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "causal": causal,
     "passages": passages,
     "encoder": encoder,
     "bi_encoder": bi_encoder,
     "bf16": bf16,
+    "memory": memory,
 }
 
 

@@ -14,6 +14,7 @@ from transformers import XLMRobertaForSequenceClassification as XLMRobertaClassi
 from batch_rerank.engine.templates import TEMPLATES
 
 SHAPES = {  # layers, hidden, heads, kv heads, head_dim, MLP, tied
+    "tiny": (2, 128, 4, 2, 32, 384, True),
     "small": (8, 512, 8, 4, 64, 1536, True),
     "qwen3-reranker-0.6b": (28, 1024, 16, 8, 128, 3072, True),
     "qwen3-reranker-4b": (36, 2560, 32, 8, 128, 9728, True),

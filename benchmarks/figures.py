@@ -6,11 +6,32 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
+AGAINST = {
+    "causal": ("Qwen3 shape, CoSQA (65 tokens), 100 candidates a query", "CrossEncoder", "cross_encoder"),
+    "passages": ("Qwen3 shape, passages of 233 tokens", "CrossEncoder", "cross_encoder"),
+    "encoder": ("XLM-R shape, CoSQA", "CrossEncoder", "cross_encoder"),
+    "bi_encoder": ("BERT shape, documents that repeat", "SentenceTransformer", "sentence_transformer"),
+}
+
 
 def main() -> None:
+    engine = _read("engine-cpu.json")
+    print("| pairs/s, 8 layers × 512, same weights, same process | sentence-transformers | batch_rerank | times |")
+    print("|---|---|---|---|")
+    for name, (what, peer, key) in AGAINST.items():
+        row = engine[name]
+        theirs, ours = row[f"{key}_pairs_per_s"], row["pairs_per_s"]
+        low, high = row["spread"]
+        print(f"| {what} | {theirs:.1f} ({peer}) | {ours:.1f} | {row['times_as_fast']:.2f} ({low:.2f} to {high:.2f}) |")
+    print()
     free, memory, real = (_read(f"pipeline-{name}.json") for name in ("free", "memory", "real"))
-    print("| measured on 2 CPU cores (`benchmarks/pipeline.py`, `benchmarks/results`) | |")
+    print("| the rest of the job | |")
     print("|---|---|")
+    shares = ", ".join(f"{engine[name]['share_of_matmul_rate']:.0%}" for name in ("causal", "passages", "encoder"))
+    print(f"| of the CPU's rate of matrix products, used by weights: the first three rows above | {shares} |")
+    print(f"| bfloat16 against float32, CoSQA | {engine['bf16']['times_as_fast']:.2f} times |")
+    peaks = [engine["memory"][f"peak_mib_at_{n}_candidates"] for n in (100, 10_000)]
+    print(f"| peak memory for one query with 100 and with 10,000 candidates | {peaks[0]} and {peaks[1]} MiB |")
     for size in (600, 2000):
         rate = _range(free[f"ray_pairs_per_s_units_of_{size}"])
         print(f"| pairs/s through Ray with a free scorer, 1 KB texts, units of {size:,} | {rate} |")

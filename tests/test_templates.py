@@ -12,7 +12,7 @@ from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.reranker import Reranker
-from batch_rerank.engine.scorer import make_scorer, relevance
+from batch_rerank.engine.scorer import relevance
 from batch_rerank.engine.templates import HUB_MODELS, PAIR, SENTENCE, TEMPLATES, parse_template
 from batch_rerank.errors import ConfigError, ModelError
 
@@ -74,7 +74,7 @@ def test_an_answer_that_is_not_one_token_of_its_own_is_refused(
 ) -> None:
     spec = resolve_model(str(directory), template={**OWN, **answers})
     with pytest.raises(ModelError, match=said):
-        make_scorer(spec)
+        make_encoder(spec)  # so while planning, before an accelerator is taken
 
 
 def test_an_unknown_template_name_lists_the_known(directory: Path) -> None:

@@ -6,6 +6,7 @@ log-sum-exps, so one primitive, `attend`, serves all: torch's flash kernel for C
 `varlen_attn` on GPUs. Where a device has neither there is no packed path (`can_pack`).
 """
 
+import inspect
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,17 +32,25 @@ class Cuts:
         at = [0]
         for length in lengths:
             at.append(at[-1] + length)
-        cu = torch.tensor(at, dtype=torch.int32, device=device) if device == "cuda" else None
+        cu = on_device(torch.tensor(at, dtype=torch.int32), device) if device == "cuda" else None
         return cls(at, cu, max(lengths, default=0))
 
 
-def can_pack(device: str) -> bool:
-    """Whether `attend` has a kernel for the device."""
+def on_device(tensor: Tensor, device: str) -> Tensor:
+    """A tensor on the device; to a GPU from pinned memory, without waiting for it."""
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def can_pack(device: str, dtype: torch.dtype) -> bool:
+    """Whether `attend` has a kernel for the device and dtype."""
     if device == "cpu":
         return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
+        return False
+    takes = inspect.signature(varlen_attn).parameters
+    if dtype not in (torch.bfloat16, torch.float16) or not {"window_size", "scale", "enable_gqa"} <= takes.keys():
         return False
     return device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
 

@@ -33,6 +33,7 @@ class CausalEncoder:
         self._tokenizer, self._template, self._instruction = tokenizer, template, instruction
         self._prefix, self._suffix = (token_ids(tokenizer, [text])[0] for text in (template.prefix, template.suffix))
         self._max_length = max_length
+        answer_tokens(tokenizer, template)
         empty = self._frame(Group("", []))
         needed = len(self._prefix) + len(self._whole(empty, ""))
         if needed >= max_length:
@@ -122,6 +123,32 @@ class CausalEncoder:
     def _given(self, group: Group) -> str:
         instruction = self._instruction if group.instruction is None else group.instruction
         return instruction or ""
+
+
+def answer_tokens(tokenizer: Tokenizer, template: CausalTemplate) -> tuple[int, int | None]:
+    """Ids of the template's true and false token. Raises ModelError unless each is one token of the vocabulary."""
+    answers = (template.true_token, template.false_token)
+    true, false = (_token(tokenizer, template.name, answer) for answer in answers)
+    if true == false or true is None:
+        raise ModelError(f"template {template.name!r}: both answers are token {true}, expected two different ones")
+    return true, false
+
+
+def _token(tokenizer: Tokenizer, template: str, token: str | int | None) -> int | None:
+    if token is None:
+        return None
+    if isinstance(token, int):
+        if tokenizer.id_to_token(token) is None:
+            raise ModelError(
+                f"template {template!r}: the answer is token id {token}, which the tokenizer does not have"
+            )
+        return token
+    found = tokenizer.encode(token, add_special_tokens=False).ids
+    if len(found) != 1:
+        raise ModelError(
+            f"template {template!r}: the answer {token!r} is {len(found)} tokens here ({found}), expected one"
+        )
+    return int(found[0])
 
 
 @dataclass(frozen=True)

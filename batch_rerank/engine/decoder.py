@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, merge
+from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, merge, on_device
 from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma")
@@ -125,7 +125,7 @@ class Packed:
     def _last_layer(self, block: "_Block", hidden: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
         """The layer's output at the last rows only; keys and values are needed at all rows."""
         shared = pack.prefixes.at[-1]
-        last = torch.tensor(pack.documents.at[1:], device=hidden.device) + (shared - 1)
+        last = on_device(torch.tensor(pack.documents.at[1:]), hidden.device.type) + (shared - 1)
         split = self._heads * self._dim
         weight, bias = block.query_key_value
         normed = _rms_norm(hidden, block.before)
@@ -180,8 +180,8 @@ def unsupported(body: Any, device: str) -> str | None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STEADY_ROPE:
         return f"its rotary positions are of type {rope!r}"
-    if not can_pack(device):
-        return "this device and torch have no attention over packed sequences"
+    if not can_pack(device, body.dtype):
+        return "this device, dtype and torch have no attention over packed sequences"
     return None
 
 

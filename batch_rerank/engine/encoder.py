@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack
+from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, on_device
 from batch_rerank.engine.linear import use_onednn
 from batch_rerank.engine.packing import Ids
 
@@ -75,11 +75,10 @@ class Packed:
         return positions
 
     def _tensor(self, rows: Sequence[Ids]) -> Tensor:
-        tensor = torch.from_numpy(np.concatenate(rows).astype(np.int64))[None]
-        return tensor if self._device == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+        return on_device(torch.from_numpy(np.concatenate(rows).astype(np.int64)), self._device)[None]
 
     def _at(self, cuts: Cuts) -> Tensor:
-        return torch.tensor(cuts.at[:-1], device=self._device)
+        return on_device(torch.tensor(cuts.at[:-1]), self._device)
 
     @contextmanager
     def _attention(self) -> Any:
@@ -103,8 +102,8 @@ def unsupported(model: Any, device: str) -> str | None:
         return f"the architecture {model.config.model_type!r} has no packed forward"
     if getattr(model.config, "position_embedding_type", "absolute") not in ("absolute", "rope"):
         return f"its positions are of type {model.config.position_embedding_type!r}"
-    if not can_pack(device):
-        return "this device and torch have no attention over packed sequences"
+    if not can_pack(device, model.dtype):
+        return "this device, dtype and torch have no attention over packed sequences"
     return None
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from batch_rerank.engine import decoder, encoder
-from batch_rerank.engine.attention import Cuts, Tensor
+from batch_rerank.engine.attention import Cuts, Tensor, on_device
+from batch_rerank.engine.causal_encoding import answer_tokens
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import PairEncoder
@@ -43,7 +43,8 @@ class CausalModel:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if getattr(model.config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
             raise ModelError(f"model {spec.name!r}: its head has a bias or a soft cap, which is not supported")
-        yes, no = answer_tokens(spec)
+        assert spec.causal is not None
+        yes, no = answer_tokens(load_tokenizer(Path(spec.directory)), spec.causal)
         # Two rows in float32 instead of the whole vocabulary: 1.4e-6 from the full head, 35 % less work at 0.6B
         self._direction = head.weight[yes].float()
         if no is not None:
@@ -75,7 +76,12 @@ class ClassificationModel:
     def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
         self.model, self._device = load(AutoModelForSequenceClassification, spec, device), device
         linear = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
-        _refuse_constant(spec, next(layer for layer in reversed(linear) if layer.out_features == 1).weight)
+        heads = [layer for layer in linear if layer.out_features == 1]
+        if not heads:
+            raise ModelError(
+                f"model {spec.name!r}: {type(self.model).__name__} has no linear layer of one output to score"
+            )
+        _refuse_constant(spec, heads[-1].weight)
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         pair = PairEncoder(load_tokenizer(Path(spec.directory)), spec.max_length)
         self._document_type = pair.document_type if types > 1 else None
@@ -194,9 +200,8 @@ def padded(rows: Sequence[Ids], device: str) -> tuple[Tensor, Tensor]:
 
 
 def to_device(values: npt.NDArray[np.integer], device: str) -> Tensor:
-    """As int64 on the device; to a GPU from pinned memory, without waiting for it."""
-    tensor = torch.from_numpy(values.astype(np.int64))
-    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """As int64 on the device."""
+    return on_device(torch.from_numpy(values.astype(np.int64)), device)
 
 
 def last(hidden: Tensor, lengths: Tensor) -> Tensor:
@@ -211,35 +216,6 @@ def _packed(path: Any, model: Any, spec: ModelSpec, device: str) -> Any:
         return path.Packed(model, device)
     log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)
     return None
-
-
-def answer_tokens(spec: ModelSpec) -> tuple[int, int | None]:
-    """Ids of the template's true and false token. Raises ModelError unless each is one token of the vocabulary."""
-    assert spec.causal is not None
-    tokenizer = load_tokenizer(Path(spec.directory))
-    true, false = (
-        _token(tokenizer, spec.template, token) for token in (spec.causal.true_token, spec.causal.false_token)
-    )
-    if true == false or true is None:
-        raise ModelError(f"template {spec.template!r}: both answers are token {true}, expected two different ones")
-    return true, false
-
-
-def _token(tokenizer: Tokenizer, template: str, token: str | int | None) -> int | None:
-    if token is None:
-        return None
-    if isinstance(token, int):
-        if tokenizer.id_to_token(token) is None:
-            raise ModelError(
-                f"template {template!r}: the answer is token id {token}, which the tokenizer does not have"
-            )
-        return token
-    found = tokenizer.encode(token, add_special_tokens=False).ids
-    if len(found) != 1:
-        raise ModelError(
-            f"template {template!r}: the answer {token!r} is {len(found)} tokens here ({found}), expected one"
-        )
-    return int(found[0])
 
 
 def _refuse_constant(spec: ModelSpec, head: torch.Tensor) -> None:

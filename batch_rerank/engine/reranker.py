@@ -34,6 +34,8 @@ class Reranker:
         instruction: str | None = None,
         device: str = "auto",
         token_budget: int | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
     ) -> None:
         if device == "auto":
             import torch
@@ -47,6 +49,8 @@ class Reranker:
             max_length=max_length,
             dtype=dtype,
             device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
         self.spec = relocate(spec)
         self._encoder = make_encoder(self.spec)

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.job.read_unit import read_range, read_ranges
-from batch_rerank.job.steps import LoadedScorer, commit_unit, encode_unit, score_unit
+from batch_rerank.job.steps import EncodedUnit, LoadedScorer, commit_unit, encode_unit, score_unit
 from batch_rerank.store.manifest import Plan, Receipt
 
 log = logging.getLogger("batch_rerank")
@@ -18,7 +19,15 @@ def run_local(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[s
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
     if scorer.self_test:
         log.info("%s", scorer.self_test)
-    for work in read_ranges(plan, done):
-        for read in read_range(work, config, model):
-            scored = score_unit(encode_unit(read, encoder), scorer)
-            yield commit_unit(scored, config, model, plan.fingerprint)
+    units = (encode_unit(read, encoder) for work in read_ranges(plan, done) for read in read_range(work, config, model))
+    for unit in _one_ahead(units):
+        yield commit_unit(score_unit(unit, scorer), config, model, plan.fingerprint)
+
+
+def _one_ahead(units: Iterator[EncodedUnit]) -> Iterator[EncodedUnit]:
+    """The same units, the next one read and encoded by a thread while the caller scores: tokenizers release the GIL."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, units, None)
+        while (unit := following.result()) is not None:
+            following = thread.submit(next, units, None)
+            yield unit
