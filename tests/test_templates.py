@@ -118,6 +118,17 @@ def test_relevance_is_the_sigmoid_of_the_scaled_score(directory: Path) -> None:
     assert relevance(resolve_model(str(directory), template="ctxl-rerank-v2"), np.zeros(1, np.float32)) is None
 
 
+def test_where_pairs_are_tokenised_whole_a_query_still_shares_what_all_its_pairs_begin_with(directory: Path) -> None:
+    glued = {"middle": "Judge the requirements. Query {query} Document{document} yes?", "true_token": "yes"}
+    encoder = make_encoder(resolve_model(str(directory), template=glued))
+    assert not encoder.splits  # type: ignore[attr-defined]
+    query = "what is the capital of France?"
+    encoded = encoder.encode([Group(query, ["\nParis", "Moscow", "Moscow"]), Group("x", []), Group(query, ["Moscow"])])
+    assert len(encoded.segment(encoded.prefix[0])) > 20
+    assert encoded.prefix[0] == encoded.prefix[2]
+    assert encoded.document[1] == encoded.document[2] == encoded.document[3]
+
+
 def test_a_query_after_its_document_still_shares_what_all_pairs_begin_with(directory: Path) -> None:
     spec = resolve_model(str(directory), template="ctxl-rerank-v2")
     encoded = make_encoder(spec).encode([Group("one", ["a", "b", "b"]), Group("two", ["a"])])

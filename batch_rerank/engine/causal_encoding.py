@@ -1,6 +1,5 @@
 """Queries and documents to the token ids of a causal reranker's template."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,20 +98,28 @@ class CausalEncoder:
     def _encode_whole(self, groups: Sequence[Group]) -> Encoded:
         """Every pair's own string. Where it is too long, its pieces are tokenised apart and the document is cut."""
         limit = self._max_length - len(self._prefix)
-        pairs, pair_of = unique_items(
-            [(group.query, self._given(group), d) for group in groups for d in group.documents]
-        )
-        segments, cuts = [], []
-        for (query, instruction), members in itertools.groupby(pairs, lambda pair: pair[:2]):
+        keys, key_of = unique_items([(group.query, self._given(group)) for group in groups])
+        texts = [
+            (int(key), document) for key, group in zip(key_of, groups, strict=True) for document in group.documents
+        ]
+        known: dict[int, dict[str, int]] = {key: {} for key in range(len(keys))}
+        for key, document in texts:
+            known[key].setdefault(document, len(known[key]))
+        segments: dict[int, list[Int32]] = {}
+        cuts: list[bool] = []
+        first = np.cumsum([0, *(len(known[key]) for key in range(len(keys)))])
+        for key, (query, instruction) in enumerate(keys):
             frame = self._frame(Group(query, [], instruction))
-            documents = [document for _, _, document in members]
-            pieces = token_ids(self._tokenizer, [frame.before + document + frame.after for document in documents])
-            for document, piece in zip(documents, pieces, strict=True):
-                ids = np.concatenate([frame.around[0], piece, frame.around[1]])
-                cuts.append(len(ids) > limit)
-                segments.append(self._cut(frame, document, limit) if cuts[-1] else ids)
-        stop = -len(self._suffix) or None
-        return assemble_whole(groups, self._prefix, [ids[:stop] for ids in segments], cuts, pair_of, self._suffix)
+            pieces = token_ids(self._tokenizer, [frame.before + document + frame.after for document in known[key]])
+            whole = [np.concatenate([frame.around[0], piece, frame.around[1]]) for piece in pieces]
+            cuts += [len(ids) > limit for ids in whole]
+            fitted = [
+                self._cut(frame, document, limit) if len(ids) > limit else ids
+                for document, ids in zip(known[key], whole, strict=True)
+            ]
+            segments[key] = [ids[: len(ids) - len(self._suffix)] for ids in fitted]
+        pair_of = np.array([first[key] + known[key][document] for key, document in texts], np.int32)
+        return assemble_whole(groups, key_of, self._prefix, segments, cuts, pair_of, self._suffix)
 
     def _cut(self, frame: "_Frame", document: str, limit: int) -> Int32:
         tail = frame.tail[-limit:]  # longer only where the query follows the document: its end is kept

@@ -107,21 +107,30 @@ def assemble(
 
 
 def assemble_whole(
-    groups: Sequence[Group], prefix: Int32, segments: list[Int32], cuts: list[bool], pair_of: Int32, tail: Int32
+    groups: Sequence[Group],
+    key_of: Int32,
+    prefix: Int32,
+    segments: dict[int, list[Int32]],
+    cuts: list[bool],
+    pair_of: Int32,
+    tail: Int32,
 ) -> Encoded:
-    """Distinct pairs' own ids (`segments`) behind one prefix, which takes over what all of them begin with."""
-    common = common_length(segments)
-    prefix = np.concatenate([prefix, *(ids[:common] for ids in segments[:1])])
-    segments = [ids[common:] for ids in segments]
-    lengths = np.array([len(ids) for ids in segments], np.int32)[pair_of]
+    """Distinct pairs' own ids behind a prefix. `key_of`: which query each group asks; `segments`: the ids of each
+    query's pairs. A query's prefix takes over what all its pairs begin with."""
+    common = [common_length(segments.get(key, [])) for key in range(int(key_of.max(initial=-1)) + 1)]
+    prefixes = [np.concatenate([prefix, *(s[:n] for s in segments.get(k, [])[:1])]) for k, n in enumerate(common)]
+    own = [ids[common[key] :] for key in sorted(segments) for ids in segments[key]]
+    lengths = np.array([len(ids) for ids in own], np.int32)[pair_of]
+    starts = pair_starts(groups)
+    before = np.array([len(ids) for ids in prefixes], np.int32)[np.repeat(key_of, np.diff(starts))]
     return Encoded(
-        *concatenate([prefix, *segments]),
-        prefix=np.zeros(len(groups), np.int32),
-        starts=pair_starts(groups),
-        document=pair_of + np.int32(1),
+        *concatenate([*prefixes, *own]),
+        prefix=key_of,
+        starts=starts,
+        document=pair_of + np.int32(len(prefixes)),
         kept=lengths,
         tail=tail,
-        n_tokens=(len(prefix) + lengths + len(tail)).astype(np.int32),
+        n_tokens=(before + lengths + len(tail)).astype(np.int32),
         truncated=np.array(cuts, np.bool_)[pair_of],
     )
 
