@@ -119,7 +119,7 @@ def test_relevance_is_the_sigmoid_of_the_scaled_score(directory: Path) -> None:
 
 
 def test_where_pairs_are_tokenised_whole_a_query_still_shares_what_all_its_pairs_begin_with(directory: Path) -> None:
-    glued = {"middle": "Judge the requirements. Query {query} Document{document} yes?", "true_token": "yes"}
+    glued = {"middle": "Judge the requirements. Query {query} the{document} yes?", "true_token": "yes"}
     encoder = make_encoder(resolve_model(str(directory), template=glued))
     assert not encoder.splits  # type: ignore[attr-defined]
     query = "what is the capital of France?"
