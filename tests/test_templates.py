@@ -124,7 +124,7 @@ def test_where_pairs_are_tokenised_whole_a_query_still_shares_what_all_its_pairs
     assert not encoder.splits  # type: ignore[attr-defined]
     query = "what is the capital of France?"
     encoded = encoder.encode([Group(query, ["\nParis", "Moscow", "Moscow"]), Group("x", []), Group(query, ["Moscow"])])
-    assert len(encoded.segment(encoded.prefix[0])) > 20
+    assert len(encoded.segment(encoded.prefix[0])) > 10
     assert encoded.prefix[0] == encoded.prefix[2]
     assert encoded.document[1] == encoded.document[2] == encoded.document[3]
 
