@@ -367,6 +367,16 @@ def test_forty_documents_of_five_languages_code_emoji_and_control_tokens(model: 
     assert np.std([row.score for row in expected]) > 0.05  # parity of equal scores would say nothing
 
 
+def test_two_hundred_documents_together_and_one_by_one(model: Model) -> None:
+    groups = [Group(QUERY, [f"{number} {text}" for number in range(20) for text in TEXTS])]
+    (_, together), (_, alone) = model.score(groups, token_budget=4096), model.score(groups, token_budget=1)
+    assert len(together) == 200
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        expected = [model.reference(QUERY, d, model.instruction, 8192).score for d in groups[0].documents[::25]]
+    np.testing.assert_allclose(together[::25], expected, rtol=0, atol=model.tolerance)
+
+
 def test_a_document_is_cut_to_what_its_query_leaves_of_max_length_and_flagged(model: Model) -> None:
     groups = [Group(QUERY, ["short", LONG]), Group(f"{QUERY} {LONG[:150]}", [LONG, "short"])]
     expected = model.assert_parity(groups, max_length=MAX_LENGTH)
