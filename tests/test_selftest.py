@@ -263,7 +263,7 @@ def test_cosines_that_are_all_one(copy: Copy) -> None:
 
 def test_yes_and_no_swapped_in_our_extraction(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     right = models.answer_tokens
-    monkeypatch.setattr(models, "answer_tokens", lambda spec: right(spec)[::-1])
+    monkeypatch.setattr(models, "answer_tokens", lambda *given: right(*given)[::-1])
     assert list(failed(result_of(originals["qwen"]))) == ["canaries"]
 
 
