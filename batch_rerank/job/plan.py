@@ -102,7 +102,7 @@ def _read_shards(config: JobConfig) -> list[Seen]:
                 f"input.path {pattern!r}: no shard matches; expected at least one Parquet file; "
                 "check the path (globs are allowed, a directory means its *.parquet)"
             )
-        files.update({file.path: (Location(location.fs, file.path), file) for file in found})
+        files.update({file.path: (location.at(file.path), file) for file in found})
     with ThreadPoolExecutor(PLANNING_THREADS) as pool:
         return list(pool.map(lambda entry: _read_shard(config, *entry), files.values()))
 

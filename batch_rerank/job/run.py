@@ -117,8 +117,7 @@ def _resume(manifest: Manifest, plan: Plan, totals: Totals) -> frozenset[str]:
         totals.add(receipt)
     if len(done) < len(plan.units):
         with storage_errors(manifest.success):
-            if manifest.success.exists():
-                manifest.success.remove()
+            manifest.success.remove()
     for unit_id in broken:
         manifest.discard(unit_id)
     if done:

@@ -20,7 +20,7 @@ from batch_rerank.errors import InputError, StorageError
 from batch_rerank.schema import OUTPUT_NAMES
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.layouts import run_starts
-from batch_rerank.store.manifest import Manifest, Plan, Receipt, part_name, sha256
+from batch_rerank.store.manifest import Manifest, Plan, Receipt, sha256
 from batch_rerank.store.shards import Unit, read_units
 
 VERIFY_THREADS = 4
@@ -53,12 +53,10 @@ def verify(path: str) -> Verdict:
     with storage_errors(manifest.root):
         if not manifest.success.exists():
             verdict.problems.append("no _SUCCESS: the job has not finished")
-        names = {part_name(unit.id) for unit in plan.units}
-        for found in sorted(manifest.root.fs.glob(f"{manifest.root.path}/*.parquet")):
-            if found.rsplit("/", 1)[-1] not in names:
-                verdict.problems.append(
-                    f"{found}: a Parquet file that the plan does not have; readers would take it for output"
-                )
+    for found in manifest.list_files().strays(unit.id for unit in plan.units):
+        verdict.problems.append(
+            f"{manifest.root / found}: a Parquet file that the plan does not have; readers would take it for output"
+        )
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         shards = [list(units) for _, units in groupby(plan.units, key=lambda unit: unit.shard)]
         for result in pool.map(lambda units: _verify_shard(manifest, plan, units), shards):

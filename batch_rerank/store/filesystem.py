@@ -5,31 +5,49 @@ ignores AWS_ENDPOINT_URL and would call the real AWS, so it is not used.
 """
 
 import errno
+import io
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from batch_rerank.errors import BatchRerankError, InputError, StorageError
+from batch_rerank.store.patience import Patience
 
 Options = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as a listing shows it. `version` is the etag, or size and mtime where the store has none."""
+
+    path: str
+    size: int
+    version: str
 
 
 @dataclass(frozen=True)
 class Location:
-    """A filesystem with a path on it."""
+    """A filesystem with a path on it. Operations on a store, not on a local disk, are repeated with `patience`, which
+    a location shares with those that are made from it."""
 
     fs: fsspec.AbstractFileSystem
     path: str
+    patience: Patience = field(default_factory=Patience, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(self.fs, f"{self.path.rstrip('/')}/{name}")
+        return self.at(f"{self.path.rstrip('/')}/{name}")
+
+    def at(self, path: str) -> "Location":
+        """Another path on the same filesystem."""
+        return Location(self.fs, path, self.patience)
 
     def __str__(self) -> str:
         return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
@@ -46,56 +64,141 @@ class Location:
 
     def open(self) -> IO[bytes]:
         """For reading. No cache: pyarrow asks for whole column chunks, each once."""
-        file: IO[bytes] = self.fs.open(self.path, "rb", **({} if self.is_local else {"cache_type": "none"}))
-        return file
+        if self.is_local:
+            file: IO[bytes] = self.fs.open(self.path, "rb")
+            return file
+        return cast(IO[bytes], _Ranges(self))
 
     def read_bytes(self) -> bytes:
         """The whole content. Raises FileNotFoundError."""
-        content: bytes = self.fs.cat_file(self.path)
+        # s3fs would ask for the size first, and then for several ranges at once
+        options = {"max_concurrency": 1} if self._is_s3 else {}
+        content: bytes = self.patiently(lambda: self.fs.cat_file(self.path, **options))
         return content
 
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes start to stop. Raises FileNotFoundError."""
+
+        def read() -> bytes:
+            # keywords: the second position of s3fs's cat_file is a version
+            content: bytes = self.fs.cat_file(self.path, start=start, end=stop)
+            if len(content) != stop - start:
+                raise EOFError(f"bytes {start} to {stop}: {len(content)} arrived")
+            return content
+
+        return self.patiently(read)
+
+    def stat(self) -> File:
+        """The file as it is now. Raises FileNotFoundError."""
+        return _file(self.patiently(lambda: self.fs.info(self.path)))
+
     def exists(self) -> bool:
-        """Whether there is an object or a file."""
-        return bool(self.fs.isfile(self.path))
+        """Whether there is an object or a file. Not fsspec's isfile, which says no when the store fails."""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def find(self) -> dict[str, File]:
+        """Every file below this directory by its path, in one listing; none where a local directory is absent."""
+        options = {} if self._is_s3 else {"on_error": "raise"}  # fsspec leaves out what it cannot list unless told
+        try:
+            found = self.patiently(lambda: self.fs.find(self.path, detail=True, **options))
+        except FileNotFoundError:
+            if self.is_local:
+                return {}
+            raise
+        return {str(path): _file(info) for path, info in sorted(found.items())}
 
     def write_bytes(self, data: bytes) -> None:
         """Create or replace. On a local disk readers see the old or the new content, never a half."""
         if not self.is_local:
-            self.fs.pipe_file(self.path, data)
+            self.patiently(lambda: self.fs.pipe_file(self.path, data))
             return
         temporary = _write_temporary(self.path, data)
         os.replace(temporary, self.path)
         _sync_directory(os.path.dirname(self.path))
 
     def create_exclusive(self, data: bytes) -> bool:
-        """Create with this content, all or nothing; False where it exists already.
+        """Create with this content, all or nothing; False where it exists already with another content.
 
         S3: one PUT with If-None-Match. Local: a synced temporary file and a hard link, which fails if the name is
-        taken. Other stores: a check and a write, so two writers at once are not kept apart there.
+        taken. Other stores: a check and a write, so two writers at once are not kept apart there. A reply may get
+        lost: the PUT happened, and its repetition is refused. So the content is what decides, and content that must
+        have one writer names its writer.
         """
         if self.is_local:
-            return _link_exclusive(self.path, data)
+            return _link_exclusive(self.path, data) or self.read_bytes() == data
+        return self.patiently(self._put_new, data) or self.read_bytes() == data
+
+    def _put_new(self, data: bytes) -> bool:
         try:
             self.fs.pipe_file(self.path, data, mode="create")
         except FileExistsError:
             return False
         except (OSError, ValueError) as error:
-            # radosgw's 412 arrives as OSError EINVAL; a lost reply to a successful PUT arrives as a 412 to its retry,
-            # and the caller then finds its own content
+            # radosgw's 412 arrives as OSError EINVAL
             if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO, None):
                 raise
-            if not self.exists():
+            if not self.fs.exists(self.path):
                 raise
             return False
         return True
 
+    def keeps_first(self, data: bytes) -> bool:
+        """Whether the store refuses to create what exists. `data` must be the content that is there."""
+        return self.is_local or not self.patiently(self._put_new, data)
+
     def remove(self) -> None:
-        """Delete one object or file."""
-        self.fs.rm_file(self.path)
+        """Delete one object or file; nothing where it is gone already."""
+        with suppress(FileNotFoundError):
+            self.patiently(lambda: self.fs.rm_file(self.path))
+
+    def patiently(self, operation: Callable[..., T], *args: Any) -> T:
+        """Do something on this store that may be repeated."""
+        if self.is_local:
+            return operation(*args)
+        return self.patience.keep(self, lambda: operation(*args))
+
+    @property
+    def _is_s3(self) -> bool:
+        return "s3" in self.fs.protocol
 
 
-def locate(url: str, options: Options | None = None) -> Location:
-    """The location of a path or URL. Raises StorageError for an unknown protocol or wrong options."""
+class _Ranges(io.RawIOBase):
+    """A remote object as a file: every read is one request for one range, repeated as long as it may pass."""
+
+    def __init__(self, location: Location) -> None:
+        self._location, self._size, self._position = location, location.stat().size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._size, self._position + len(buffer))
+        if stop <= self._position:
+            return 0
+        with storage_errors(self._location):
+            data = self._location.read_range(self._position, stop)
+        buffer[: len(data)] = data
+        self._position = stop
+        return len(data)
+
+
+def locate(url: str, options: Options | None = None, reached: bool = False) -> Location:
+    """The location of a path or URL. `reached`: the job's driver has had answers from there, so an outage is waited
+    for. Raises StorageError for an unknown protocol or wrong options."""
     try:
         protocol = url.split("://")[0] if "://" in url else "file"
         # without its listing cache s3fs sees what other processes wrote
@@ -103,30 +206,27 @@ def locate(url: str, options: Options | None = None) -> Location:
         fs, path = fsspec.core.url_to_fs(url, **{**fixed, **(options or {})})
     except (ImportError, ValueError, TypeError) as error:
         raise StorageError(f"{url}: cannot open this kind of location: {error}") from None
-    return Location(fs, path)
-
-
-@dataclass(frozen=True)
-class File:
-    """A file as a listing shows it. `version` is the etag, or size and mtime where the store has none."""
-
-    path: str
-    size: int
-    version: str
+    return Location(fs, path, Patience(reached))
 
 
 def list_files(pattern: Location) -> list[File]:
     """Files that match a glob, or the `*.parquet` files of a directory, by path."""
     fs, path = pattern.fs, pattern.path
-    if not _has_magic(path) and fs.isdir(path):
+    if not _has_magic(path):
+        try:
+            info = pattern.patiently(lambda: fs.info(path))
+        except FileNotFoundError:
+            return []
+        if info["type"] != "directory":
+            return [_file(info)]
         path = path.rstrip("/") + "/*.parquet"
-    found = fs.glob(path, detail=True) if _has_magic(path) else {path: fs.info(path)} if fs.exists(path) else {}
+    # unless told, fsspec leaves out directories that it fails to list; a "**" on S3 is one listing, which just fails
+    options = {} if "**" in path else {"on_error": "raise"}
+    try:
+        found = pattern.patiently(lambda: fs.glob(path, detail=True, **options))
+    except FileNotFoundError:
+        return []
     return [_file(info) for _, info in sorted(found.items()) if info["type"] == "file"]
-
-
-def stat(location: Location) -> File:
-    """The file as it is now. Raises FileNotFoundError."""
-    return _file(location.fs.info(location.path))
 
 
 def _file(info: dict[str, Any]) -> File:

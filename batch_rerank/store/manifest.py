@@ -6,6 +6,7 @@ A unit is done if and only if its receipt is there and its part is there with th
 
 import hashlib
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -150,6 +151,28 @@ def fingerprint(fields: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Files:
+    """An output's files by their path below it, as one listing showed them."""
+
+    found: dict[str, File]
+
+    def size(self, name: str) -> int | None:
+        """Bytes, or None where there is no such file."""
+        return self.found[name].size if name in self.found else None
+
+    def receipts(self) -> list[str]:
+        """The receipts, by unit."""
+        return [name for name in self.found if name.startswith("_manifest/receipts/") and name.endswith(".json")]
+
+    def strays(self, units: Iterable[str]) -> list[str]:
+        """Parquet files that a reader would take for output and that are no part of these units."""
+        parts = {part_name(unit) for unit in units}
+        hidden = ("_", ".")
+        names = (name for name in self.found if name.endswith(".parquet") and name not in parts)
+        return [name for name in names if not any(part.startswith(hidden) for part in name.split("/"))]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The files of one output."""
 
@@ -210,26 +233,28 @@ class Manifest:
 
     def _refuse_foreign(self) -> None:
         with storage_errors(self.root):
-            foreign = (
-                sorted(self.root.fs.glob(f"{self.root.path}/*.parquet")) if self.root.fs.exists(self.root.path) else []
-            )
+            foreign = self.list_files().strays(())
         if foreign:
             raise ConflictError(
                 f"{self.root}: holds {len(foreign)} Parquet file(s) that no plan describes, e.g. {foreign[0]}; "
                 "expected an empty output; use another output.path"
             )
 
+    def list_files(self) -> "Files":
+        """All files of the output, in one listing."""
+        with storage_errors(self.root):
+            start = len(self.root.path.rstrip("/")) + 1
+            return Files({path[start:]: file for path, file in self.root.find().items()})
+
     def scan(self, workers: int = 16) -> tuple[list[Receipt], list[str]]:
         """What is committed: receipts whose part is there with the right size, and the units whose receipt has no such
-        part. One listing of each, bodies concurrently; checksums are `verify`'s work."""
-        with storage_errors(self.root):
-            parts = self._sizes(self.root.path, "part-*.parquet")
-            found = self._sizes(f"{self.root.path}/_manifest/receipts", "*.json")
-        locations = [Location(self.root.fs, path) for path in sorted(found)]
+        part. One listing, bodies concurrently; checksums are `verify`'s work."""
+        files = self.list_files()
+        locations = [self.root / name for name in files.receipts()]
         with ThreadPoolExecutor(workers) as pool:
             bodies = pool.map(_read, locations)
             receipts = [Receipt.from_json(body, where) for where, body in zip(locations, bodies, strict=True)]
-        committed = [r for r in receipts if parts.get(self.part(r.unit).path) == r.size]
+        committed = [receipt for receipt in receipts if files.size(part_name(receipt.unit)) == receipt.size]
         whole = {receipt.unit for receipt in committed}
         return committed, [receipt.unit for receipt in receipts if receipt.unit not in whole]
 
@@ -237,12 +262,7 @@ class Manifest:
         """Make a unit not done: its receipt goes first, so that no receipt ever stands without its part."""
         for location in (self.receipt(unit_id), self.part(unit_id)):
             with storage_errors(location):
-                if location.exists():
-                    location.remove()
-
-    def _sizes(self, directory: str, pattern: str) -> dict[str, int]:
-        found = self.root.fs.glob(f"{directory}/{pattern}", detail=True)
-        return {str(info["name"]): int(info["size"] or 0) for info in found.values()}
+                location.remove()
 
     def write_status(self, status: dict[str, Any]) -> None:
         """`_manifest/status.json`: how far the job is and how it ended. Ray hides a driver's exit code; this has it."""

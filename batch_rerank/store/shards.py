@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import InputError
-from batch_rerank.store.filesystem import File, Location, input_errors, stat
+from batch_rerank.store.filesystem import File, Location, input_errors
 from batch_rerank.store.layouts import TEXTS, Columns, Queries, canonical, find_columns, queries_of
 
 BATCH_BYTES = 8 * 2**20
@@ -122,7 +122,7 @@ def read_units(
 def check_unchanged(location: Location, shard: Shard) -> None:
     """Raise InputError where the shard is not the one that was planned."""
     with input_errors(location):
-        now = stat(location)
+        now = location.stat()
     if (now.size, now.version) != (shard.file.size, shard.file.version):
         raise InputError(
             f"{location}: changed since the plan (found {now.size:,} bytes {now.version}, expected "

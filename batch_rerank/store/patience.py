@@ -1,0 +1,77 @@
+"""Waiting for a store that throttles, drops connections or is away: bounded exponential backoff with jitter.
+
+s3fs and botocore try a request some five times each. That covers a hiccup; a burst of errors or an outage of a minute
+takes longer, and a job of many hours outlives it.
+"""
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import TypeVar
+
+log = logging.getLogger("batch_rerank")
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 300.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+
+
+@dataclass
+class Patience:
+    """How long one operation is tried, and how often anything was tried again.
+
+    reached: whether the store has answered before, to this process or to the job's driver. A store that has never
+    answered is a wrong endpoint, not an outage, so nothing waits for it.
+    """
+
+    reached: bool = False
+    seconds: float = PATIENCE_SECONDS
+    retries: int = 0
+
+    def keep(self, where: object, operation: Callable[[], T]) -> T:
+        """The operation's result; it is tried again while it fails for a reason that may pass. Raises what it raises
+        last. It must be safe to repeat: its last try may have happened although its answer was lost."""
+        deadline = None
+        for attempt in count():
+            try:
+                result = operation()
+            except Exception as error:
+                now = time.monotonic()
+                deadline = now + self.seconds if deadline is None else deadline
+                pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt))
+                if not may_pass(error, self.reached) or now + pause > deadline:
+                    raise
+                self.retries += 1
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                log.warning("%s: %s; trying again in %.1f s", where, reason, pause)
+                time.sleep(pause)
+            else:
+                self.reached = True
+                return result
+        raise AssertionError  # count() does not end
+
+
+def may_pass(error: BaseException, reached: bool) -> bool:
+    """Whether waiting may help: the store said that it is busy or failed inside, or the connection broke. `reached`
+    says whether a store that cannot be connected to at all was there before."""
+    import aiohttp  # these three come with s3fs; at the top they would cost every local job a second
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+    from botocore.parsers import ResponseParserError
+    from fsspec.exceptions import FSTimeoutError
+
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(cause, ClientError):
+        status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status in (408, 409, 429) or (status >= 500 and status != 501) or "SlowDown" in str(cause)
+    if isinstance(error, ConnectionError | ConnectionRefusedError | aiohttp.ClientConnectorError):
+        return reached
+    if isinstance(error, HTTPClientError | ResponseParserError | FSTimeoutError | aiohttp.ClientError | TimeoutError):
+        return True
+    busy = (errno.EBUSY, errno.EREMOTEIO)  # s3fs's names of 503 and 500 where it drops the cause
+    return isinstance(error, BrokenPipeError | ConnectionResetError | EOFError) or (
+        isinstance(error, OSError) and error.errno in busy
+    )
