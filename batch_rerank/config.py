@@ -124,13 +124,15 @@ class ActorRange(Section):
 
 
 class Cluster(Section):
-    """The actors. `gpus_per_actor: 0` scores on the CPU, with `cpus_per_actor` threads each."""
+    """The actors. `gpus_per_actor: 0` scores on the CPU, with `cpus_per_actor` threads each. `lease_seconds`: how long
+    a job must be silent before another one takes its output over."""
 
     actors: Annotated[int, Field(ge=1)] | ActorRange = 1
     gpus_per_actor: Annotated[float, Field(ge=0)] = 1
     cpus_per_actor: Annotated[int, Field(ge=1)] = 1
     address: str | None = None
     prefetch_units: Annotated[int, Field(ge=1)] = 2
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
 
     @property
     def device(self) -> str:

@@ -15,6 +15,7 @@ from batch_rerank.job.plan import make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
 from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Receipt, Totals
 
 log = logging.getLogger("batch_rerank")
@@ -49,15 +50,16 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     # absolute: workers may have another working directory
     output = config.output.model_copy(update={"path": str(manifest.root)})
     config = config.model_copy(update={"output": output})
-    plan = manifest.write_plan(plan)
-    describe(plan, model)
     totals = Totals()
-    with _recording(manifest, plan, totals):
-        done = _resume(manifest, plan, totals)
-        resumed, pairs_before = totals.units, totals.rows_in
-        receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
-        rates = _follow(receipts, manifest, plan, totals)
-        _finalise(manifest, plan, totals, config.scoring.max_failed_rows)
+    with hold(manifest.root, config.cluster.lease_seconds) as lease:
+        plan = manifest.write_plan(plan)
+        describe(plan, model)
+        with _recording(manifest, plan, totals, lease):
+            done = _resume(manifest, plan, totals, lease)
+            resumed, pairs_before = totals.units, totals.rows_in
+            receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
+            rates = _follow(receipts, manifest, plan, totals, lease)
+            _finalise(manifest, plan, totals, config.scoring.max_failed_rows, lease)
     return Summary(
         output=str(manifest.root),
         fingerprint=plan.fingerprint,
@@ -105,7 +107,7 @@ def describe(plan: Plan, model: ModelSpec) -> None:
         log.warning("%s", note)
 
 
-def _resume(manifest: Manifest, plan: Plan, totals: Totals) -> frozenset[str]:
+def _resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> frozenset[str]:
     committed, broken = manifest.scan()
     for unit_id in broken:
         log.warning(
@@ -115,6 +117,7 @@ def _resume(manifest: Manifest, plan: Plan, totals: Totals) -> frozenset[str]:
     done = [receipt for receipt in committed if receipt.unit in known and receipt.fingerprint == plan.fingerprint]
     for receipt in done:
         totals.add(receipt)
+    lease.check()
     if len(done) < len(plan.units):
         with storage_errors(manifest.success):
             manifest.success.remove()
@@ -125,20 +128,24 @@ def _resume(manifest: Manifest, plan: Plan, totals: Totals) -> frozenset[str]:
     return frozenset(receipt.unit for receipt in done)
 
 
-def _follow(receipts: Iterator[Receipt], manifest: Manifest, plan: Plan, totals: Totals) -> tuple[float, float] | None:
+def _follow(
+    receipts: Iterator[Receipt], manifest: Manifest, plan: Plan, totals: Totals, lease: Lease
+) -> tuple[float, float] | None:
     """Count receipts as they come. Nothing is kept of them, so the driver does not grow with the number of units."""
     next_status = time.monotonic() + STATUS_SECONDS
     with Display(len(plan.units), plan.pairs, totals) as display:
         for receipt in receipts:
             totals.add(receipt)
             display.advance(receipt)
+            if lease.lost:
+                lease.check()
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_SECONDS
                 manifest.write_status(_status("running", plan, totals))
         return display.meter.rates
 
 
-def _finalise(manifest: Manifest, plan: Plan, totals: Totals, max_failed_rows: float) -> None:
+def _finalise(manifest: Manifest, plan: Plan, totals: Totals, max_failed_rows: float, lease: Lease) -> None:
     if totals.units != len(plan.units):
         committed, _ = manifest.scan()
         missing = sorted({unit.id for unit in plan.units} - {receipt.unit for receipt in committed})
@@ -154,26 +161,31 @@ def _finalise(manifest: Manifest, plan: Plan, totals: Totals, max_failed_rows: f
             "mend the input, or raise scoring.max_failed_rows and run again"
         )
     mark = {"fingerprint": plan.fingerprint, "units": totals.units, "rows": totals.rows_out}
+    lease.check()
     with storage_errors(manifest.success):
         manifest.success.create_exclusive(json.dumps(mark).encode())
 
 
 @contextmanager
-def _recording(manifest: Manifest, plan: Plan, totals: Totals) -> Iterator[None]:
-    """Keep `_manifest/status.json` true to how the job ends, as far as storage allows."""
+def _recording(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> Iterator[None]:
+    """Keep `_manifest/status.json` true to how the job ends, as far as storage allows; a job that has lost its lease
+    leaves it to its successor."""
     manifest.write_status(_status("running", plan, totals))
     try:
         yield
-    except KeyboardInterrupt:
-        _try_status(manifest, _status("interrupted", plan, totals, 130))
-        raise
-    except BatchRerankError as error:
-        _try_status(manifest, _status("failed", plan, totals, error.exit_code, str(error)))
-        raise
     except BaseException as error:
-        _try_status(manifest, _status("failed", plan, totals, 1, f"{type(error).__name__}: {error}"))
+        if not lease.lost:
+            _try_status(manifest, _ending(error, plan, totals))
         raise
     manifest.write_status(_status("done", plan, totals, 0))
+
+
+def _ending(error: BaseException, plan: Plan, totals: Totals) -> dict[str, Any]:
+    if isinstance(error, KeyboardInterrupt):
+        return _status("interrupted", plan, totals, 130)
+    if isinstance(error, BatchRerankError):
+        return _status("failed", plan, totals, error.exit_code, str(error))
+    return _status("failed", plan, totals, 1, f"{type(error).__name__}: {error}")
 
 
 def _try_status(manifest: Manifest, status: dict[str, Any]) -> None:

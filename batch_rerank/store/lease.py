@@ -1,0 +1,229 @@
+"""One job per output: a lease beside the plan, `_manifest/lease/<epoch>`.
+
+An epoch is created exclusively, and its holder rewrites it with a counter while it lives. Who wants the output watches
+that counter on its own monotonic clock and creates the next epoch when it has stood still for the lease's time; no
+wall clock decides. A holder whose successor exists has lost: it is told at its next heartbeat and before it writes
+`_SUCCESS`. What is scored stays right without a lease, because parts are created once; it guards repairs and
+`_SUCCESS`, and saves the accelerators from doing the same work twice.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from batch_rerank.errors import BatchRerankError, ConflictError
+from batch_rerank.store.filesystem import Location, storage_errors
+
+log = logging.getLogger("batch_rerank")
+
+LEASE_SECONDS = 60.0
+HEARTBEATS = 12
+"""Heartbeats in the lease's time: a second job learns within one of them that the first is alive."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds an epoch. `since` is for people to read; `machine` and `process` tell whether a holder on this machine
+    has ended; the counter moves with every heartbeat."""
+
+    id: str
+    host: str
+    machine: str
+    pid: int
+    process: str
+    since: str
+    counter: int = 0
+    released: bool = False
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "Holder | None":
+        """None where the content is damaged: such a holder is known by its bytes alone."""
+        try:
+            return Holder(**json.loads(data))
+        except (ValueError, TypeError):
+            return None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+class Lease:
+    """The right to repair an output and to finish it. Taken by `hold`."""
+
+    def __init__(self, root: Location, seconds: float) -> None:
+        self._root, self._seconds = root, seconds
+        self._epoch = 0
+        self._me = _this_process()
+        self._ended = threading.Event()
+        self._main = threading.current_thread() is threading.main_thread()
+        self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self.lost = False
+
+    def take(self) -> None:
+        """Take the output over from nobody, or from a holder that has ended. Raises ConflictError where one lives."""
+        with storage_errors(self._at(0)):
+            before = self._latest()
+            if before:
+                self._wait_for_silence(*before)
+            self._epoch = before[0] + 1 if before else 1
+            created = self._at(self._epoch).create_exclusive(self._me.to_json())
+            if not created:
+                raise self._held(self._at(self._epoch).read_bytes())
+            if not self._at(self._epoch).keeps_first(self._me.to_json()):
+                log.warning(
+                    "%s: this store replaces what exists although told not to (If-None-Match); run no two jobs on one "
+                    "output at once, nothing would keep them apart",
+                    self._root,
+                )
+        self._beats.start()
+
+    def check(self) -> None:
+        """Raise ConflictError where another job has taken the output over."""
+        with storage_errors(self._at(self._epoch)):
+            self.lost = self.lost or self._at(self._epoch + 1).exists()
+        if self.lost:
+            raise ConflictError(
+                f"{self._root}: another job has taken this output over (lease {self._epoch + 1}): this one was silent "
+                f"for {self._seconds:g} s; it stops here, what it committed is kept"
+            )
+
+    def release(self) -> None:
+        """Let the next job start at once."""
+        self._ended.set()
+        if self._beats.is_alive():
+            self._beats.join()
+        if not self.lost:
+            self._write(replace(self._me, released=True))
+
+    def _latest(self) -> tuple[int, bytes] | None:
+        names = [path.rsplit("/", 1)[-1] for path in (self._root / "_manifest/lease").find()]
+        epochs = [int(name) for name in names if name.isdecimal()]
+        return (max(epochs), self._at(max(epochs)).read_bytes()) if epochs else None
+
+    def _wait_for_silence(self, epoch: int, seen: bytes) -> None:
+        """Return when the holder of an epoch has ended. Raises ConflictError where it has not."""
+        holder = Holder.from_json(seen)
+        if holder and holder.released:
+            return
+        alive = holder and _is_alive(holder)
+        if alive:
+            raise self._held(seen)
+        if alive is False:
+            log.warning("%s: taken over from %s, which has ended", self._root, holder)
+            return
+        log.info("%s: held by %s; waiting up to %g s for a sign of life", self._root, holder, self._seconds)
+        deadline = time.monotonic() + self._seconds
+        while time.monotonic() < deadline:
+            time.sleep(self._seconds / HEARTBEATS / 2)
+            now = self._latest()
+            if now and now != (epoch, seen):
+                last = Holder.from_json(now[1])
+                if last and last.released and now[0] == epoch:
+                    return
+                raise self._held(now[1])
+        log.warning("%s: taken over from %s, silent for %g s", self._root, holder, self._seconds)
+
+    def _held(self, content: bytes) -> ConflictError:
+        holder = Holder.from_json(content) or "an unknown holder"
+        return ConflictError(
+            f"{self._root}: another job is at work on this output ({holder}); "
+            "expected one job per output; wait for it or stop it, or use another output.path"
+        )
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._seconds / HEARTBEATS):
+            try:
+                self.check()
+                self._me = replace(self._me, counter=self._me.counter + 1)
+                self._write(self._me)
+            except ConflictError:
+                if self._main and not self._ended.is_set():  # wakes the driver where it waits for a unit
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+            except BatchRerankError as error:
+                # nobody can take over what nobody can reach: the next heartbeat finds out
+                log.warning("the lease could not be renewed: %s", error)
+
+    def _write(self, holder: Holder) -> None:
+        with storage_errors(self._at(self._epoch)):
+            self._at(self._epoch).write_bytes(holder.to_json())
+
+    def _at(self, epoch: int) -> Location:
+        return self._root / f"_manifest/lease/{epoch}"
+
+
+@contextmanager
+def hold(root: Location, seconds: float = LEASE_SECONDS) -> Iterator[Lease]:
+    """Hold an output. Raises ConflictError where another job holds it, or takes it over in between."""
+    lease = Lease(root, seconds)
+    lease.take()
+    try:
+        yield lease
+    except KeyboardInterrupt:
+        if lease.lost:
+            lease.check()
+        raise
+    finally:
+        try:
+            lease.release()
+        except BatchRerankError as error:
+            log.warning("the lease could not be given back, the next job waits %g s: %s", seconds, error)
+
+
+def _this_process() -> Holder:
+    return Holder(
+        id=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        process=_started(os.getpid()) or "",
+        since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _machine() -> str:
+    """The boot of the machine and the namespace of processes; empty where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since the boot: tells it from a later one with the same number. None where there
+    is no such process, or only its remains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return fields[19] if fields[0] not in "ZX" else None
+
+
+def _is_alive(holder: Holder) -> bool | None:
+    """Whether a holder's process lives; None where only its heartbeat can tell: elsewhere, or stopped."""
+    if not holder.machine or holder.machine != _machine():
+        return None
+    if _started(holder.pid) != holder.process:
+        return False
+    return None if _is_stopped(holder.pid) else True
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
