@@ -97,9 +97,11 @@ def run(
         "pairs cut at max_length": totals.truncated,
         "null texts (error rows)": totals.null_texts,
         "null queries (error rows)": totals.null_queries,
+        "pairs the engine could not score (error rows)": totals.engine_failed,
         "empty texts (scored)": totals.empty_texts,
         "zero-row shards": summary.counts["zero_row_shards"],
         "queries without candidates": summary.counts["queries_without_candidates"],
+        "repeated storage requests": totals.storage_retries,
     }
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
     log.info("output: %s", summary.output)
@@ -152,7 +154,8 @@ def status(output: Output, as_json: Json = False) -> None:
 
     manifest, made = open_output(output)
     last = manifest.read_status()
-    committed, broken = manifest.scan()
+    scan = manifest.scan(made)
+    committed = scan.committed
     pairs = sum(receipt.rows_in for receipt in committed)
     found = {
         "state": last.get("state", "planned"),
@@ -161,11 +164,14 @@ def status(output: Output, as_json: Json = False) -> None:
         "updated_at": last.get("updated_at"),
         "units_done": len(committed),
         "units_planned": len(made.units),
-        "units_broken": broken,
+        "units_broken": list(scan.broken),
+        "units_set_aside": [
+            name.split("/")[-1].removesuffix(".json") for name in scan.files.within("_manifest/failures")
+        ],
         "pairs_done": pairs,
         "pairs_planned": made.pairs,
         "failed_rows": sum(receipt.failed for receipt in committed),
-        "success": manifest.success.exists(),
+        "success": "_SUCCESS" in scan.files.found,
     }
     if as_json:
         _print_json(found)

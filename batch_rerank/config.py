@@ -99,6 +99,7 @@ class Model(Section):
 
 class Scoring(Section):
     """`token_budget`: tokens of one batch. `max_failed_rows`: share of rows that may have an error, 0 to 1.
+    `max_failed_units`: units that may be set aside before the job gives up; a job with any ends with exit 1.
 
     `long_documents`: truncate, or chunk: a document that does not fit is scored in chunks that share `chunk_overlap`
     tokens, and has the score of its best chunk.
@@ -106,6 +107,7 @@ class Scoring(Section):
 
     token_budget: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     max_failed_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_failed_units: Annotated[int, Field(ge=0)] = 10
     long_documents: Literal["truncate", "chunk"] = "truncate"
     chunk_overlap: Annotated[int, Field(ge=0)] = 80
 

@@ -192,6 +192,9 @@ def test_the_manifest_lists_each_unit_once(flat_shards: Path, tmp_path: Path) ->
     from batch_rerank.store.filesystem import locate
 
     run(job(flat_shards, tmp_path / "out"), local=True)
-    committed, broken = Manifest(locate(str(tmp_path / "out"))).scan()
-    assert [receipt.unit for receipt in committed] == [f"0000{s}-0000{u}" for s in range(3) for u in range(2)]
-    assert broken == []
+    manifest = Manifest(locate(str(tmp_path / "out")))
+    plan = manifest.read_plan()
+    assert plan is not None
+    scan = manifest.scan(plan)
+    assert [receipt.unit for receipt in scan.committed] == [f"0000{s}-0000{u}" for s in range(3) for u in range(2)]
+    assert scan.broken == {}

@@ -522,6 +522,9 @@ class Constant:
     def score(self, encoded: Encoded) -> np.ndarray:
         return np.full(len(encoded.document), -1.5, np.float32)
 
+    def device_lost(self) -> bool:
+        return False
+
 
 def test_a_unit_with_a_fault_stops_the_job_with_its_name(spec: ModelSpec) -> None:
     import pyarrow as pa

@@ -1,7 +1,7 @@
 """Groups of texts, and what becomes of them: token ids, every distinct text once, put end to end. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,18 @@ class Encoded:
     def group_of_pair(self) -> Int32:
         """int32[n_pairs]: the group each pair belongs to."""
         return np.repeat(np.arange(len(self.prefix), dtype=np.int32), np.diff(self.starts))
+
+    def part(self, start: int, stop: int) -> "Encoded":
+        """The same with only the pairs from start to stop; what they are chunks of is left out."""
+        return replace(
+            self,
+            starts=np.clip(self.starts, start, stop) - start,
+            document=self.document[start:stop],
+            kept=self.kept[start:stop],
+            n_tokens=self.n_tokens[start:stop],
+            truncated=self.truncated[start:stop],
+            chunks=None,
+        )
 
 
 def assemble(

@@ -1,7 +1,7 @@
 """A unit's canonical rows to what is scored: groups of texts, and the rows that wait for their scores."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -22,12 +22,13 @@ NULL_TEXT = "text is null"
 @dataclass(frozen=True)
 class ReadUnit:
     """A unit after reading: `rows` without texts (unless the output includes them) and with `error`, which is null for
-    the rows that are scored; `groups` hold the texts of those rows, in row order."""
+    the rows that are scored; `groups` hold the texts of those rows, in row order; `retries`: repeated requests."""
 
     unit: Unit
     rows: pa.Table
     groups: list[Group]
     empty_texts: int
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,13 @@ RANGE_UNITS = 8
 
 def read_range(work: ReadRange, config: JobConfig, model: ModelSpec) -> Iterator[ReadUnit]:
     """Read the units of a range, each row group once. Raises InputError."""
-    location = locate(work.shard.url, config.input.storage_options)
+    location = locate(work.shard.url, config.input.storage_options, reached=True)
     names = (config.input.layout, config.input.columns, config.output.passthrough)
+    before = 0
     for unit, rows in read_units(location, work.shard, work.units, *names):
-        yield prepare(unit, rows, model.takes_instruction, config.output.include_text)
+        read = prepare(unit, rows, model.takes_instruction, config.output.include_text)
+        yield replace(read, retries=location.patience.retries - before)
+        before = location.patience.retries
 
 
 def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: bool) -> ReadUnit:

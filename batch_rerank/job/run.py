@@ -10,13 +10,13 @@ from typing import Any
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import BatchRerankError, UnfinishedError
+from batch_rerank.errors import BatchRerankError, ConflictError, UnfinishedError
 from batch_rerank.job.plan import make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
-from batch_rerank.store.manifest import Manifest, Plan, Receipt, Totals
+from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside, Totals
 
 log = logging.getLogger("batch_rerank")
 STATUS_SECONDS = 10.0
@@ -58,8 +58,9 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             done = _resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
-            rates = _follow(receipts, manifest, plan, totals, lease)
-            _finalise(manifest, plan, totals, config.scoring.max_failed_rows, lease)
+            rates, failed = _follow(receipts, manifest, plan, totals, lease, config.scoring.max_failed_units)
+            _finalise(manifest, plan, totals, config.scoring.max_failed_rows, failed, lease)
+    totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
         fingerprint=plan.fingerprint,
@@ -73,7 +74,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     )
 
 
-def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt]:
+def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
     from batch_rerank.job.run_ray import run_ray  # not at the top: --local does without ray
 
     return run_ray(config, model, plan, done)
@@ -108,62 +109,108 @@ def describe(plan: Plan, model: ModelSpec) -> None:
 
 
 def _resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> frozenset[str]:
-    committed, broken = manifest.scan()
-    for unit_id in broken:
-        log.warning(
-            "unit %s: its part is missing or has another size than its receipt says; it is scored again", unit_id
+    """What is done already. Units that are not as they should be are named and made not done, and so are those with
+    pairs that the engine could not score: it may have been the engine. Under the lease."""
+    scan = manifest.scan(plan)
+    strays = scan.files.strays(unit.id for unit in plan.units)
+    if strays:
+        raise ConflictError(
+            f"{manifest.root}: holds {len(strays)} Parquet file(s) that are not of this job, e.g. {strays[0]}; readers "
+            "would take them for output; move them away and run again"
         )
-    known = {unit.id for unit in plan.units}
-    done = [receipt for receipt in committed if receipt.unit in known and receipt.fingerprint == plan.fingerprint]
+    again = dict(scan.broken)
+    if "_SUCCESS" not in scan.files.found:
+        failed = (receipt for receipt in scan.committed if receipt.engine_failed)
+        again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
+    for unit_id, reason in again.items():
+        log.warning("unit %s: %s; it is scored again", unit_id, reason)
+    done = [receipt for receipt in scan.committed if receipt.unit not in again]
     for receipt in done:
         totals.add(receipt)
     lease.check()
-    if len(done) < len(plan.units):
-        with storage_errors(manifest.success):
+    with storage_errors(manifest.root):
+        if len(done) < len(plan.units):
             manifest.success.remove()
-    for unit_id in broken:
-        manifest.discard(unit_id)
+        for unit_id in again:
+            manifest.discard(unit_id)
+        kept = {f"_manifest/failures/{receipt.unit}.json" for receipt in done}
+        for name in (*scan.files.within("_manifest/attempts"), *scan.files.within("_manifest/failures")):
+            if name not in kept:
+                (manifest.root / name).remove()
     if done:
         log.info("resuming: %d of %d units are done", len(done), len(plan.units))
     return frozenset(receipt.unit for receipt in done)
 
 
 def _follow(
-    receipts: Iterator[Receipt], manifest: Manifest, plan: Plan, totals: Totals, lease: Lease
-) -> tuple[float, float] | None:
-    """Count receipts as they come. Nothing is kept of them, so the driver does not grow with the number of units."""
+    receipts: Iterator[Receipt | SetAside],
+    manifest: Manifest,
+    plan: Plan,
+    totals: Totals,
+    lease: Lease,
+    max_failed_units: int,
+) -> tuple[tuple[float, float] | None, list[SetAside]]:
+    """Count receipts as they come: this run's rates, and the units set aside. No receipt is kept, so the driver does
+    not grow with the number of units."""
     next_status = time.monotonic() + STATUS_SECONDS
+    failed: list[SetAside] = []
     with Display(len(plan.units), plan.pairs, totals) as display:
         for receipt in receipts:
-            totals.add(receipt)
-            display.advance(receipt)
+            if isinstance(receipt, SetAside):
+                failed.append(receipt)
+                _record_failure(manifest, receipt)
+                if len(failed) > max_failed_units:
+                    raise UnfinishedError(
+                        f"{manifest.root}: {len(failed)} units could not be scored, the last {receipt.unit}: "
+                        f"{receipt.error}; expected at most scoring.max_failed_units = {max_failed_units} before the "
+                        "job gives up; see _manifest/failures; run the job again to retry them"
+                    )
+            else:
+                totals.add(receipt)
+                display.advance(receipt)
             if lease.lost:
                 lease.check()
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_SECONDS
                 manifest.write_status(_status("running", plan, totals))
-        return display.meter.rates
+        return display.meter.rates, failed
 
 
-def _finalise(manifest: Manifest, plan: Plan, totals: Totals, max_failed_rows: float, lease: Lease) -> None:
+def _record_failure(manifest: Manifest, failed: SetAside) -> None:
+    log.error("unit %s is set aside after %d tries: %s", failed.unit, failed.tries, failed.error)
+    location = manifest.failure(failed.unit)
+    with storage_errors(location):
+        location.write_bytes(json.dumps(asdict(failed)).encode())
+
+
+def _finalise(
+    manifest: Manifest, plan: Plan, totals: Totals, max_failed_rows: float, failed: list[SetAside], lease: Lease
+) -> None:
     if totals.units != len(plan.units):
-        committed, _ = manifest.scan()
-        missing = sorted({unit.id for unit in plan.units} - {receipt.unit for receipt in committed})
-        raise UnfinishedError(
-            f"{manifest.root}: {len(missing)} of {len(plan.units)} units did not finish, "
-            f"e.g. {', '.join(missing[:3])}; Ray's logs have the reason; run the job again to retry them"
-        )
+        raise UnfinishedError(_unfinished(manifest, plan, failed))
     if totals.failed > max_failed_rows * totals.rows_in:
         raise UnfinishedError(
             f"{manifest.root}: {totals.failed:,} of {totals.rows_in:,} rows failed "
-            f"({totals.null_queries:,} null queries, {totals.null_texts:,} null texts); "
-            f"expected at most {max_failed_rows:.2%}; the rows name their error; "
+            f"({totals.null_queries:,} null queries, {totals.null_texts:,} null texts, {totals.engine_failed:,} in the "
+            f"engine); expected at most {max_failed_rows:.2%}; the rows name their error; "
             "mend the input, or raise scoring.max_failed_rows and run again"
         )
     mark = {"fingerprint": plan.fingerprint, "units": totals.units, "rows": totals.rows_out}
     lease.check()
     with storage_errors(manifest.success):
         manifest.success.create_exclusive(json.dumps(mark).encode())
+
+
+def _unfinished(manifest: Manifest, plan: Plan, failed: list[SetAside]) -> str:
+    """Which units are missing, and why as far as is known."""
+    done = {receipt.unit for receipt in manifest.scan(plan).committed}
+    known = {unit.unit: unit.error for unit in failed}
+    missing = [unit.id for unit in plan.units if unit.id not in done]
+    named = [f"{unit} ({known.get(unit, 'Ray gave it up; its logs have the reason')})" for unit in missing[:3]]
+    return (
+        f"{manifest.root}: {len(missing)} of {len(plan.units)} units did not finish: {', '.join(named)}"
+        f"{', …' if len(missing) > 3 else ''}; the others are done; run the job again to retry them"
+    )
 
 
 @contextmanager

@@ -3,28 +3,40 @@
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.job.read_unit import read_range, read_ranges
-from batch_rerank.job.steps import EncodedUnit, LoadedScorer, commit_unit, encode_unit, score_unit
-from batch_rerank.store.manifest import Plan, Receipt
+from batch_rerank.job.steps import EncodedUnit, LoadedScorer, commit_unit, encode_unit, or_set_aside, score_unit
+from batch_rerank.store.manifest import Plan, Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")
+T = TypeVar("T")
 
 
-def run_local(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt]:
+def run_local(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done, one after the other. Raises the errors of every step."""
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
     if scorer.self_test:
         log.info("%s", scorer.self_test)
-    units = (encode_unit(read, encoder) for work in read_ranges(plan, done) for read in read_range(work, config, model))
+    reads = (read for work in read_ranges(plan, done) for read in read_range(work, config, model))
+    units = (or_set_aside(read.unit, partial(encode_unit, read, encoder)) for read in reads)
     for unit in _one_ahead(units):
-        yield commit_unit(score_unit(unit, scorer), config, model, plan.fingerprint)
+        yield (
+            unit
+            if isinstance(unit, SetAside)
+            else or_set_aside(unit.unit, partial(_finish, unit, scorer, config, model, plan.fingerprint))
+        )
 
 
-def _one_ahead(units: Iterator[EncodedUnit]) -> Iterator[EncodedUnit]:
+def _finish(unit: EncodedUnit, scorer: LoadedScorer, config: JobConfig, model: ModelSpec, fingerprint: str) -> Receipt:
+    return commit_unit(score_unit(unit, scorer), config, model, fingerprint)
+
+
+def _one_ahead(units: Iterator[T]) -> Iterator[T]:
     """The same units, the next one read and encoded by a thread while the caller scores: tokenizers release the GIL."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         following = thread.submit(next, units, None)

@@ -24,9 +24,20 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoding import Encoder, make_encoder
 from batch_rerank.errors import BatchRerankError, UnfinishedError, as_value, from_value
+from batch_rerank.job.attempts import Attempts
+from batch_rerank.job.poison import DeviceLostError, Trial
 from batch_rerank.job.read_unit import ReadRange, read_range, read_ranges
-from batch_rerank.job.steps import EncodedUnit, LoadedScorer, ScoredUnit, commit_unit, encode_unit, score_unit
-from batch_rerank.store.manifest import Plan, Receipt
+from batch_rerank.job.steps import (
+    EncodedUnit,
+    LoadedScorer,
+    ScoredUnit,
+    commit_unit,
+    encode_unit,
+    or_set_aside,
+    score_unit,
+)
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")
 
@@ -38,7 +49,9 @@ kept starting processes of 1.1 CPU seconds each (10,000 pairs/s of a free scorer
 LOCAL_TASK_CPUS = 4
 """CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
 
-UNIT_TRIES = 3
+UNIT_TRIES = 40
+"""Starts of an actor for one unit. Attempts ends the tries of a unit sooner; units that wait behind it use theirs up
+with it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Job:
         os.environ.update(self.environment)
 
 
-def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt]:
+def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done; receipts come in the order in which units finish.
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
@@ -74,7 +87,11 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
                     if row["error"] is not None:
-                        raise from_value(pickle.loads(row["error"]))
+                        problem = pickle.loads(row["error"])
+                        if not isinstance(problem, SetAside):
+                            raise from_value(problem)
+                        yield problem
+                        continue
                     receipt = Receipt.from_json(row["payload"], "a worker's receipt")
                     if receipt.self_test and not logged:  # of the first actor; the others' are in their receipts
                         log.info("%s", receipt.self_test)
@@ -161,7 +178,7 @@ def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
     work: ReadRange = pickle.loads(batch["range"][0].as_py())
     try:
         for read in read_range(work, job.config, job.model):
-            yield _block(encode_unit(read, _encoder(job.model)))
+            yield _block(or_set_aside(read.unit, lambda read=read: encode_unit(read, _encoder(job.model))))  # type: ignore[misc]
     except BatchRerankError as error:
         yield _failure(error)
 
@@ -171,6 +188,12 @@ class Score:
 
     def __init__(self, job: Job) -> None:
         job.enter()
+        context = ray.get_runtime_context()
+        manifest = Manifest(locate(job.config.output.path, job.config.output.storage_options, reached=True))
+        self._attempts = Attempts(
+            manifest.root / f"_manifest/attempts/{context.get_actor_id()}.json",
+            context.was_current_actor_reconstructed,
+        )
         self._scorer: LoadedScorer | BatchRerankError
         try:
             self._scorer = LoadedScorer(job.config, job.model)
@@ -179,30 +202,48 @@ class Score:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """An encoded unit to a scored one."""
-        scorer = self._scorer
-        if isinstance(scorer, BatchRerankError):
-            return _failure(scorer)
-        return _step(batch, lambda unit: score_unit(unit, scorer))
+        if isinstance(self._scorer, BatchRerankError):
+            return _failure(self._scorer)
+        return _step(batch, self._score)
+
+    def _score(self, unit: EncodedUnit) -> ScoredUnit | SetAside:
+        assert isinstance(self._scorer, LoadedScorer)
+        name, attempts = unit.unit.id, self._attempts
+        refused = attempts.begin(name)
+        if refused:
+            return SetAside(name, attempts.tries(name) - 1, refused)
+        trial = attempts.trial(name) or Trial.of(unit.encoded)
+        try:
+            return score_unit(unit, self._scorer, trial)
+        except DeviceLostError as error:
+            attempts.leave(name, trial)
+            log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)
+            os._exit(1)
+        finally:
+            attempts.end()
 
 
 def rank_and_write(batch: pa.Table, job: Job) -> pa.Table:
     """A scored unit to its receipt."""
     job.enter()
-    return _step(batch, lambda unit: commit_unit(unit, job.config, job.model, job.fingerprint).to_json())
+    return _step(batch, lambda unit: commit_unit(unit, job.config, job.model, job.fingerprint))
 
 
-def _step(batch: pa.Table, work: Callable[[Any], EncodedUnit | ScoredUnit | bytes]) -> pa.Table:
-    """Apply a step to the one unit of a block; errors pass through."""
+def _step(batch: pa.Table, work: Callable[[Any], ScoredUnit | Receipt | SetAside]) -> pa.Table:
+    """Apply a step to the one unit of a block; errors and units set aside pass through."""
     if batch["error"][0].is_valid:
         return batch
     try:
-        return _block(work(_unpack(batch["payload"][0].as_buffer())))
+        unit = _unpack(batch["payload"][0].as_buffer())
+        return _block(or_set_aside(unit.unit, lambda: work(unit)))
     except BatchRerankError as error:
         return _failure(error)
 
 
-def _block(value: EncodedUnit | ScoredUnit | bytes) -> pa.Table:
-    return _row(value if isinstance(value, bytes) else _pack(value), None)
+def _block(value: EncodedUnit | ScoredUnit | Receipt | SetAside) -> pa.Table:
+    if isinstance(value, SetAside):
+        return _row(None, pickle.dumps(value))
+    return _row(value.to_json() if isinstance(value, Receipt) else _pack(value), None)
 
 
 def _failure(error: BatchRerankError) -> pa.Table:

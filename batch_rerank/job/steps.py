@@ -1,9 +1,13 @@
 """The three steps of a unit, as both `run_local` and the Ray job call them: encode, score, commit."""
 
+import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +21,17 @@ from batch_rerank.engine.encoding import Encoder
 from batch_rerank.engine.packing import Float32, best_chunks
 from batch_rerank.engine.scorer import Scorer, make_scorer
 from batch_rerank.engine.selftest import self_test, unit_fault
-from batch_rerank.errors import ModelError
+from batch_rerank.errors import BatchRerankError, ModelError
+from batch_rerank.job.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.job.rank import rank
 from batch_rerank.job.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
 from batch_rerank.job.write_unit import write_unit
 from batch_rerank.store import filesystem
-from batch_rerank.store.manifest import Manifest, Receipt
+from batch_rerank.store.manifest import Manifest, Receipt, SetAside
 from batch_rerank.store.shards import Unit
+
+log = logging.getLogger("batch_rerank")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class EncodedUnit:
     rows: pa.Table
     encoded: Encoded
     empty_texts: int
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,18 +60,34 @@ class ScoredUnit:
     seconds: float
     scorer: str
     self_test: str
+    retries: int = 0
 
 
 def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
     """Tokenise a unit."""
-    return EncodedUnit(read.unit, read.rows, encoder.encode(read.groups), read.empty_texts)
+    return EncodedUnit(read.unit, read.rows, encoder.encode(read.groups), read.empty_texts, read.retries)
 
 
-def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
-    """Score a unit. A pair too large for the device's memory becomes an error row. Raises ModelError where the model
-    gives NaN, or scores that are no scores: the same for every sequence, or all saturated."""
+def or_set_aside(unit: Unit, step: Callable[[], T]) -> T | SetAside:
+    """What a step gives, or the unit set aside where it raises what nobody expected. Raises BatchRerankError."""
+    try:
+        return step()
+    except (BatchRerankError, DeviceLostError):
+        raise
+    except Exception as error:
+        log.exception("unit %s", unit.id)
+        reason = str(error) if isinstance(error, PoisonedUnitError) else f"{type(error).__name__}: {error}"
+        return SetAside(unit.id, 1, reason[:500])
+
+
+def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = None) -> ScoredUnit:
+    """Score a unit. A pair that makes the engine raise, or is too large for the device's memory, becomes an error row.
+
+    `trial`: what earlier tries learnt of its pairs, and what this one leaves. Raises ModelError where the model gives
+    NaN, or scores that are no scores: the same for every sequence, or all saturated; and what score_around raises.
+    """
     started = time.monotonic()
-    scores = scorer.score(unit.encoded)
+    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost)
     fault = unit_fault(scorer.model, unit.encoded, scores)
     if fault:
         raise ModelError(
@@ -71,9 +96,11 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
         )
     best = best_chunks(unit.encoded, scores)
     scored = ~np.isnan(best.scores)
+    chunks = unit.encoded.chunks
+    errors = {pair if chunks is None else int(chunks.owner[pair]): error for pair, error in raised.items()}
     return ScoredUnit(
         unit=unit.unit,
-        rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens),
+        rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens, errors),
         scores=best.scores[scored],
         n_tokens=best.n_tokens[scored],
         truncated=best.truncated[scored],
@@ -82,15 +109,19 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer") -> ScoredUnit:
         seconds=time.monotonic() - started,
         scorer=scorer.tag,
         self_test=scorer.self_test,
+        retries=unit.retries,
     )
 
 
-def _with_errors(rows: pa.Table, failed: npt.NDArray[np.bool_], n_tokens: npt.NDArray[np.int32]) -> pa.Table:
+def _with_errors(
+    rows: pa.Table, failed: npt.NDArray[np.bool_], n_tokens: npt.NDArray[np.int32], raised: dict[int, str]
+) -> pa.Table:
     """The rows with an error for each failed pair; the pairs are the rows without an error, in row order."""
     errors = rows["error"].to_pylist()
     pairs = [row for row, error in enumerate(errors) if error is None]
-    for pair in np.flatnonzero(failed):
-        errors[pairs[pair]] = f"out of memory: a sequence of {n_tokens[pair]} tokens does not fit; lower max_length"
+    for pair in np.flatnonzero(failed).tolist():
+        too_long = f"out of memory: a sequence of {n_tokens[pair]} tokens does not fit; lower max_length"
+        errors[pairs[pair]] = raised.get(pair, too_long)
     return rows.set_column(rows.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
 
 
@@ -103,7 +134,7 @@ class LoadedScorer:
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
         started = time.monotonic()
-        device = config.cluster.device
+        device = self._device = config.cluster.device
         self.model, self._scorer = load_scorer(config, model)
         load = f"{time.monotonic() - started:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
@@ -119,6 +150,18 @@ class LoadedScorer:
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]."""
         return self._scorer.score(encoded)
+
+    def device_lost(self) -> bool:
+        """Whether the device has failed for good: after some errors CUDA refuses everything in the same process."""
+        if self._device != "cuda":
+            return False
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
 
 def load_scorer(config: JobConfig, model: ModelSpec) -> tuple[ModelSpec, Scorer]:
@@ -146,6 +189,8 @@ def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerp
     top_k = config.output.top_k
     ranked = rank(scored.rows, scored.scores, scored.n_tokens, scored.truncated, model, top_k, scored.offset)
     errors = scored.rows["error"]
+    null_texts, null_queries = _count(errors, NULL_TEXT), _count(errors, NULL_QUERY)
+    failed = len(scored.rows) - len(scored.scores)
     receipt = Receipt(
         unit=scored.unit.id,
         fingerprint=fingerprint,
@@ -156,18 +201,32 @@ def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerp
         rows_out=len(ranked),
         queries=scored.unit.queries,
         scored=len(scored.scores),
-        failed=len(scored.rows) - len(scored.scores),
-        null_texts=_count(errors, NULL_TEXT),
-        null_queries=_count(errors, NULL_QUERY),
+        failed=failed,
+        null_texts=null_texts,
+        null_queries=null_queries,
         empty_texts=scored.empty_texts,
         truncated=int(scored.truncated.sum()),
         tokens=int(scored.n_tokens.sum()),
         seconds=round(scored.seconds, 4),
         scorer=scored.scorer,
         self_test=scored.self_test,
+        engine_failed=failed - null_texts - null_queries,
+        storage_retries=scored.retries,
     )
-    manifest = Manifest(filesystem.locate(config.output.path, config.output.storage_options))
+    manifest = Manifest(filesystem.locate(config.output.path, config.output.storage_options, reached=True))
+    if receipt.engine_failed:
+        _record_failures(manifest, scored)
     return write_unit(manifest, scored.unit, ranked, model, receipt)
+
+
+def _record_failures(manifest: Manifest, scored: ScoredUnit) -> None:
+    """What the engine could not score: top_k may cut the rows that say it."""
+    errors = scored.rows["error"]
+    engine = pc.and_(pc.is_valid(errors), pc.invert(pc.is_in(errors, pa.array([NULL_TEXT, NULL_QUERY]))))
+    rows = scored.rows.filter(engine).select(["query_id", "doc_id", "error"]).to_pylist()
+    location = manifest.failure(scored.unit.id)
+    with filesystem.storage_errors(location):
+        location.write_bytes(json.dumps({"unit": scored.unit.id, "rows": rows}).encode())
 
 
 def _count(errors: pa.ChunkedArray, value: str) -> int:

@@ -6,6 +6,7 @@ part is adopted and ours is dropped; the receipt always describes the part that 
 
 import io
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ import batch_rerank
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import StorageError
 from batch_rerank.store.filesystem import Location, storage_errors
-from batch_rerank.store.manifest import Manifest, Receipt, part_name, sha256
+from batch_rerank.store.manifest import SUMMED, Manifest, Receipt, part_name, sha256
 from batch_rerank.store.shards import Unit
 
 ROW_GROUP_ROWS = 100_000
@@ -28,26 +29,34 @@ def write_unit(manifest: Manifest, unit: Unit, rows: pa.Table, model: ModelSpec,
 
     Raises StorageError.
     """
-    data = serialise(rows, unit, model, receipt.fingerprint)
-    part = manifest.part(unit.id)
+    data = serialise(rows, unit, model, receipt)
+    part, location = manifest.part(unit.id), manifest.receipt(unit.id)
     with storage_errors(part):
         if not part.create_exclusive(data):
-            data = _adopt(part, unit, receipt)
-        receipt = replace(receipt, part=part_name(unit.id), size=len(data), sha256=sha256(data))
-        location = manifest.receipt(unit.id)
+            data, receipt = _adopt(part, unit, receipt)
+        receipt = replace(
+            receipt,
+            part=part_name(unit.id),
+            size=len(data),
+            sha256=sha256(data),
+            etag="" if part.is_local else part.stat().version,
+            storage_retries=receipt.storage_retries + part.patience.retries,
+        )
         if not location.create_exclusive(receipt.to_json()):
-            receipt = _other_receipt(location, receipt)
+            receipt = _other_receipt(location, part, unit, receipt)
     return receipt
 
 
-def serialise(rows: pa.Table, unit: Unit, model: ModelSpec, fingerprint: str) -> bytes:
-    """A part's bytes: zstd Parquet, row groups of whole queries, what made it in the schema's metadata."""
+def serialise(rows: pa.Table, unit: Unit, model: ModelSpec, receipt: Receipt) -> bytes:
+    """A part's bytes: zstd Parquet, row groups of whole queries, what made it and its counts in the schema's
+    metadata."""
     index = rows["query_index"].to_numpy()
     rows = rows.drop_columns(["query_index"]).replace_schema_metadata(
         {
             "batch_rerank.version": batch_rerank.__version__,
-            "batch_rerank.fingerprint": fingerprint,
+            "batch_rerank.fingerprint": receipt.fingerprint,
             "batch_rerank.unit": unit.id,
+            "batch_rerank.counts": json.dumps({name: getattr(receipt, name) for name in SUMMED}),
             "batch_rerank.model": model.name,
             "batch_rerank.revision": model.revision or model.identity,
             "batch_rerank.template": model.template,
@@ -71,29 +80,32 @@ def _row_groups(index: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts)) if len(index) else []
 
 
-def _adopt(part: Location, unit: Unit, receipt: Receipt) -> bytes:
-    """The bytes of the part that is there, if it is this unit of this job and complete."""
+def _adopt(part: Location, unit: Unit, receipt: Receipt) -> tuple[bytes, Receipt]:
+    """The bytes of the part that is there, if it is this unit of this job and complete, and a receipt of it."""
     data = part.read_bytes()
     try:
         table = pq.read_table(io.BytesIO(data), columns=["query_id"])
         metadata = table.schema.metadata or {}
-    except (pa.ArrowException, OSError):
+        counts = json.loads(metadata.get(b"batch_rerank.counts", b"{}"))
+    except (pa.ArrowException, OSError, ValueError):
         raise StorageError(
             f"{part}: exists and cannot be read; expected this unit's rows; delete it and run again"
         ) from None
     found = (metadata.get(b"batch_rerank.fingerprint"), metadata.get(b"batch_rerank.unit"), len(table))
     expected = (receipt.fingerprint.encode(), unit.id.encode(), receipt.rows_out)
-    if found != expected:
+    if found != expected or counts.keys() != set(SUMMED):
         raise StorageError(
             f"{part}: exists and is another job's or damaged; delete it and run again, or use a new output"
         )
-    return data
+    return data, replace(receipt, **counts)
 
 
-def _other_receipt(location: Location, ours: Receipt) -> Receipt:
-    """The receipt another attempt wrote; replaced where it describes a part that is no longer there."""
+def _other_receipt(location: Location, part: Location, unit: Unit, ours: Receipt) -> Receipt:
+    """The receipt another attempt wrote; replaced where it does not describe the part that is there now."""
     theirs = Receipt.from_json(location.read_bytes(), location)
-    if (theirs.sha256, theirs.size) == (ours.sha256, ours.size):
+    data, now = _adopt(part, unit, ours)
+    if (theirs.sha256, theirs.size) == (sha256(data), len(data)):
         return theirs
-    location.write_bytes(ours.to_json())
-    return ours
+    now = replace(now, size=len(data), sha256=sha256(data), etag="" if part.is_local else part.stat().version)
+    location.write_bytes(now.to_json())
+    return now

@@ -71,7 +71,9 @@ class Plan:
 class Receipt:
     """Proof that a unit is committed: what came in, what went out, and what was odd about it.
 
-    scorer: the model copy that scored it; self_test: what its self-test said, empty in receipts of older versions
+    engine_failed: rows among `failed` whose pair the engine could not score, which a resume tries again; scorer: the
+    model copy that scored it; self_test: what its self-test said; storage_retries: requests that were repeated for it;
+    etag: the part's version where the store keeps one
     """
 
     unit: str
@@ -92,6 +94,9 @@ class Receipt:
     seconds: float
     scorer: str
     self_test: str = ""
+    engine_failed: int = 0
+    storage_retries: int = 0
+    etag: str = ""
 
     def to_json(self) -> bytes:
         """One JSON object."""
@@ -106,6 +111,15 @@ class Receipt:
             raise StorageError(f"{where}: not a receipt ({error}); delete it to have its unit scored again") from None
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """A unit that could not be scored: the job goes on without it and ends with exit 1; a resume tries it again."""
+
+    unit: str
+    tries: int
+    error: str
+
+
 SUMMED = (
     "rows_in",
     "rows_out",
@@ -117,7 +131,9 @@ SUMMED = (
     "empty_texts",
     "truncated",
     "tokens",
+    "engine_failed",
 )
+"""Counts of a receipt that follow from the unit alone: they are in its part's footer too."""
 
 
 @dataclass
@@ -135,13 +151,15 @@ class Totals:
     empty_texts: int = 0
     truncated: int = 0
     tokens: int = 0
+    engine_failed: int = 0
+    storage_retries: int = 0
     seconds: float = 0.0
 
     def add(self, receipt: Receipt) -> None:
         """Count one more unit."""
         self.units += 1
         self.seconds += receipt.seconds
-        for name in SUMMED:
+        for name in (*SUMMED, "storage_retries"):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))
 
 
@@ -160,9 +178,9 @@ class Files:
         """Bytes, or None where there is no such file."""
         return self.found[name].size if name in self.found else None
 
-    def receipts(self) -> list[str]:
-        """The receipts, by unit."""
-        return [name for name in self.found if name.startswith("_manifest/receipts/") and name.endswith(".json")]
+    def within(self, directory: str) -> list[str]:
+        """The files of one directory, e.g. _manifest/attempts."""
+        return [name for name in self.found if name.startswith(f"{directory}/")]
 
     def strays(self, units: Iterable[str]) -> list[str]:
         """Parquet files that a reader would take for output and that are no part of these units."""
@@ -195,6 +213,10 @@ class Manifest:
     def receipt(self, unit_id: str) -> Location:
         """Where a unit's receipt is."""
         return self.root / f"_manifest/receipts/{unit_id}.json"
+
+    def failure(self, unit_id: str) -> Location:
+        """Where it says what the engine could not score of a unit."""
+        return self.root / f"_manifest/failures/{unit_id}.json"
 
     def read_plan(self) -> Plan | None:
         """The plan, or None for an output that has none."""
@@ -246,21 +268,27 @@ class Manifest:
             start = len(self.root.path.rstrip("/")) + 1
             return Files({path[start:]: file for path, file in self.root.find().items()})
 
-    def scan(self, workers: int = 16) -> tuple[list[Receipt], list[str]]:
-        """What is committed: receipts whose part is there with the right size, and the units whose receipt has no such
-        part. One listing, bodies concurrently; checksums are `verify`'s work."""
+    def scan(self, plan: Plan, workers: int = 16) -> "Scan":
+        """What is committed and what is not as it should be, as far as a listing shows; checksums are `verify`'s work.
+        One listing, receipts concurrently."""
         files = self.list_files()
-        locations = [self.root / name for name in files.receipts()]
+        names = {f"_manifest/receipts/{unit.id}.json": unit.id for unit in plan.units}
+        found = [name for name in names if name in files.found]
         with ThreadPoolExecutor(workers) as pool:
-            bodies = pool.map(_read, locations)
-            receipts = [Receipt.from_json(body, where) for where, body in zip(locations, bodies, strict=True)]
-        committed = [receipt for receipt in receipts if files.size(part_name(receipt.unit)) == receipt.size]
-        whole = {receipt.unit for receipt in committed}
-        return committed, [receipt.unit for receipt in receipts if receipt.unit not in whole]
+            bodies = list(pool.map(lambda name: _read(self.root / name), found))
+        committed: list[Receipt] = []
+        broken: dict[str, str] = {}
+        for name, body in zip(found, bodies, strict=True):
+            receipt = _fitting(files, plan.fingerprint, names[name], body, self.root / name)
+            if isinstance(receipt, Receipt):
+                committed.append(receipt)
+            else:
+                broken[names[name]] = receipt
+        return Scan(files, committed, broken)
 
     def discard(self, unit_id: str) -> None:
         """Make a unit not done: its receipt goes first, so that no receipt ever stands without its part."""
-        for location in (self.receipt(unit_id), self.part(unit_id)):
+        for location in (self.receipt(unit_id), self.part(unit_id), self.failure(unit_id)):
             with storage_errors(location):
                 location.remove()
 
@@ -277,6 +305,39 @@ class Manifest:
                 return value
             except (FileNotFoundError, ValueError):
                 return {}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An output as a listing shows it. broken: units with a receipt that does not fit, and why."""
+
+    files: Files
+    committed: list[Receipt]
+    broken: dict[str, str]
+
+    def set_aside(self) -> list[str]:
+        """Units that could not be scored."""
+        done = {receipt.unit for receipt in self.committed}
+        failed = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in self.files.within("_manifest/failures"))
+        return [unit for unit in failed if unit not in done]
+
+
+def _fitting(files: Files, fingerprint: str, unit_id: str, body: bytes, where: object) -> Receipt | str:
+    """A unit's receipt, or what is wrong with it or its part."""
+    try:
+        receipt = Receipt.from_json(body, where)
+    except StorageError:
+        return "its receipt cannot be read"
+    part = files.found.get(part_name(unit_id))
+    if (receipt.unit, receipt.fingerprint) != (unit_id, fingerprint):
+        return "its receipt is of another unit or job"
+    if part is None:
+        return "its part is missing"
+    if part.size != receipt.size:
+        return f"its part has {part.size:,} bytes, its receipt says {receipt.size:,}"
+    if receipt.etag and receipt.etag != part.version:
+        return "its part was replaced after it was committed (another etag)"
+    return receipt
 
 
 def part_name(unit_id: str) -> str:

@@ -1,0 +1,95 @@
+"""What an actor is scoring, on storage: `_manifest/attempts/<actor>.json`, so that its next life knows what it died of.
+
+Ray starts a dead actor again and gives it the same units. A unit that kills the process would do so for ever.
+"""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+from batch_rerank.errors import BatchRerankError
+from batch_rerank.job.poison import Trial
+from batch_rerank.store.filesystem import Location, storage_errors
+
+log = logging.getLogger("batch_rerank")
+
+MOST_DEATHS = 2
+"""Deaths with one unit after which it is set aside. One may be a node's loss; two with the same unit are not."""
+
+MOST_TRIES = 30
+"""New processes for one unit whose pairs take the device with them: halving 10,000 pairs takes 14."""
+
+
+class Attempts:
+    """An actor's diary. The first life writes behind the scoring; one that has died before writes first."""
+
+    def __init__(self, location: Location, restarted: bool) -> None:
+        self._location, self._careful = location, restarted
+        self._unit: str | None = None
+        self._deaths: dict[str, int] = {}
+        self._tries: dict[str, int] = {}
+        self._trials: dict[str, Trial] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        if restarted:
+            self._recall()
+
+    def begin(self, unit: str) -> str | None:
+        """Note that a unit is being scored; or say why it is not to be."""
+        deaths, tries = self._deaths.get(unit, 0), self._tries.get(unit, 0)
+        if deaths >= MOST_DEATHS:
+            return f"its actor died {deaths} times while scoring it (killed, or a crash in native code)"
+        if tries >= MOST_TRIES:
+            return f"its device failed {tries} times while scoring it"
+        self._note(unit)
+        return None
+
+    def trial(self, unit: str) -> Trial | None:
+        """What an earlier life learnt about a unit's pairs; the caller's own, to go on from."""
+        known = self._trials.get(unit)
+        return known and Trial(list(known.todo), dict(known.errors))
+
+    def tries(self, unit: str) -> int:
+        """How often a unit was begun in earlier lives, and now."""
+        return self._deaths.get(unit, 0) + self._tries.get(unit, 0) + 1
+
+    def end(self) -> None:
+        """Note that the unit is scored: a death from now on is not its fault."""
+        self._note(None)
+
+    def leave(self, unit: str, trial: Trial) -> None:
+        """Note what is known about a unit before this process ends on purpose."""
+        self._tries[unit] = self._tries.get(unit, 0) + 1
+        self._trials[unit] = trial
+        self._unit = None
+        self._write()
+
+    def _note(self, unit: str | None) -> None:
+        self._unit = unit
+        done = self._writer.submit(self._write)
+        if self._careful:
+            done.result()
+
+    def _write(self) -> None:
+        trials = {unit: asdict(trial) for unit, trial in self._trials.items()}
+        state = {"unit": self._unit, "deaths": self._deaths, "tries": self._tries, "trials": trials}
+        try:
+            with storage_errors(self._location):
+                self._location.write_bytes(json.dumps(state).encode())
+        except BatchRerankError as error:  # the diary is a help; without it Ray's own limit ends the tries
+            log.warning("%s", error)
+
+    def _recall(self) -> None:
+        try:
+            with storage_errors(self._location):
+                state = json.loads(self._location.read_bytes())
+        except (BatchRerankError, ValueError):
+            return
+        self._deaths, self._tries = state["deaths"], state["tries"]
+        for unit, trial in state["trials"].items():
+            todo = [(start, stop) for start, stop in trial["todo"]]
+            self._trials[unit] = Trial(todo, {int(pair): error for pair, error in trial["errors"].items()})
+        if state["unit"] is not None:
+            self._deaths[state["unit"]] = self._deaths.get(state["unit"], 0) + 1
+            log.warning("the actor died while scoring unit %s", state["unit"])
+            self._write()

@@ -1,0 +1,82 @@
+"""Pairs that make the engine raise: found by halving, so that one bad pair costs a row and not its unit."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batch_rerank.engine.encoded import Encoded
+from batch_rerank.engine.packing import Float32
+from batch_rerank.errors import ModelError
+
+log = logging.getLogger("batch_rerank")
+
+MOST_POISON = 16
+"""Pairs of one unit that may raise. More of them are no bad pairs but a bad unit, or a bad engine."""
+
+
+class PoisonedUnitError(Exception):
+    """So many pairs of a unit raise that it is set aside as a whole."""
+
+
+class DeviceLostError(Exception):
+    """The device has failed for good: only a new process can go on."""
+
+
+@dataclass
+class Trial:
+    """What is known about a unit's pairs: ranges still to score, and the error of each pair that raised."""
+
+    todo: list[tuple[int, int]]
+    errors: dict[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(encoded: Encoded) -> "Trial":
+        """Nothing is known yet."""
+        return Trial([(0, len(encoded.document))])
+
+
+def score_around(
+    score: Callable[[Encoded], Float32], encoded: Encoded, trial: Trial | None, device_lost: Callable[[], bool]
+) -> tuple[Float32, dict[int, str]]:
+    """Score a unit without the pairs that raise: float32[n_pairs], NaN for those, and their errors by pair.
+
+    `trial` is what an earlier try left, and what this one leaves where the device is lost. Raises PoisonedUnitError
+    for more than MOST_POISON such pairs, ModelError where those, or all pairs, fail in the model's own checks, and
+    DeviceLostError.
+    """
+    n = len(encoded.document)
+    trial = trial or Trial.of(encoded)
+    scores = np.full(n, np.nan, np.float32)
+    scored: list[tuple[int, int]] = []
+    while trial.todo:
+        start, stop = trial.todo.pop()
+        try:
+            scores[start:stop] = score(encoded if stop - start == n else encoded.part(start, stop))
+            scored.append((start, stop))
+        except Exception as error:
+            _divide(trial, start, stop, error)
+            if device_lost():
+                trial.todo += scored  # their scores die with this process
+                raise DeviceLostError(trial.errors.get(start) or _name(error)) from error
+            all_raised = 1 < len(trial.errors) == n
+            if len(trial.errors) > MOST_POISON or all_raised:
+                if isinstance(error, ModelError):
+                    raise
+                raise PoisonedUnitError(f"{len(trial.errors)} pairs raised, the last of them {_name(error)}") from error
+    return scores, trial.errors
+
+
+def _divide(trial: Trial, start: int, stop: int, error: Exception) -> None:
+    if stop - start == 1:
+        log.warning("pair %d of its unit raises: %s", start, _name(error))
+        trial.errors[start] = f"engine: {_name(error)}"
+        return
+    middle = (start + stop) // 2
+    trial.todo += [(middle, stop), (start, middle)]
+
+
+def _name(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
