@@ -182,17 +182,24 @@ def status(output: Output, as_json: Json = False) -> None:
 
 @app.command()
 @_verb
-def verify(output: Output, as_json: Json = False) -> None:
+def verify(
+    output: Output,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make damaged units not done: the next run scores them again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
     from batch_rerank.job.verify import verify as verify_output
 
-    verdict = verify_output(output)
+    verdict = verify_output(output, repair)
     if as_json:
         _print_json({**asdict(verdict), "ok": not verdict.problems})
     for problem in verdict.problems[:20]:
         log.error("%s", problem)
     if verdict.problems:
-        _leave(6, f"error: {output}: {len(verdict.problems)} problem(s) found")
+        mended = f"; {len(verdict.damaged)} unit(s) are made not done: run the job again" if verdict.repaired else ""
+        _leave(6, f"error: {output}: {len(verdict.problems)} problem(s) found{mended}")
     log.info(
         "verified: %s rows of %s candidates in %d units", f"{verdict.rows:,}", f"{verdict.candidates:,}", verdict.units
     )

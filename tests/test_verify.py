@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import candidate_rows, job, write
 
-from batch_rerank.errors import StorageError
+from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.job.run import run
 from batch_rerank.job.verify import verify
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.lease import hold
 
 UNIT = "00001-00001"
 
@@ -70,10 +72,12 @@ def test_no_output_at_all(tmp_path: Path) -> None:
 
 
 def forge(output: Path, change: Callable[[pa.Table], pa.Table]) -> list[str]:
-    """Change a part's rows and give it a receipt that fits: only the content is wrong."""
+    """Change a part's rows and give it counts and a receipt that fit: only the content is wrong."""
     part, receipt = output / f"part-{UNIT}.parquet", output / "_manifest" / "receipts" / f"{UNIT}.json"
     table = pq.read_table(part)
-    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), part)
+    changed, metadata = change(table), dict(table.schema.metadata)
+    counts = json.loads(metadata[b"batch_rerank.counts"]) | {"rows_out": len(changed)}
+    pq.write_table(changed.replace_schema_metadata(metadata | {b"batch_rerank.counts": json.dumps(counts)}), part)
     data = part.read_bytes()
     claims = json.loads(receipt.read_text())
     claims |= {
@@ -134,3 +138,79 @@ def test_more_rows_than_top_k(flat_shards: Path, tmp_path: Path) -> None:
 def test_queries_out_of_order(output: Path) -> None:
     problems = forge(output, lambda table: pa.concat_tables([table.slice(25), table.slice(0, 25)]))
     assert problems == [f"unit {UNIT}: queries are not in input order"]
+
+
+def flip(output: Path) -> None:
+    part = output / f"part-{UNIT}.parquet"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 1
+    part.write_bytes(data)
+
+
+def edit(output: Path) -> None:
+    receipt = output / f"_manifest/receipts/{UNIT}.json"
+    claims = json.loads(receipt.read_text())
+    receipt.write_text(json.dumps(claims | {"truncated": claims["truncated"] + 1}))
+
+
+def swap(output: Path) -> None:
+    """A part of another unit under this one's name, its receipt edited to fit."""
+    other = (output / "part-00001-00000.parquet").read_bytes()
+    (output / f"part-{UNIT}.parquet").write_bytes(other)
+    receipt = output / f"_manifest/receipts/{UNIT}.json"
+    claims = json.loads((output / "_manifest/receipts/00001-00000.json").read_text())
+    receipt.write_text(json.dumps(claims | {"unit": UNIT}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip, f"unit {UNIT}: "),
+        (lambda output: (output / f"part-{UNIT}.parquet").unlink(), f"unit {UNIT}: its part is missing"),
+        (edit, f"unit {UNIT}: the receipt's counts are not the part's: truncated"),
+        (swap, f"unit {UNIT}: the part is of another unit"),
+    ],
+)
+def test_repair_marks_what_is_damaged_and_the_next_run_mends_it(
+    damage: Callable[[Path], None],
+    named: str,
+    output: Path,
+    flat_shards: Path,
+    cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    before = {part.name: part.read_bytes() for part in output.glob("part-*")}
+    damage(output)
+    code, _, shown = cli("verify", output)
+    assert code == 6 and named in shown
+    assert (output / "_SUCCESS").exists(), "verify alone changes nothing"
+    code, _, shown = cli("verify", output, "--repair")
+    assert code == 6 and "1 unit(s) are made not done: run the job again" in shown
+    assert not (output / "_SUCCESS").exists()
+    again = run(job(flat_shards, output), local=True)
+    assert (again.units, again.resumed_units) == (1, 5)
+    assert {part.name: part.read_bytes() for part in output.glob("part-*")} == before
+    assert cli("verify", output)[0] == 0
+
+
+def test_repair_leaves_an_output_alone_that_a_job_works_on(output: Path) -> None:
+    flip(output)
+    with hold(locate(str(output)), 60), pytest.raises(ConflictError, match="another job is at work"):
+        verify(str(output), repair=True)
+    assert (output / "_SUCCESS").exists()
+
+
+def test_a_resume_stops_at_a_file_that_readers_would_take_for_output(output: Path, flat_shards: Path) -> None:
+    (output / "_SUCCESS").unlink()
+    write(output / "part-extra.parquet", candidate_rows(1, 1))
+    with pytest.raises(ConflictError, match=r"not of this job, e\.g\. part-extra\.parquet"):
+        run(job(flat_shards, output), local=True)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"unit": "x"}', "\x00"])
+def test_a_resume_scores_a_unit_again_whose_receipt_cannot_be_read(
+    content: str, output: Path, flat_shards: Path, logged: list[str]
+) -> None:
+    (output / f"_manifest/receipts/{UNIT}.json").write_text(content)
+    assert run(job(flat_shards, output), local=True).units == 1
+    assert any(f"unit {UNIT}: its receipt cannot be read; it is scored again" in message for message in logged)
+    assert verify(str(output)).problems == []

@@ -5,7 +5,8 @@ was cut by top_k), ranks are 1, 2, … by score, then first-stage rank, then doc
 """
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,7 +21,8 @@ from batch_rerank.errors import InputError, StorageError
 from batch_rerank.schema import OUTPUT_NAMES
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.layouts import run_starts
-from batch_rerank.store.manifest import Manifest, Plan, Receipt, sha256
+from batch_rerank.store.lease import hold
+from batch_rerank.store.manifest import SUMMED, Manifest, Plan, Receipt, sha256
 from batch_rerank.store.shards import Unit, read_units
 
 VERIFY_THREADS = 4
@@ -29,12 +31,21 @@ COMPARED = ["query_id", "doc_id", "first_stage_rank"]
 
 @dataclass
 class Verdict:
-    """What `verify` found. An output is good if there are no problems."""
+    """What `verify` found. An output is good if there are no problems. damaged: units that a rerun would mend;
+    repaired: whether they have been made not done for it."""
 
     units: int = 0
     rows: int = 0
     candidates: int = 0
     problems: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    repaired: bool = False
+
+    def add(self, unit_id: str, problems: Sequence[str]) -> None:
+        """Problems of one unit."""
+        if problems:
+            self.problems += [f"unit {unit_id}: {problem}" for problem in problems]
+            self.damaged.append(unit_id)
 
 
 def open_output(path: str) -> tuple[Manifest, Plan]:
@@ -46,9 +57,28 @@ def open_output(path: str) -> tuple[Manifest, Plan]:
     return manifest, plan
 
 
-def verify(path: str) -> Verdict:
-    """Check an output. Raises StorageError where it has no plan; differences are in the verdict."""
+def verify(path: str, repair: bool = False) -> Verdict:
+    """Check an output; with `repair`, make its damaged units not done, so that the next run scores them again.
+
+    Raises StorageError where it has no plan, and with `repair` ConflictError where a job is at work on it;
+    differences are in the verdict.
+    """
     manifest, plan = open_output(path)
+    if not repair:
+        return _verify(manifest, plan)
+    with hold(manifest.root, plan.config["cluster"]["lease_seconds"]) as lease:
+        verdict = _verify(manifest, plan)
+        lease.check()
+        if verdict.damaged:
+            with storage_errors(manifest.root):
+                manifest.success.remove()
+                for unit_id in verdict.damaged:
+                    manifest.discard(unit_id)
+            verdict.repaired = True
+    return verdict
+
+
+def _verify(manifest: Manifest, plan: Plan) -> Verdict:
     verdict = Verdict()
     with storage_errors(manifest.root):
         if not manifest.success.exists():
@@ -64,6 +94,7 @@ def verify(path: str) -> Verdict:
             verdict.rows += result.rows
             verdict.candidates += result.candidates
             verdict.problems += result.problems
+            verdict.damaged += result.damaged
     return verdict
 
 
@@ -80,41 +111,46 @@ def _verify_shard(manifest: Manifest, plan: Plan, units: list[Unit]) -> Verdict:
     top_k = plan.config["output"]["top_k"]
     try:
         for unit, candidates in input_ids(plan, units):
-            part = _read_part(manifest, plan, unit, verdict)
+            part, problems = _read_part(manifest, plan, unit)
             if part is not None:
-                verdict.problems += [f"unit {unit.id}: {problem}" for problem in compare(candidates, part, top_k)]
+                problems = compare(candidates, part, top_k)
                 verdict.units += 1
                 verdict.rows += len(part)
                 verdict.candidates += len(candidates)
+            verdict.add(unit.id, problems)
     except InputError as error:
-        verdict.problems.append(f"input: {error}")
+        verdict.problems.append(f"units {units[0].id} to {units[-1].id}: input: {error}")
     return verdict
 
 
-def _read_part(manifest: Manifest, plan: Plan, unit: Unit, verdict: Verdict) -> pa.Table | None:
+def _read_part(manifest: Manifest, plan: Plan, unit: Unit) -> tuple[pa.Table | None, list[str]]:
+    """A unit's rows, or what is wrong with its receipt and part."""
     where, location = manifest.receipt(unit.id), manifest.part(unit.id)
     body, data = _content(where), _content(location)
     if body is None or data is None:
         absent = "receipt" if body is None else "part"
-        verdict.problems.append(f"unit {unit.id}: its {absent} is missing ({where if body is None else location})")
-        return None
+        return None, [f"its {absent} is missing ({where if body is None else location})"]
     try:
         receipt = Receipt.from_json(body, where)
         table = pq.read_table(io.BytesIO(data))
-    except (StorageError, pa.ArrowException, OSError) as error:
-        verdict.problems.append(f"unit {unit.id}: {str(error).splitlines()[0]}")
-        return None
-    metadata = table.schema.metadata or {}
+        metadata = table.schema.metadata or {}
+        counts = json.loads(metadata.get(b"batch_rerank.counts", b"{}"))
+    except (StorageError, pa.ArrowException, OSError, ValueError) as error:
+        return None, [str(error).splitlines()[0]]
+    claimed = {name: getattr(receipt, name) for name in SUMMED}
+    edited = sorted(name for name in SUMMED if counts.get(name) != claimed[name])
     checks = {
         "the receipt is of another job or unit": (receipt.fingerprint, receipt.unit) == (plan.fingerprint, unit.id),
         f"the part has {len(data):,} bytes, its receipt says {receipt.size:,}": len(data) == receipt.size,
         "the part's checksum is not its receipt's": sha256(data) == receipt.sha256,
         "the part is of another job": metadata.get(b"batch_rerank.fingerprint") == plan.fingerprint.encode(),
+        "the part is of another unit": metadata.get(b"batch_rerank.unit") == unit.id.encode(),
         f"the part has {len(table)} rows, its receipt says {receipt.rows_out}": len(table) == receipt.rows_out,
+        f"the receipt's counts are not the part's: {', '.join(edited)}": not edited,
         f"the columns are {table.column_names[:10]}": table.column_names[: len(OUTPUT_NAMES)] == list(OUTPUT_NAMES),
     }
-    verdict.problems += [f"unit {unit.id}: {problem}" for problem, good in checks.items() if not good]
-    return table if all(checks.values()) else None
+    problems = [problem for problem, good in checks.items() if not good]
+    return (None if problems else table), problems
 
 
 def _content(location: Location) -> bytes | None:
