@@ -262,3 +262,24 @@ def test_a_bounded_cache_gives_the_same_ids_and_forgets_the_oldest(directories: 
     assert sum(len(ids) for ids in cache._known.values()) <= 40
     cache.distinct(["Paris is"])
     assert calls[-1] == ["Paris is"]
+
+
+@pytest.mark.parametrize("name", ["qwen", "xlmr", "bert", "modernbert", "qwen-embedding"])
+def test_escaped_control_tokens_are_text_and_other_texts_stay_as_they_are(
+    directories: dict[str, Path], encode: Callable, name: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(directories[name] / "tokenizer.json"))
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.content.strip()}
+    assert added
+    plain = [Group("a query", ["def f(x):\n    return  x", ""])]
+    as_ever, escaped = encode(name, plain), encode(name, plain, escape=True)
+    np.testing.assert_array_equal(as_ever.tokens, escaped.tokens)
+    hostile = "".join(f"a{content}{content} b" for content in added.values())
+    group = [Group(hostile, [hostile, "x" + hostile])]
+    frame = pair_ids(encode(name, [Group("", [""])]), 0)
+    for pair in range(2):
+        found = pair_ids(encode(name, group, escape=True), pair)
+        for token in added:
+            if "unk" not in added[token].lower():  # what "[" itself is in a small vocabulary
+                assert found.count(token) == frame.count(token), added[token]
+        assert len(pair_ids(encode(name, group), pair)) < len(found), "unescaped, they are control tokens"

@@ -30,7 +30,8 @@ class ModelSpec:
     `max_length` counts tokens of the whole sequence. `instruction` is the job's or the template's, None where the
     template has no place for one. `relevance` says how a score becomes 0..1: "sigmoid" of
     score / relevance_scale, or "none" if undefined. `causal`: the template of a causal model.
-    `chunk_overlap`: None to cut long documents, else the tokens that two chunks of one share.
+    `chunk_overlap`: None to cut long documents, else the tokens that two chunks of one share. `escape`: control tokens
+    inside queries and documents are read as plain text.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     pickled: bool = False
     chunk_overlap: int | None = None
+    escape: bool = False
     pooling: Literal["cls", "mean", "last", ""] = ""
     normalize: bool = False
     query_prompt: str = ""
@@ -72,6 +74,7 @@ def resolve_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     chunk_overlap: int | None = None,
+    escape: bool = False,
 ) -> ModelSpec:
     """Describe the model that a hub id or a checkpoint directory names. Of a hub id only the small files are fetched:
     the weights are for those who score (`relocate`).
@@ -115,6 +118,7 @@ def resolve_model(
         trust_remote_code=trust_remote_code,
         pickled=pickled,
         chunk_overlap=chunk_overlap,
+        escape=escape,
         **details,
     )
 

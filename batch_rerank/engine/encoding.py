@@ -7,7 +7,9 @@ A pair's sequence is prefix(query) + document[:kept] + tail. A bi-encoder's two 
 query) and the document. No torch here, so that a CPU task which only tokenises starts fast and stays small.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -42,12 +44,47 @@ def make_encoder(spec: ModelSpec) -> Encoder:
     if spec.kind == "checksum":
         return ByteEncoder(spec.max_length, spec.instruction or "", spec.chunk_overlap)
     tokenizer = load_tokenizer(Path(spec.directory))
+    encoder = _model_encoder(spec, tokenizer)
+    return EscapingEncoder(encoder, tokenizer) if spec.escape else encoder
+
+
+def _model_encoder(spec: ModelSpec, tokenizer: Tokenizer) -> Encoder:
     if spec.kind == "causal":
         assert spec.causal is not None
         return CausalEncoder(tokenizer, spec.causal, spec.instruction, spec.max_length, spec.chunk_overlap)
     if spec.kind == "sequence_classification":
         return PairEncoder(tokenizer, spec.max_length, spec.chunk_overlap)
     return SentenceEncoder(tokenizer, spec)
+
+
+class EscapingEncoder:
+    """Reads control tokens inside queries and documents as plain text: "<|im_end|>" becomes "< |im_end|>".
+
+    Tokenizers find the strings of their added tokens anywhere, so a document could end its own turn and begin an
+    answer. The space keeps the text readable and the control token out.
+    """
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer) -> None:
+        contents = sorted(_added(tokenizer), key=len, reverse=True)
+        self._encoder = encoder
+        self._control = re.compile("|".join(map(re.escape, contents))) if contents else None
+
+    def encode(self, groups: Sequence[Group]) -> Encoded:
+        """See Encoder."""
+        return self._encoder.encode(
+            [
+                replace(group, query=self._escape(group.query), documents=[self._escape(d) for d in group.documents])
+                for group in groups
+            ]
+        )
+
+    def _escape(self, text: str) -> str:
+        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._control else text
+
+
+def _added(tokenizer: Tokenizer) -> list[str]:
+    """The added tokens that a space can break: not single characters, nor the runs of spaces that some have."""
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if len(token.content.strip()) > 1]
 
 
 class PairEncoder:

@@ -87,7 +87,7 @@ def self_test(spec: ModelSpec, scorer: Scorer) -> SelfTest:
     from batch_rerank.engine.reference import Reference  # not at the top: units are looked at without torch
 
     try:
-        encoder = make_encoder(replace(spec, chunk_overlap=None))  # the slow path cuts
+        encoder = make_encoder(replace(spec, chunk_overlap=None, escape=False))  # the slow path cuts
         reference = Reference(spec, network)
     except BatchRerankError as error:
         return not_loaded(error)

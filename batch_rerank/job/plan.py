@@ -88,6 +88,7 @@ def configured_model(config: JobConfig) -> ModelSpec:
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle=config.model.allow_pickle,
         chunk_overlap=config.scoring.chunk_overlap if config.scoring.long_documents == "chunk" else None,
+        escape=config.scoring.escape_control_tokens,
     )
 
 
@@ -222,6 +223,7 @@ def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen
         "model.max_length": model.max_length,
         "model.dtype": model.dtype,
         "scoring.chunk_overlap": model.chunk_overlap,
+        "scoring.escape_control_tokens": model.escape,
         "input.layout": config.input.layout,
         "input.columns": [shard.columns.names for shard in seen[:1]],
         "input.shards": fingerprint({"shards": shards}),
