@@ -229,8 +229,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return "missing; this key is required"
     if error["type"] == "extra_forbidden":
-        return f"unknown key (value {error['input']!r}); remove it or correct its name"
+        return "unknown key; remove it or correct its name"  # its value may be a secret under a wrong name
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    return f"found {error['input']!r}; {message[0].lower()}{message[1:]}"
+    found = "a value that is not shown" if "storage_options" in error["loc"] else repr(error["input"])
+    return f"found {found[:200]}; {message[0].lower()}{message[1:]}"

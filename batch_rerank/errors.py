@@ -4,6 +4,8 @@ An error says where, what was found, what was expected and what to do. Inside Ra
 sent to the driver as values (`as_value`) and raised again there (`from_value`): Ray would wrap them in a traceback.
 """
 
+import re
+
 
 class BatchRerankError(Exception):
     """Base of all expected failures."""
@@ -56,3 +58,8 @@ def from_value(value: dict[str, str]) -> BatchRerankError:
     """The error that `as_value` described; the base class if the type is unknown."""
     types = {cls.__name__: cls for cls in BatchRerankError.__subclasses__()}
     return types.get(value["type"], BatchRerankError)(value["message"])
+
+
+def without_secrets(text: str) -> str:
+    """A message of another library without the user and password of any URL in it."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)

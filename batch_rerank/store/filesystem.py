@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from batch_rerank.errors import BatchRerankError, InputError, StorageError
+from batch_rerank.errors import BatchRerankError, InputError, StorageError, without_secrets
 from batch_rerank.store.patience import Patience
 
 Options = dict[str, Any]
@@ -50,7 +50,7 @@ class Location:
         return Location(self.fs, path, self.patience)
 
     def __str__(self) -> str:
-        return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
+        return self.path if self.is_local else without_secrets(str(self.fs.unstrip_protocol(self.path)))
 
     @property
     def name(self) -> str:
@@ -205,7 +205,8 @@ def locate(url: str, options: Options | None = None, reached: bool = False) -> L
         fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
         fs, path = fsspec.core.url_to_fs(url, **{**fixed, **(options or {})})
     except (ImportError, ValueError, TypeError) as error:
-        raise StorageError(f"{url}: cannot open this kind of location: {error}") from None
+        reason = without_secrets(str(error))
+        raise StorageError(f"{without_secrets(url)}: cannot open this kind of location: {reason}") from None
     return Location(fs, path, Patience(reached))
 
 
@@ -249,15 +250,15 @@ def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -
     except FileNotFoundError:
         raise kind(f"{where}: not found; check the path, and for S3 the bucket and AWS_ENDPOINT_URL") from None
     except PermissionError as error:
-        reason = str(error) or "permission denied"
+        reason = without_secrets(str(error)) or "permission denied"
         raise kind(f"{where}: not permitted ({reason}); check the rights and the credentials") from None
     except OSError as error:
-        raise kind(f"{where}: storage failed: {error.strerror or error}") from error
+        raise kind(f"{where}: storage failed: {without_secrets(str(error.strerror or error))}") from error
     except Exception as error:
         # botocore's errors (NoCredentialsError, EndpointConnectionError, ClientError) share no base with OSError
         if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec")):
             raise
-        raise kind(f"{where}: storage failed: {error}") from error
+        raise kind(f"{where}: storage failed: {without_secrets(str(error))}") from error
 
 
 @contextmanager

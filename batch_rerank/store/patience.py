@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
+from batch_rerank.errors import without_secrets
+
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ class Patience:
                 if not may_pass(error, self.reached) or now + pause > deadline:
                     raise
                 self.retries += 1
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                reason = without_secrets(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__
                 log.warning("%s: %s; trying again in %.1f s", where, reason, pause)
                 time.sleep(pause)
             else:
