@@ -287,8 +287,9 @@ class Manifest:
         return Scan(files, committed, broken)
 
     def discard(self, unit_id: str) -> None:
-        """Make a unit not done: its receipt goes first, so that no receipt ever stands without its part."""
-        for location in (self.receipt(unit_id), self.part(unit_id), self.failure(unit_id)):
+        """Make a unit not done. Its receipt goes last: one without its part shows in the next listing, where a damaged
+        part without a receipt would not."""
+        for location in (self.failure(unit_id), self.part(unit_id), self.receipt(unit_id)):
             with storage_errors(location):
                 location.remove()
 
