@@ -229,7 +229,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return "missing; this key is required"
     if error["type"] == "extra_forbidden":
-        return "unknown key; remove it or correct its name"  # its value may be a secret under a wrong name
+        plain = isinstance(error["input"], int | float)  # anything else may be a secret under a wrong name
+        value = f" (value {error['input']!r})" if plain else ""
+        return f"unknown key{value}; remove it or correct its name"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
