@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,6 +137,29 @@ def test_a_full_disk(operation: str, match: str, nth: int, chaos: Chaos, tmp_pat
         assert (status(chaos, name)["state"], status(chaos, name)["exit_code"]) == ("failed", 6)
     chaos.resume(name, in_process=True)
     assert chaos.check_done(name) == 0
+
+
+@pytest.fixture
+def small_disk(chaos: Chaos) -> Iterator[Path]:
+    """An output on a disk of its own with 48 KiB: about a third of the job."""
+    disk = chaos.output("small-disk")
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, chaos: Chaos) -> None:
+    ended = chaos.run(small_disk.name)
+    assert ended.code == 6, ended.log
+    assert "No space left on device" in ended.log
+    assert "Traceback" not in ended.log
+    chaos.check_interrupted(small_disk.name)
+    assert 0 < len(chaos.committed(small_disk.name)) < UNITS
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    chaos.resume(small_disk.name, in_process=True)
+    chaos.check_done(small_disk.name)
 
 
 @pytest.mark.parametrize("days", [-400, 400])
