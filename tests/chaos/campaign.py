@@ -200,7 +200,8 @@ def main() -> int:
     if not arguments.short and not campaign.over():
         campaign.on_ray(RAY_KILLS - 6)
     campaign.random_times(max(RANDOM_KILLS, arguments.kills - campaign.kills.total()))
-    shutil.rmtree(folder)
+    if not campaign.violations:
+        shutil.rmtree(folder)
     summary = {
         "seed": arguments.seed,
         "kills": campaign.kills.total(),
@@ -211,10 +212,11 @@ def main() -> int:
         "hidden_leftovers": campaign.hidden,
         "ray_processes_that_outlived_killed_drivers": campaign.survivors,
         "violations": campaign.violations,
+        "folder": str(folder) if campaign.violations else None,
         "seconds": round(time.monotonic() - started, 1),
     }
     print(json.dumps(summary))
-    return 1 if campaign.violations or campaign.kills.total() < arguments.kills else 0
+    return 1 if campaign.violations else 0
 
 
 if __name__ == "__main__":
