@@ -103,11 +103,12 @@ class Campaign:
                     self.kill_driver(name, "local")
             self.finish("local", name, f"output {name}", "run to its end")
 
-    def kill_driver(self, name: str, mode: str) -> None:
-        """Start a run and send its driver a signal: after a drawn number of further units, or while it starts."""
+    def kill_driver(self, name: str, mode: str, share: float = 1.0) -> None:
+        """Start a run and send its driver a signal: while it starts, or at a drawn number of units up to this share."""
         sent, output = self.drawn.choice(SIGNALS), self.chaos.output(name)
         before = len(self.chaos.committed(name))
-        units = self.drawn.choice([None, *[self.drawn.randint(before, self.chaos.units) for _ in range(4)]])
+        most = max(before, int(share * self.chaos.units))
+        units = self.drawn.choice([None, *[self.drawn.randint(before, most) for _ in range(4)]])
         pause = self.drawn.uniform(0, 0.7 if units is None else 0.02)
         what = f"{sent.name} {pause:.3f} s after " + ("the start" if units is None else f"{units} units")
         running = self.chaos.start(name, local=mode == "local")
@@ -171,9 +172,9 @@ class Campaign:
         """Workers killed at steps, then one output whose drivers are killed at random times."""
         self.workers("ray-1", [("load", "before", ""), ("score", "before", ""), ("link", "before", "receipts/")])
         self.workers("ray-2", [("score", "after", ""), ("link", "before", "^part"), ("encode", "before", "")])
-        for _ in range(drivers):
+        for number in range(drivers):
             if not self.over() and not (self.chaos.output("ray-3") / "_SUCCESS").exists():
-                self.kill_driver("ray-3", "ray")
+                self.kill_driver("ray-3", "ray", (number + 1) / (drivers + 1))
         self.finish("ray", "ray-3", "output ray-3", "run to its end")
         left = {session: end_session(session) for session in self.sessions}
         self.survivors = sum(left.values())
