@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test chaos check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/batch-rerank demo $(if $(MODEL),--model $(MODEL)) $(if $(QUERIES),--queries $(QUERIES))
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "chaos or not chaos" $(ARGS) tests/chaos
+	$(BIN)/python tests/chaos/campaign.py --kills 50
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
