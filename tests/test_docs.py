@@ -147,3 +147,21 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "make check" in ci
     assert "make test" in ci
     assert yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 25
+    for file, test in named:
+        content = (ROOT / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in content, f"{file}::{test}"
+
+
+def test_every_command_that_starts_or_uses_ray_keeps_token_authentication_on() -> None:
+    blocks = [code for _, language, code in BLOCKS if language == "bash" and re.search(r"\bray (start|job)\b", code)]
+    assert len(blocks) >= 2
+    assert all(code.startswith("export RAY_AUTH_MODE=token\n") for code in blocks)
+    documents = [ROOT / "cluster.yaml", *ROOT.glob("docs/*.md"), *ROOT.glob("jobs/*"), ROOT / "README.md"]
+    for document in documents:
+        assert "RAY_AUTH_MODE=disabled" not in document.read_text(encoding="utf-8"), document

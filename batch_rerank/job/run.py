@@ -134,7 +134,7 @@ def _resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> fro
         for unit_id in again:
             manifest.discard(unit_id)
         kept = {f"_manifest/failures/{receipt.unit}.json" for receipt in done}
-        for name in (*scan.files.within("_manifest/attempts"), *scan.files.within("_manifest/failures")):
+        for name in scan.files.leftovers():
             if name not in kept:
                 (manifest.root / name).remove()
     if done:

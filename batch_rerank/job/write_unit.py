@@ -34,14 +34,16 @@ def write_unit(manifest: Manifest, unit: Unit, rows: pa.Table, model: ModelSpec,
     with storage_errors(part):
         if not part.create_exclusive(data):
             data, receipt = _adopt(part, unit, receipt)
-        receipt = replace(
-            receipt,
-            part=part_name(unit.id),
-            size=len(data),
-            sha256=sha256(data),
-            etag="" if part.is_local else part.stat().version,
-            storage_retries=receipt.storage_retries + part.patience.retries,
-        )
+        etag = "" if part.is_local else part.stat().version
+    receipt = replace(
+        receipt,
+        part=part_name(unit.id),
+        size=len(data),
+        sha256=sha256(data),
+        etag=etag,
+        storage_retries=receipt.storage_retries + part.patience.retries,
+    )
+    with storage_errors(location):
         if not location.create_exclusive(receipt.to_json()):
             receipt = _other_receipt(location, part, unit, receipt)
     return receipt

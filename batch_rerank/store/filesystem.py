@@ -20,6 +20,9 @@ from fsspec.implementations.local import LocalFileSystem
 from batch_rerank.errors import BatchRerankError, InputError, StorageError, without_secrets
 from batch_rerank.store.patience import Patience
 
+TEMPORARY = ".tmp"
+"""How the hidden files end from which a local write takes its content; a killed process leaves them."""
+
 Options = dict[str, Any]
 T = TypeVar("T")
 
@@ -286,11 +289,16 @@ def _write_temporary(path: str, data: bytes) -> str:
     """A synced file beside `path`, hidden from globs, on the same disk so that it can be linked."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    temporary = os.path.join(directory, f".{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = os.path.join(directory, f".{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk must not keep what did not fit
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
     return temporary
 
 

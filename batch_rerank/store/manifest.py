@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batch_rerank.errors import ConflictError, StorageError
-from batch_rerank.store.filesystem import File, Location, storage_errors
+from batch_rerank.store.filesystem import TEMPORARY, File, Location, storage_errors
 from batch_rerank.store.shards import Shard, Unit
 
 MANIFEST_VERSION = 1
@@ -181,6 +181,11 @@ class Files:
     def within(self, directory: str) -> list[str]:
         """The files of one directory, e.g. _manifest/attempts."""
         return [name for name in self.found if name.startswith(f"{directory}/")]
+
+    def leftovers(self) -> list[str]:
+        """What earlier runs have left for nobody: notes of actors, failures, and the hidden files of killed writes."""
+        old = ("_manifest/attempts/", "_manifest/failures/")
+        return [name for name in self.found if name.startswith(old) or name.endswith(TEMPORARY)]
 
     def strays(self, units: Iterable[str]) -> list[str]:
         """Parquet files that a reader would take for output and that are no part of these units."""
