@@ -1,4 +1,4 @@
-"""What the bookkeeping of many units costs: planned, run on 64 fake GPUs, killed at half, resumed.
+"""What the bookkeeping of many units costs: planned, run on 64 fake GPUs, killed at half and resumed.
 
     python benchmarks/bookkeeping.py [--units 1000 5000 20000]
 
@@ -27,6 +27,7 @@ UNITS_A_SHARD = 500
 CHILD = """
 import json, logging, resource, sys, time
 logging.basicConfig(level=logging.WARNING)
+logging.getLogger("ray.data").setLevel(logging.ERROR)
 import ray
 from batch_rerank.config import load_config
 from batch_rerank.job import run as jobs
@@ -77,9 +78,9 @@ def main() -> None:
 
 
 def measure(directory: Path, units: int) -> dict[str, Any]:
-    """A whole run, and one that is killed at half and resumed."""
+    """A run that is killed at half, and the one that resumes it."""
     write_shards(directory / "in", units)
-    whole = finish(start(directory, "whole"))
+    started = time.monotonic()
     killed = start(directory, "out")
     receipts = directory / "out" / "_manifest" / "receipts"
     actors = with_torch = 0
@@ -88,14 +89,14 @@ def measure(directory: Path, units: int) -> dict[str, Any]:
         if len(scoring) > actors:
             actors, with_torch = len(scoring), sum("libtorch" in maps(pid) for pid in scoring)
         time.sleep(0.5)
+    peak = peak_mib(killed.pid)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    half = {"units": count(receipts), "seconds": round(time.monotonic() - started, 1), "driver_peak_mib": peak}
     resumed = finish(start(directory, "out"))
     assert resumed["units"] + resumed["resumed"] == units and resumed["resumed"] >= units // 2
-    assert not whole["problems"] + resumed["problems"]
-    for run in (whole, resumed):
-        del run["problems"]
-    result = {"whole": whole, "resumed": resumed, "actors_seen": actors, "actors_with_torch": with_torch}
+    assert not resumed.pop("problems")
+    result = {"killed": half, "resumed": resumed, "actors_seen": actors, "actors_with_torch": with_torch}
     print(f"{units}: {json.dumps(result)}", flush=True)
     return result
 
@@ -153,6 +154,12 @@ def maps(pid: int) -> str:
         return Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return ""
+
+
+def peak_mib(pid: int) -> int:
+    """The highest resident memory of a process so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

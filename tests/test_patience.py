@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 import aiohttp
 import pytest
-from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
+from botocore.exceptions import (
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    HTTPClientError,
+    ReadTimeoutError,
+)
 from s3fs.errors import translate_boto_error
 
 from batch_rerank.store import patience
@@ -27,6 +33,7 @@ BROKEN = [
     ConnectionClosedError(endpoint_url="http://x"),
     ReadTimeoutError(endpoint_url="http://x"),
     aiohttp.ClientPayloadError(),
+    HTTPClientError(error=ConnectionResetError()),
     ConnectionResetError(),
     TimeoutError(),
     EOFError("bytes 0 to 10: 5 arrived"),
@@ -42,6 +49,7 @@ FINAL = [
     FileNotFoundError("no"),
     PermissionError("no"),
     OSError(errno.ENOSPC, "full"),
+    HTTPClientError(error=ValueError("a bug")),
     ValueError("a bug"),
 ]
 AWAY = [EndpointConnectionError(endpoint_url="http://x"), ConnectionRefusedError()]

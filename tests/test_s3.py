@@ -120,6 +120,43 @@ def test_a_job_on_s3_resumes_and_repairs(bucket: str, tmp_path: Path) -> None:
     assert verify(f"s3://{bucket}/out").problems == []
 
 
+def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials from the job file: none of them in the output, on the terminal, or in Ray's own logs."""
+    put_shards(bucket)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    options = {"key": "testing", "secret": SECRET, "client_kwargs": {"region_name": "us-east-1"}}
+    raw = s3_job(bucket).model_dump(exclude={"limit"})
+    raw["input"]["storage_options"] = raw["output"]["storage_options"] = options
+    shown, path = [], tmp_path / "job.yaml"
+    sessions = set(Path("/tmp/ray").glob("session_2*"))
+
+    def attempt(*arguments: str, **sections: dict[str, Any]) -> int:
+        path.write_text(json.dumps({name: {**raw[name], **sections.get(name, {})} for name in raw}))
+        command = [sys.executable, "-m", "batch_rerank.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        shown.extend([done.stdout, done.stderr])
+        return done.returncode
+
+    assert attempt("run", str(path), "--json") == 0
+    assert attempt("plan", str(path), "--json") == 0
+    assert attempt("run", str(path), output={"top_k": 1}) == 4
+    assert attempt("run", str(path), output={"path": f"s3://no-{bucket}/out"}) == 6
+    assert attempt("run", str(path), input={"storage_options": SECRET}) == 2
+    assert attempt("run", str(path), input={"storage_options": [SECRET]}) == 2
+    assert attempt("run", str(path), input={"storage_option": options}) == 2
+    assert attempt("run", str(path), input={"secret": SECRET}) == 2
+    assert attempt("run", str(path), input={"storage_options": {"no_such": SECRET}}) in (3, 6)
+    endpoint = f"http://me:{SECRET}@127.0.0.1:9"
+    assert attempt("run", str(path), input={"storage_options": {**options, "endpoint_url": endpoint}}) == 3
+    assert SECRET not in "".join(shown)
+    download(bucket, tmp_path / "s3")
+    logs = [file for session in set(Path("/tmp/ray").glob("session_2*")) - sessions for file in session.rglob("*.*")]
+    written = [file for file in [*(tmp_path / "s3").rglob("*"), *logs] if file.is_file()]
+    assert len(logs) > 10 and len(written) > len(logs) + 10
+    for file in written:
+        assert SECRET.encode() not in file.read_bytes(), f"{file} holds the secret"
+
+
 def test_an_object_is_created_once(bucket: str) -> None:
     location = locate(f"s3://{bucket}/object")
     assert location.create_exclusive(b"first") is True

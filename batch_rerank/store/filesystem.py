@@ -207,9 +207,13 @@ def locate(url: str, options: Options | None = None, reached: bool = False) -> L
         # without its listing cache s3fs sees what other processes wrote
         fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
         fs, path = fsspec.core.url_to_fs(url, **{**fixed, **(options or {})})
+        if options and fixed:
+            fs.connect()  # s3fs looks at its options when it first needs them; this asks nothing of the store
     except (ImportError, ValueError, TypeError) as error:
         reason = without_secrets(str(error))
-        raise StorageError(f"{without_secrets(url)}: cannot open this kind of location: {reason}") from None
+        raise StorageError(
+            f"{without_secrets(url)}: cannot open this kind of location, or not with its storage_options: {reason}"
+        ) from None
     return Location(fs, path, Patience(reached))
 
 

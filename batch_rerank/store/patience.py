@@ -71,6 +71,8 @@ def may_pass(error: BaseException, reached: bool) -> bool:
         return status in (408, 409, 429) or (status >= 500 and status != 501) or "SlowDown" in str(cause)
     if isinstance(error, ConnectionError | ConnectionRefusedError | aiohttp.ClientConnectorError):
         return reached
+    if type(error) is HTTPClientError:  # whatever botocore has no name for: also plain mistakes
+        error = error.kwargs["error"]  # type: ignore[attr-defined]
     if isinstance(error, HTTPClientError | ResponseParserError | FSTimeoutError | aiohttp.ClientError | TimeoutError):
         return True
     busy = (errno.EBUSY, errno.EREMOTEIO)  # s3fs's names of 503 and 500 where it drops the cause
