@@ -1,11 +1,9 @@
 """The whole job on s3://: input and output, credentials and endpoint from the environment, also in the workers."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chaos.servers import Moto
 from conftest import candidate_rows, job, nested, rows_of
 
 from batch_rerank.config import JobConfig
@@ -26,35 +25,16 @@ SECRET = "canary-secret-4711"
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real HTTP server that speaks S3 (moto), in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
-            break
-        except OSError:
-            assert server.poll() is None
-            time.sleep(0.1)
-    yield url
-    server.terminate()
-    server.wait(10)
-    log.close()
+def endpoint() -> Iterator[Moto]:
+    with Moto() as server:
+        yield server
 
 
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+def bucket(endpoint: Moto, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {**endpoint.environment, "AWS_SECRET_ACCESS_KEY": SECRET}.items():
+        if "CHECKSUM" not in name:  # as users have it: with the client's defaults
+            monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     name = f"bucket-{time.monotonic_ns()}"
     locate(f"s3://{name}").fs.mkdir(name)
