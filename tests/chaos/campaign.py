@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest
 
-from harness import Chaos, Ended, Fault, Step, Violation, end_session
+from chaos.harness import Chaos, Ended, Fault, Step, Violation, end_session
 
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 RAY_KILLS = 10
@@ -115,7 +115,6 @@ class Campaign:
         while units is not None and running.process.poll() is None and _receipts(output) < units:
             time.sleep(0.005)
         time.sleep(pause)
-        early = not (output / "_manifest/status.json").exists()
         if running.process.poll() is None:
             os.kill(running.process.pid, sent)
         try:
@@ -124,7 +123,7 @@ class Campaign:
                 self.say(mode, what, "too late, it was done")
                 return
             # before the command line is up, and after it is through, Python itself answers the signal
-            by_python = units is None or early or (output / "_SUCCESS").exists()
+            by_python = units is None or not ended.journal or (output / "_SUCCESS").exists()
             if ended.code not in ([-9] if sent == signal.SIGKILL else [130, -sent, 1] if by_python else [130]):
                 raise Violation(f"ended with {ended.code}:\n{ended.log[-2000:]}")
             self.kills[f"{sent.name} {mode} driver"] += 1

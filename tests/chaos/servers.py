@@ -226,5 +226,6 @@ def ceph_installed() -> bool:
 
 
 def any_server() -> Moto | Ceph:
-    """Ceph where it is installed, else moto; its `name` says which."""
-    return Ceph() if ceph_installed() else Moto()
+    """Ceph where it is installed, else moto, or what S3_SERVER says; its `name` says which."""
+    wanted = os.environ.get("S3_SERVER") or ("ceph" if ceph_installed() else "moto")
+    return Ceph() if wanted == "ceph" else Moto()

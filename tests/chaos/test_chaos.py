@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, Chaos, Fault, Step, Violation, end_session
+
+from chaos.harness import REPOSITORY, Chaos, Fault, Step, Violation, end_session
 
 UNITS = 12
 
