@@ -19,7 +19,7 @@ from batch_rerank.engine.encoding import ByteEncoder
 from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.scorer import ChecksumScorer
 from batch_rerank.errors import ModelError, UnfinishedError
-from batch_rerank.job.attempts import MOST_DEATHS, Attempts
+from batch_rerank.job.attempts import MOST_DEATHS, MOST_LOADS, Attempts
 from batch_rerank.job.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.job.run import run
 from batch_rerank.job.steps import LoadedScorer
@@ -114,6 +114,20 @@ def test_an_actors_diary_tells_its_next_life_what_it_died_of(tmp_path: Path) -> 
     after = Attempts(location, restarted=True)
     assert after.trial("good") == Trial([(0, 4)], {5: "engine: lost"})
     assert (after.begin("good"), after.tries("good")) == (None, 2)
+
+
+def test_a_model_that_kills_its_process_is_loaded_three_times(tmp_path: Path) -> None:
+    location = locate(str(tmp_path / "actor.json"))
+    for life in range(MOST_LOADS):
+        assert Attempts(location, restarted=life > 0).load() is None
+    assert Attempts(location, restarted=True).load() == (
+        "the process died 3 times while loading it (killed, mostly for its memory)"
+    )
+    survivor = Attempts(locate(str(tmp_path / "other.json")), restarted=False)
+    for _ in range(5):
+        assert survivor.load() is None
+        survivor.loaded()
+        survivor = Attempts(locate(str(tmp_path / "other.json")), restarted=True)
 
 
 def poisoned_shard(tmp_path: Path, bad: dict[int, str]) -> Path:

@@ -17,6 +17,9 @@ log = logging.getLogger("batch_rerank")
 MOST_DEATHS = 2
 """Deaths with one unit after which it is set aside. One may be a node's loss; two with the same unit are not."""
 
+MOST_LOADS = 3
+"""Deaths while loading, one after the other, after which the model is not loaded again."""
+
 MOST_TRIES = 30
 """New processes for one unit whose pairs take the device with them: halving 10,000 pairs takes 14."""
 
@@ -27,12 +30,26 @@ class Attempts:
     def __init__(self, location: Location, restarted: bool) -> None:
         self._location, self._careful = location, restarted
         self._unit: str | None = None
+        self._loading, self._lost_loads = False, 0
         self._deaths: dict[str, int] = {}
         self._tries: dict[str, int] = {}
         self._trials: dict[str, Trial] = {}
         self._writer = ThreadPoolExecutor(max_workers=1)
         if restarted:
             self._recall()
+
+    def load(self) -> str | None:
+        """Note that the model is being loaded; or say why it is not to be."""
+        if self._lost_loads >= MOST_LOADS:
+            return f"the process died {self._lost_loads} times while loading it (killed, mostly for its memory)"
+        self._loading = True
+        self._write()
+        return None
+
+    def loaded(self) -> None:
+        """Note that the model is loaded, or has failed to without a death."""
+        self._loading, self._lost_loads = False, 0
+        self._write()
 
     def begin(self, unit: str) -> str | None:
         """Note that a unit is being scored; or say why it is not to be."""
@@ -54,8 +71,10 @@ class Attempts:
         return self._deaths.get(unit, 0) + self._tries.get(unit, 0) + 1
 
     def end(self) -> None:
-        """Note that the unit is scored: a death from now on is not its fault."""
-        self._note(None)
+        """Note that the unit is scored: a death from now on is not its fault. On storage only from the second life
+        on; for the first one the next unit's note is enough, and this would be one more request a unit."""
+        if self._careful:
+            self._note(None)
 
     def leave(self, unit: str, trial: Trial) -> None:
         """Note what is known about a unit before this process ends on purpose."""
@@ -72,7 +91,8 @@ class Attempts:
 
     def _write(self) -> None:
         trials = {unit: asdict(trial) for unit, trial in self._trials.items()}
-        state = {"unit": self._unit, "deaths": self._deaths, "tries": self._tries, "trials": trials}
+        loads = {"loading": self._loading, "lost_loads": self._lost_loads}
+        state = {**loads, "unit": self._unit, "deaths": self._deaths, "tries": self._tries, "trials": trials}
         try:
             with storage_errors(self._location):
                 self._location.write_bytes(json.dumps(state).encode())
@@ -89,7 +109,8 @@ class Attempts:
         for unit, trial in state["trials"].items():
             todo = [(start, stop) for start, stop in trial["todo"]]
             self._trials[unit] = Trial(todo, {int(pair): error for pair, error in trial["errors"].items()})
-        if state["unit"] is not None:
+        self._lost_loads = state["lost_loads"] + state["loading"]
+        if state["unit"] is not None and not state["loading"]:
             self._deaths[state["unit"]] = self._deaths.get(state["unit"], 0) + 1
             log.warning("the actor died while scoring unit %s", state["unit"])
             self._write()

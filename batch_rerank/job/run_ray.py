@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoding import Encoder, make_encoder
-from batch_rerank.errors import BatchRerankError, UnfinishedError, as_value, from_value
+from batch_rerank.errors import BatchRerankError, ModelError, UnfinishedError, as_value, from_value
 from batch_rerank.job.attempts import Attempts
 from batch_rerank.job.poison import DeviceLostError, Trial
 from batch_rerank.job.read_unit import ReadRange, read_range, read_ranges
@@ -194,11 +194,20 @@ class Score:
             manifest.root / f"_manifest/attempts/{context.get_actor_id()}.json",
             context.was_current_actor_reconstructed,
         )
-        self._scorer: LoadedScorer | BatchRerankError
+        self._scorer = self._load(job)
+
+    def _load(self, job: Job) -> LoadedScorer | BatchRerankError:
+        refused = self._attempts.load()
+        if refused:
+            return ModelError(
+                f"model {job.model.name!r}: {refused}; give an actor more memory, or use fewer actors a node"
+            )
         try:
-            self._scorer = LoadedScorer(job.config, job.model)
+            return LoadedScorer(job.config, job.model)
         except BatchRerankError as error:
-            self._scorer = error
+            return error
+        finally:
+            self._attempts.loaded()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """An encoded unit to a scored one."""

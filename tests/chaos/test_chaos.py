@@ -217,6 +217,15 @@ def test_ray_workers_killed_while_loading_while_scoring_and_between_part_and_rec
     assert ended.scored().total() - UNITS <= 4
 
 
+def test_a_model_that_always_kills_its_actor_ends_the_job(chaos: Chaos) -> None:
+    kill: Fault = {"operation": "load", "when": "before", "match": "", "nth": 1, "action": "SIGKILL"}
+    ended = chaos.run("loading", [kill], local=False)
+    assert ended.code == 5, ended.log
+    assert "model 'none': the process died 3 times while loading it" in ended.log
+    assert chaos.resume("loading", in_process=True) == chaos.units
+    chaos.check_done("loading")
+
+
 def lose_node(chaos: Chaos, name: str, which: str) -> dict[str, object]:
     """Run on a cluster of three nodes of which one is lost."""
     script = Path(__file__).parent / "lost_node.py"
