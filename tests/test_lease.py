@@ -161,3 +161,21 @@ def test_a_paused_driver_is_replaced_and_stops_when_it_wakes(tmp_path: Path) -> 
     run(job(tmp_path / "in", tmp_path / "undisturbed", input__unit_pairs=10), local=True)
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "undisturbed")
     assert verify(str(tmp_path / "out")).problems == []
+
+
+@pytest.mark.parametrize(("step", "write"), [("link", "create_exclusive"), ("replace", "write_bytes")])
+def test_a_write_whose_temporary_file_a_successor_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, write: str
+) -> None:
+    real, removed = getattr(os, step), []
+
+    def remove_first(temporary: str, path: str) -> None:
+        if not removed:
+            removed.append(temporary)
+            os.unlink(temporary)
+        real(temporary, path)
+
+    monkeypatch.setattr(os, step, remove_first)
+    getattr(locate(str(tmp_path / "part")), write)(b"rows")
+    assert removed and [file.name for file in tmp_path.iterdir()] == ["part"]
+    assert (tmp_path / "part").read_bytes() == b"rows"

@@ -119,9 +119,7 @@ class Location:
         if not self.is_local:
             self.patiently(lambda: self.fs.pipe_file(self.path, data))
             return
-        temporary = _write_temporary(self.path, data)
-        os.replace(temporary, self.path)
-        _sync_directory(os.path.dirname(self.path))
+        _place(os.replace, self.path, data)
 
     def create_exclusive(self, data: bytes) -> bool:
         """Create with this content, all or nothing; False where it exists already with another content.
@@ -278,15 +276,28 @@ def input_errors(where: object) -> Iterator[None]:
 def _link_exclusive(path: str, data: bytes) -> bool:
     if os.path.exists(path):
         return False
-    temporary = _write_temporary(path, data)
     try:
-        os.link(temporary, path)
+        _place(os.link, path, data)
     except FileExistsError:
         return False
-    finally:
-        os.unlink(temporary)
-    _sync_directory(os.path.dirname(path))
     return True
+
+
+def _place(place: Callable[[str, str], None], path: str, data: bytes) -> None:
+    """Give `path` its content at once, from a temporary file."""
+    while True:
+        temporary = _write_temporary(path, data)
+        try:
+            place(temporary, path)
+            break
+        except FileNotFoundError:
+            # a job that took over from a paused one removes what it left; awake again, that one writes it once more
+            if os.path.exists(temporary):
+                raise
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+    _sync_directory(os.path.dirname(path))
 
 
 def _write_temporary(path: str, data: bytes) -> str:
