@@ -4,12 +4,13 @@
 """
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batch_rerank.engine.checkpoint import KINDS
 from batch_rerank.engine.templates import parse_template
@@ -17,6 +18,15 @@ from batch_rerank.errors import ConfigError
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
 
 StorageOptions = dict[str, Any]
+
+
+def _plain(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError(f"found {path!r}; expected a path or a URL")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_plain)]
 
 
 class Section(BaseModel):
@@ -29,7 +39,7 @@ class Input(Section):
     """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}."""
 
     layout: Literal["nested", "flat"]
-    path: str | Annotated[list[str], Field(min_length=1)]
+    path: Place | Annotated[list[Place], Field(min_length=1)]
     columns: dict[str, str] = {}
     unit_pairs: Annotated[int, Field(ge=1)] = 2000
     unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
@@ -51,7 +61,7 @@ class Input(Section):
 class Output(Section):
     """Where the ranked rows go, and which columns they have beyond the fixed ones."""
 
-    path: str
+    path: Place
     layout: Literal["flat"] = "flat"
     top_k: Annotated[int, Field(ge=1)] | None = None
     include_text: bool = False
@@ -71,7 +81,7 @@ class Output(Section):
 class Model(Section):
     """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's."""
 
-    name: str
+    name: Place
     revision: str | None = None
     kind: str = "auto"
     template: str | dict[str, Any] = "auto"
@@ -172,10 +182,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | No
     another job than the whole and must not stand in its place.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of a job file (YAML)") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: found {type(raw).__name__}, expected the sections input, output and model")
@@ -184,6 +194,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | No
     if limit is not None:
         raw["limit"] = limit
     return parse_config(raw, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a key stands once: of two, PyYAML would take the last in silence."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} again", key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
@@ -214,8 +238,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {name!r} is a value in the job file, not a section")
         section = inner
     try:
-        section[names[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        section[names[-1]] = yaml.load(value, _Loader)
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise ConfigError(f"--set {override!r}: {value!r} is not a YAML value; quote it") from None
 
 
@@ -235,5 +259,9 @@ def _explain(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    found = "a value that is not shown" if "storage_options" in error["loc"] else repr(error["input"])
+    value = error["input"]
+    # reprlib: a few lines of YAML can name a value with a billion parts
+    found = repr(value) if isinstance(value, str | int | float) else reprlib.repr(value)
+    if "storage_options" in error["loc"]:
+        found = "a value that is not shown"
     return f"found {found[:200]}; {message[0].lower()}{message[1:]}"

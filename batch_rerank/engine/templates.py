@@ -6,6 +6,7 @@ document's tail goes first, then the query's.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,7 +80,7 @@ def parse_template(given: Mapping[str, Any]) -> CausalTemplate:
     errors = unknown + [f"{key}: missing; this key is required" for key in ("middle", "true_token") if key not in given]
     for key, (types, expected) in kinds.items():
         if key in given and (not isinstance(given[key], types) or isinstance(given[key], bool)):
-            errors.append(f"{key}: found {given[key]!r}; expected {expected}")
+            errors.append(f"{key}: found {reprlib.repr(given[key])}; expected {expected}")
     if errors:
         raise ConfigError("model.template: " + "; ".join(errors))
     texts = {key: _texts(given[key]) for key in ("middle", "instructed") if key in given}

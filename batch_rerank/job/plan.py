@@ -1,7 +1,7 @@
 """Planning: shards, checks, units and the fingerprint. Reads footers and id columns, no text, and touches no GPU."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -104,8 +104,19 @@ def _read_shards(config: JobConfig) -> list[Seen]:
                 "check the path (globs are allowed, a directory means its *.parquet)"
             )
         files.update({file.path: (location.at(file.path), file) for file in found})
+    _refuse_own_output(config, files.values())
     with ThreadPoolExecutor(PLANNING_THREADS) as pool:
         return list(pool.map(lambda entry: _read_shard(config, *entry), files.values()))
+
+
+def _refuse_own_output(config: JobConfig, files: Iterable[tuple[Location, File]]) -> None:
+    output = locate(config.output.path, config.output.storage_options)
+    inside = [str(at) for at, _ in files if at.is_local == output.is_local and at.path.startswith(f"{output.path}/")]
+    if inside:
+        raise ConfigError(
+            f"output.path {config.output.path!r} holds shards of the input, e.g. {inside[0]}; "
+            "expected a place of its own for the output"
+        )
 
 
 def _read_shard(config: JobConfig, location: Location, file: File) -> Seen:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +80,7 @@ def _groups(rows: pa.Table, takes_instruction: bool) -> list[Group]:
     queries, texts = rows["query"], rows["text"].to_pylist()
     instructions = rows["instruction"]
     groups = []
-    for start, stop in zip(starts, [*starts[1:], len(texts)], strict=True):
+    for start, stop in pairwise([*starts, len(texts)]):
         instruction = _first_text(instructions.slice(start, stop - start)) if takes_instruction else None
         groups.append(Group(queries[start].as_py(), texts[start:stop], instruction))
     return groups

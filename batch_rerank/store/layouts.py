@@ -45,8 +45,10 @@ class Columns:
         candidates = self.names.get("candidates")
 
         def holds(path: str) -> bool:
-            parts = path.split(".")  # a nested leaf is candidates.list.element.doc_id (or .item., .array.)
-            return parts[0] in top or (parts[0] == candidates and len(parts) > 3 and parts[3] in fields)
+            # a nested leaf is candidates.list.element.doc_id (or .item., .array.); a name may have dots itself
+            parts = path.removeprefix(f"{candidates}.").split(".", 2)
+            of_candidates = path.startswith(f"{candidates}.") and len(parts) == 3 and _within(parts[2], fields)
+            return _within(path, top) or of_candidates
 
         return [path for path in paths if holds(path)]
 
@@ -54,6 +56,11 @@ class Columns:
         if self.layout == "flat" or name in OF_QUERY:
             return True
         return name in self.passthrough and not self.passthrough[name]
+
+
+def _within(path: str, names: set[str]) -> bool:
+    """Whether a leaf is one of these columns or inside it."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def find_columns(
@@ -85,9 +92,20 @@ def find_columns(
             carried[name] = False
         else:
             problems.append(f"output.passthrough names {name!r}, which is not there; found {sorted({*top, *fields})}")
+    for name in sorted({*names.values(), *carried} & _repeated(schema, names.get("candidates"))):
+        problems.append(f"column {name!r} is there more than once, expected each name once; rename or drop one")
     if problems:
         raise InputError(f"{where}: does not fit input.layout {layout!r}: " + "; ".join(problems))
     return Columns(layout, names, carried)
+
+
+def _repeated(schema: pa.Schema, candidates: str | None) -> set[str]:
+    """Names that two columns, or two fields of a candidate, have."""
+    every = [list(schema)]
+    if candidates is not None:
+        every += [list(field.type.value_type) for field in schema if field.name == candidates]
+    names = [[field.name for field in fields] for fields in every]
+    return {name for found in names for name in found if found.count(name) > 1}
 
 
 def _candidate_fields(

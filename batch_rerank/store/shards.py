@@ -1,8 +1,10 @@
 """Reading shards: footers and id columns for the plan, then whole units, row groups decoded once and streamed."""
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,19 +78,71 @@ def read_queries(
     """What the plan needs of a shard: its columns, its queries, the rows at which row groups end, the mean bytes of
     text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only."""
     with open_parquet(location) as parquet:
-        columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
-        leaves = columns.leaves(_paths(parquet), ["query_id", "doc_id"])
+        with reading(location, "the Parquet footer"):
+            columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
+            ends = list(accumulate(_group_rows(parquet)))
+            size = _text_bytes(parquet, columns)
+            types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
         with reading(location, "an id column"):
-            queries = queries_of(parquet.read(columns=leaves), columns, str(location))
-        ends, size, metadata = [0], 0, parquet.metadata
-        texts = set(columns.leaves(_paths(parquet), ["text"]))
-        for index in range(metadata.num_row_groups):
-            group = metadata.row_group(index)
-            ends.append(ends[-1] + group.num_rows)
-            chunks = (group.column(i) for i in range(group.num_columns))
-            size += sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in texts)
-        types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
-    return columns, queries, ends[1:], size / max(1, int(queries.pairs.sum())), types
+            table = parquet.read(columns=columns.leaves(_paths(parquet), ["query_id", "doc_id"]))
+            if len(table) != sum(_group_rows(parquet)):
+                raise _other_rows(len(table), sum(_group_rows(parquet)), location)
+            queries = queries_of(table, columns, str(location))
+    return columns, queries, ends, size / max(1, int(queries.pairs.sum())), types
+
+
+def _text_bytes(parquet: pq.ParquetFile, columns: Columns) -> int:
+    """Bytes of all texts after decompression, as the footer says."""
+    texts = columns.leaves(_paths(parquet), ["text"])
+    size = 0
+    for group in range(parquet.metadata.num_row_groups):
+        for index, path in enumerate(_paths(parquet)):
+            if path in texts:
+                _probe(parquet, group, path)
+                size += parquet.metadata.row_group(group).column(index).total_uncompressed_size
+    return size
+
+
+def _probe(parquet: pq.ParquetFile, group: int, path: str) -> None:
+    """Raise where the footer's description of a column chunk is damaged, without reading the chunk.
+
+    pyarrow checks some of it only when the description is asked for, and `column()` then ends the process
+    (std::terminate). The same check before a read raises.
+    """
+    try:
+        pq.ParquetFile(_Unread(), metadata=parquet.metadata, buffer_size=1024).read_row_group(group, columns=[path])
+    except _ReadError:
+        return
+
+
+class _ReadError(Exception):
+    """A read of `_Unread`: all checks that come before it have passed."""
+
+
+class _Unread(io.RawIOBase):
+    """A file, large enough for any chunk, whose content nobody gets."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return offset
+
+    def tell(self) -> int:
+        return 2**62
+
+    def read(self, size: int = -1, /) -> bytes:
+        raise _ReadError
+
+
+def _other_rows(found: int, expected: int, location: Location) -> InputError:
+    return InputError(
+        f"{location}: found {found:,} rows where the Parquet footer says {expected:,}; "
+        "expected a complete, undamaged Parquet file; write the shard again"
+    )
 
 
 def read_units(
@@ -144,8 +198,11 @@ def _slices(
     for unit in units:
         while end < unit.stop:
             with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
-                pending.append(next(batches))
-            end += pending[-1].num_rows
+                batch = next(batches, None)
+            if batch is None:
+                raise _other_rows(end, unit.stop, location)
+            pending.append(batch)
+            end += batch.num_rows
         table = pa.Table.from_batches(pending)
         yield unit, table.slice(unit.start - position, unit.stop - unit.start)
         pending = table.slice(unit.stop - position).to_batches()
@@ -156,13 +213,16 @@ def _row_groups(parquet: pq.ParquetFile, start: int, stop: int) -> tuple[list[in
     """Row groups that overlap rows start to stop, and the first row of the first of them."""
     groups: list[int] = []
     first = row = 0
-    for index in range(parquet.metadata.num_row_groups):
-        rows = parquet.metadata.row_group(index).num_rows
+    for index, rows in enumerate(_group_rows(parquet)):
         if row < stop and row + rows > start:
             first = first if groups else row
             groups.append(index)
         row += rows
     return groups, first
+
+
+def _group_rows(parquet: pq.ParquetFile) -> list[int]:
+    return [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
 
 
 def _paths(parquet: pq.ParquetFile) -> list[str]:
