@@ -4,6 +4,7 @@ The server is Ceph's gateway where that is installed, else moto; each test's nam
 `make chaos` alone.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from chaos.faultproxy import FaultProxy, Rule
 from chaos.servers import Ceph, Server, any_server, ceph_installed
 
 UNITS = 24
+NUMBERS = itertools.count()  # of buckets: a name that is the same in every run, as the proxy draws by path
 OBJECTS = r"/bucket/(in|out)"
 
 
@@ -58,7 +60,7 @@ class Bucket:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-        self.name = f"bucket-{time.monotonic_ns()}"
+        self.name = f"bucket-{next(NUMBERS)}"
         self.fs = locate(f"s3://{self.name}").fs
         self.fs.mkdir(self.name)
         for number, table in enumerate(shards()):
@@ -102,7 +104,10 @@ def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 FAULTS = {
     "resets": [Rule("reset", probability=0.2)],
     "lost replies": [Rule("lost", "PUT", probability=0.3), Rule("lost", "DELETE", probability=0.3)],
-    "truncated": [Rule("truncate", "GET", r"in/\d\.parquet", probability=0.3)],
+    "truncated": [  # few requests read shards: the first two are cut for certain
+        Rule("truncate", "GET", r"in/\d\.parquet", times=2),
+        Rule("truncate", "GET", r"in/\d\.parquet", probability=0.3),
+    ],
     "busy": [Rule("503", probability=0.3)],
     "failing": [Rule("500", probability=0.3)],
     "slow": [Rule("slow", probability=0.2, delay=1)],
