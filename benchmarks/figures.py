@@ -37,6 +37,11 @@ def main() -> None:
         print(f"| pairs/s through Ray with a free scorer, 1 KB texts, units of {size:,} | {rate} |")
     peaks = [memory[key]["median"] for key in sorted(memory, key=len) if key.startswith("driver_peak")]
     print(f"| the driver's peak memory at 100 and at 1,000 units | {peaks[0]:.0f} and {peaks[1]:.0f} MiB |")
+    units = _read("bookkeeping.json")
+    sizes = (1000, 5000, 20_000)
+    peaks = [units[f"{size}_units"]["killed"]["driver_peak_mib"] for size in sizes]
+    named = ", ".join(f"{size:,}" for size in sizes)
+    print(f"| the same with 64 actors, at {named} units | {', '.join(map(str, peaks))} MiB |")
     for threads in (1, 2):
         run = real[f"{threads}_threads"]
         ray, local = run["ray_pairs_per_s"]["median"], run["local_pairs_per_s"]["median"]

@@ -39,6 +39,7 @@ def test_too_many_queries_are_refused_with_the_number_there_is() -> None:
         choose_queries([], 1)
 
 
+@pytest.mark.chaos  # two minutes, half of them for the lease of the killed driver
 def test_a_demo_killed_in_the_middle_and_started_again_gives_the_same_rows(tmp_path: Path) -> None:
     arguments = ["demo", "--queries", "20", "--dir", str(tmp_path / "demo")]
     process = start(arguments, tmp_path / "log")
