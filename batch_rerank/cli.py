@@ -101,6 +101,7 @@ def run(
         "empty texts (scored)": totals.empty_texts,
         "zero-row shards": summary.counts["zero_row_shards"],
         "queries without candidates": summary.counts["queries_without_candidates"],
+        "candidates without their document or query (left out)": summary.counts.get("missing_candidates", 0),
         "repeated storage requests": totals.storage_retries,
     }
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
@@ -118,14 +119,31 @@ def _list(odd: dict[str, int]) -> str:
 @_verb
 def plan(job: Job, limit: Limit = None, overrides: Set = None, as_json: Json = False) -> None:
     """Check a job and show what it would do. Reads ids and footers, writes nothing, touches no GPU."""
-    from batch_rerank.job.plan import make_plan
-    from batch_rerank.job.run import describe
+    from batch_rerank.job.run import describe, plan_job
 
-    made, model = make_plan(load_config(job, overrides or (), limit))
-    describe(made, model)
+    made, model = plan_job(load_config(job, overrides or (), limit))
+    if model is not None:
+        describe(made, model)
     log.info("fingerprint %s", made.fingerprint)
     if as_json:
         _print_json(json.loads(made.to_json()))
+
+
+@app.command()
+@_verb
+def stage(
+    job: Job,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a job's input as nested shards, once: what `run` does first where the layout needs it."""
+    from batch_rerank.job.stage import stage as stage_input
+
+    found = stage_input(load_config(job, overrides or ()), local=local)
+    if as_json:
+        counted = {"place": found.place, "reused": found.reused, "shards": found.shards, "seconds": found.seconds}
+        _print_json({**counted, "counts": found.counts, "exit_code": 0})
 
 
 @app.command()
@@ -152,7 +170,7 @@ def status(output: Output, as_json: Json = False) -> None:
     """Show how far an output is and how its last run ended."""
     from batch_rerank.job.verify import open_output
 
-    manifest, made = open_output(output)
+    manifest, made = open_output(output, or_stage=True)
     last = manifest.read_status()
     scan = manifest.scan(made)
     committed = scan.committed

@@ -35,11 +35,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Input(Section):
-    """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}."""
+Places = Place | Annotated[list[Place], Field(min_length=1)]
+KEYS = {
+    "nested": (("path",), ()),
+    "flat": (("path",), ("stage",)),
+    "run": (("run", "queries", "corpus"), ("stage", "candidates_per_query", "max_missing")),
+    "beir": (("path", "run"), ("stage", "candidates_per_query", "max_missing")),
+}
+"""The keys that say where a layout's files are, all needed; and those that it may have besides."""
 
-    layout: Literal["nested", "flat"]
-    path: Place | Annotated[list[Place], Field(min_length=1)]
+
+class Input(Section):
+    """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}.
+
+    Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
+    `stage`, by default <output.path>-stage. `candidates_per_query`: the best of the first stage, all if null.
+    `max_missing`: share of the candidates, 0 to 1, that may lack their query or document and are then left out.
+    """
+
+    layout: Literal["nested", "flat", "run", "beir"]
+    path: Places | None = None
+    run: Places | None = None
+    queries: Places | None = None
+    corpus: Places | None = None
+    stage: Place | None = None
+    candidates_per_query: Annotated[int, Field(ge=1)] | None = None
+    max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = {}
     unit_pairs: Annotated[int, Field(ge=1)] = 2000
     unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
@@ -52,20 +73,44 @@ class Input(Section):
             raise ValueError(f"columns: unknown {unknown}; expected some of {list(INPUT_COLUMNS)}")
         return self
 
+    @model_validator(mode="after")
+    def _keys_of_the_layout(self) -> "Input":
+        needed, allowed = KEYS[self.layout]
+        every = dict.fromkeys(key for keys in KEYS.values() for key in (*keys[0], *keys[1]))
+        missing = [key for key in needed if getattr(self, key) is None]
+        foreign = [
+            key
+            for key in every
+            if key not in (*needed, *allowed) and getattr(self, key) != type(self).model_fields[key].default
+        ]
+        problems = [f"{key}: missing; layout {self.layout} requires it" for key in missing]
+        problems += [f"{key}: layout {self.layout} has no such key; remove it" for key in foreign]
+        if self.layout == "beir" and isinstance(self.path, list):
+            problems.append("path: a list; expected one BEIR folder")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
     @property
     def patterns(self) -> list[str]:
         """The paths or globs, as a list."""
-        return [self.path] if isinstance(self.path, str) else self.path
+        return as_list(self.path)
+
+
+def as_list(places: Places | None) -> list[str]:
+    """Paths or globs as a list."""
+    return [] if places is None else [places] if isinstance(places, str) else places
 
 
 class Output(Section):
-    """Where the ranked rows go, and which columns they have beyond the fixed ones."""
+    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as run.trec."""
 
     path: Place
     layout: Literal["flat"] = "flat"
     top_k: Annotated[int, Field(ge=1)] | None = None
     include_text: bool = False
     passthrough: list[str] = []
+    trec_run: bool = False
     storage_options: StorageOptions = Field(default={}, exclude=True)
 
     @model_validator(mode="after")
@@ -173,6 +218,12 @@ class JobConfig(Section):
     scoring: Scoring = Scoring()
     cluster: Cluster = Cluster()
     limit: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def stage(self) -> str:
+        """Where a staged input goes: the same place for a sample as for the whole."""
+        whole = self.output.path.removesuffix(f"-limit-{self.limit}").rstrip("/")
+        return self.input.stage or f"{whole}-stage"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> JobConfig:

@@ -31,6 +31,10 @@ class InputError(BatchRerankError):
     exit_code = 3
 
 
+class ScatteredError(InputError):
+    """The candidates of a query are not side by side: the input has to be staged."""
+
+
 class ConflictError(BatchRerankError):
     """The output belongs to a job with another fingerprint."""
 

@@ -45,7 +45,7 @@ def timed(name, function):
             seconds[name] = round(time.monotonic() - started, 2)
     return wrapped
 jobs.make_plan = timed("plan", jobs.make_plan)
-jobs._resume = timed("resume", jobs._resume)
+jobs.resume = timed("resume", jobs.resume)
 find = Location.find
 Location.find = lambda self: listings.append(self.name) or find(self)
 

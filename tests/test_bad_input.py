@@ -167,21 +167,11 @@ def test_one_query_id_with_two_queries(tmp_path: Path, attempt: Any) -> None:
     assert "query_id 'q0' has two values of query: 'something else' and 'what is alpha 0'" in error
 
 
-def test_a_query_in_two_places_of_a_shard(tmp_path: Path, attempt: Any) -> None:
-    rows = candidate_rows(3, 2)
-    write(tmp_path / "in" / "a.parquet", [rows[0], *rows[2:], rows[1]])
-    code, error = attempt()
-    assert code == 3
-    assert "query_id 'q0' stands in two places" in error
-    assert f"{tmp_path}/in/a.parquet row 0 and {tmp_path}/in/a.parquet row 5" in error
-
-
-@pytest.mark.parametrize("layout", ["flat", "nested"])
-def test_a_query_in_two_shards(layout: str, tmp_path: Path, attempt: Any) -> None:
+def test_a_nested_query_in_two_shards(tmp_path: Path, attempt: Any) -> None:
     rows = candidate_rows(2, 4)
     for name, part in {"a": rows[:6], "b": rows[6:]}.items():
-        write(tmp_path / "in" / f"{name}.parquet", nested(part) if layout == "nested" else part)
-    code, error = attempt(layout)
+        write(tmp_path / "in" / f"{name}.parquet", nested(part))
+    code, error = attempt("nested")
     assert code == 3
     assert "query_id 'q1' stands in two places" in error
     assert "a.parquet row" in error

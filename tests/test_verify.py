@@ -212,5 +212,5 @@ def test_a_resume_scores_a_unit_again_whose_receipt_cannot_be_read(
 ) -> None:
     (output / f"_manifest/receipts/{UNIT}.json").write_text(content)
     assert run(job(flat_shards, output), local=True).units == 1
-    assert any(f"unit {UNIT}: its receipt cannot be read; it is scored again" in message for message in logged)
+    assert any(f"unit {UNIT}: its receipt cannot be read; it is made again" in message for message in logged)
     assert verify(str(output)).problems == []

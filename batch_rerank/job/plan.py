@@ -12,7 +12,7 @@ import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoding import make_encoder
-from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.errors import ConfigError, InputError, ScatteredError
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
 from batch_rerank.store.layouts import Columns, Queries, Scattered, find_scattered
 from batch_rerank.store.manifest import Plan, fingerprint
@@ -46,7 +46,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
     make_encoder(model)  # the tokenizer fits the template, or the job ends here
     seen = _read_shards(config)
     _check_together(config, model, seen)
-    _verdict(find_scattered([(str(shard.location), shard.queries) for shard in seen]))
+    _verdict(config, find_scattered([(str(shard.location), shard.queries) for shard in seen]))
     shards = [
         Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1])) for index, shard in enumerate(seen)
     ]
@@ -124,8 +124,9 @@ def _read_shard(config: JobConfig, location: Location, file: File) -> Seen:
         raise InputError(
             f"{location}: the file has 0 bytes; expected Parquet (a table without rows has a footer); write it again"
         )
+    given, output = config.input, config.output
     return Seen(
-        location, file, *read_queries(location, config.input.layout, config.input.columns, config.output.passthrough)
+        location, file, *read_queries(location, given.layout, given.columns, output.passthrough, output.trec_run)
     )
 
 
@@ -143,16 +144,16 @@ def _check_together(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -
         )
 
 
-def _verdict(scattered: Sequence[Scattered]) -> None:
-    """Until there is staging, a scattered query ends the job."""
-    if scattered:
-        one = scattered[0]
-        places = " and ".join(f"{shard} row {row}" for shard, row in (one.first, one.second))
-        raise InputError(
-            f"query_id {one.query_id!r} stands in two places: {places} ({len(scattered)} such places in all); "
-            "expected all candidates of a query in adjacent rows of one shard; sort the run by query_id, or give "
-            "different queries different ids"
-        )
+def _verdict(config: JobConfig, scattered: Sequence[Scattered]) -> None:
+    """A scattered flat input can be staged; a nested query in two places is one id for two queries."""
+    if not scattered:
+        return
+    one = scattered[0]
+    places = " and ".join(f"{shard} row {row}" for shard, row in (one.first, one.second))
+    found = f"query_id {one.query_id!r} stands in two places: {places} ({len(scattered)} such places in all)"
+    if config.input.layout == "flat":
+        raise ScatteredError(f"{found}; a job can read it once it is staged: batch-rerank stage, or run")
+    raise InputError(f"{found}; expected each query in one row; give different queries different ids")
 
 
 def _units_of(index: int, shard: Seen, config: JobConfig) -> Iterator[Unit]:
@@ -180,11 +181,14 @@ def cut_units(
     """Cut a shard's queries into units: indexes of first queries, and the number of queries at the end.
 
     A unit ends when it has `unit_pairs` pairs, or at the end of a row group once it has half of them, so that a row
-    group is seldom decoded for two units. A query is never cut, however many candidates it has.
+    group is seldom decoded for two units. A query is never cut; one that fills a unit is a unit of its own.
     """
     ends = set(row_group_ends)
     cuts, count = [0], 0
     for query, size in enumerate(pairs.tolist()):
+        if count and size >= unit_pairs:
+            cuts.append(query)
+            count = 0
         count += size
         full = count >= unit_pairs or (2 * count >= unit_pairs and int(rows[query + 1]) in ends)
         if full or query == len(pairs) - 1:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -39,17 +40,29 @@ class ReadRange:
     units: list[Unit]
 
 
-def read_ranges(plan: Plan, done: frozenset[str]) -> Iterator[ReadRange]:
-    """The units that are not done, as ranges of at most RANGE_UNITS units of one shard, in order."""
+def read_ranges(plan: Plan, done: frozenset[str]) -> list[ReadRange]:
+    """The units that are not done, as ranges of at most RANGE_UNITS units of one shard, in order.
+
+    A unit that is much larger than the others is a range of its own, and such ranges come first: nothing waits behind
+    it, and it is not the last one running.
+    """
     wanted = [unit for unit in plan.units if unit.id not in done]
-    for shard, units in groupby(wanted, key=lambda unit: unit.shard):
+    large = LARGE_UNITS * max(1, sum(unit.pairs for unit in wanted)) / max(1, len(wanted))
+    first = [ReadRange(plan.shards[unit.shard], [unit]) for unit in wanted if unit.pairs > large]
+    ranges = []
+    for shard, units in groupby((unit for unit in wanted if unit.pairs <= large), key=lambda unit: unit.shard):
         pending = list(units)
         for start in range(0, len(pending), RANGE_UNITS):
-            yield ReadRange(plan.shards[shard], pending[start : start + RANGE_UNITS])
+            ranges.append(ReadRange(plan.shards[shard], pending[start : start + RANGE_UNITS]))
+    return first + ranges
 
 
 RANGE_UNITS = 8
 """Units of a read task: enough to decode a row group for several units, few enough to spread a large shard."""
+
+
+LARGE_UNITS = 4
+"""Times the mean of the units that are left, above which one is large."""
 
 
 def read_range(work: ReadRange, config: JobConfig, model: ModelSpec) -> Iterator[ReadUnit]:
@@ -69,7 +82,9 @@ def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: b
     error = pc.if_else(pc.is_null(rows["query"]), NULL_QUERY, null_text)
     good = rows.filter(pc.is_null(error))
     groups = _groups(good, takes_instruction)
-    empty = int(pc.sum(pc.equal(pc.binary_length(good["text"]), 0)).as_py() or 0)
+    empty = sum(text == "" for group in groups for text in group.documents)
+    if include_text:
+        rows = rows.set_column(rows.column_names.index("text"), "text", rows["text"].cast(pa.large_string()))
     kept = rows.drop_columns(["query", "instruction"] if include_text else ["query", "instruction", "text"])
     return ReadUnit(unit, kept.append_column("error", error), groups, empty)
 
@@ -77,13 +92,25 @@ def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: b
 def _groups(rows: pa.Table, takes_instruction: bool) -> list[Group]:
     index = rows["query_index"].to_numpy()
     starts = np.flatnonzero(np.diff(index, prepend=-1)).tolist()
-    queries, texts = rows["query"], rows["text"].to_pylist()
+    queries, texts = rows["query"], _texts(rows["text"])
     instructions = rows["instruction"]
     groups = []
     for start, stop in pairwise([*starts, len(texts)]):
         instruction = _first_text(instructions.slice(start, stop - start)) if takes_instruction else None
         groups.append(Group(queries[start].as_py(), texts[start:stop], instruction))
     return groups
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    """One string for each row; the rows of one dictionary value share it."""
+    if not pa.types.is_dictionary(column.type):
+        return cast(list[str], column.to_pylist())
+    texts: list[str] = []
+    for chunk in column.chunks:  # a unit's own values: the dictionary is that of its whole row group
+        used, index = np.unique(chunk.indices.to_numpy(), return_inverse=True)
+        values = chunk.dictionary.take(pa.array(used)).to_pylist()
+        texts += [values[one] for one in index.tolist()]
+    return texts
 
 
 def _first_text(values: pa.ChunkedArray) -> str | None:

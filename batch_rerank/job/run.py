@@ -4,16 +4,18 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import BatchRerankError, ConflictError, UnfinishedError
-from batch_rerank.job.plan import make_plan
+from batch_rerank.errors import ScatteredError, UnfinishedError
+from batch_rerank.job.bookkeeping import recording, resume, status_of
+from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
+from batch_rerank.job.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage, stage
+from batch_rerank.job.trec import write_trec_run
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside, Totals
@@ -45,7 +47,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     output.
     """
     started = time.monotonic()
-    plan, model = make_plan(config)
+    config, plan, model = ready(config, local=local)
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
     # absolute: workers may have another working directory
     output = config.output.model_copy(update={"path": str(manifest.root)})
@@ -54,12 +56,12 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         plan = manifest.write_plan(plan)
         describe(plan, model)
-        with _recording(manifest, plan, totals, lease):
-            done = _resume(manifest, plan, totals, lease)
+        with recording(manifest, plan, totals, lease):
+            done = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
             rates, failed = _follow(receipts, manifest, plan, totals, lease, config.scoring.max_failed_units)
-            _finalise(manifest, plan, totals, config.scoring.max_failed_rows, failed, lease)
+            _finalise(manifest, plan, totals, config, failed, lease)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
@@ -72,6 +74,46 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         steady_rate=rates and rates[0],
         counts=plan.counts,
     )
+
+
+def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
+    """The job as it will run, its plan and its model; an input that needs it is staged first, or found staged.
+
+    Raises what `make_plan` and `stage` raise.
+    """
+    configured_model(config)  # a stage may take long: what is wrong with the model comes before it
+    found: Staged | None = None
+    if needs_stage(config):
+        found = stage(config, local=local)
+    elif config.input.layout == "flat":
+        found = find_stage(config)
+    try:
+        plan, model = make_plan(found.config if found else config)
+    except ScatteredError as error:
+        log.info("%s", error)
+        found = stage(config, local=local)
+        plan, model = make_plan(found.config)
+    if found is None:
+        return config, plan, model
+    missing = {name: count for name, count in found.counts.items() if name.startswith("missing_")}
+    return found.config, replace(plan, counts={**plan.counts, **missing}), model
+
+
+def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
+    """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
+    Writes nothing."""
+    configured_model(config)
+    found = find_stage(config) if config.input.layout != "nested" else None
+    if found is None and not needs_stage(config):
+        try:
+            return make_plan(config)
+        except ScatteredError as error:
+            log.info("%s", error)
+    if found is not None:
+        return make_plan(found.config)
+    plan = plan_stage(config)
+    log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
+    return plan, None
 
 
 def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
@@ -108,40 +150,6 @@ def describe(plan: Plan, model: ModelSpec) -> None:
         log.warning("%s", note)
 
 
-def _resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> frozenset[str]:
-    """What is done already. Units that are not as they should be are named and made not done, and so are those with
-    pairs that the engine could not score: it may have been the engine. Under the lease."""
-    scan = manifest.scan(plan)
-    strays = scan.files.strays(unit.id for unit in plan.units)
-    if strays:
-        raise ConflictError(
-            f"{manifest.root}: holds {len(strays)} Parquet file(s) that are not of this job, e.g. {strays[0]}; readers "
-            "would take them for output; move them away and run again"
-        )
-    again = dict(scan.broken)
-    if "_SUCCESS" not in scan.files.found:
-        failed = (receipt for receipt in scan.committed if receipt.engine_failed)
-        again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
-    for unit_id, reason in again.items():
-        log.warning("unit %s: %s; it is scored again", unit_id, reason)
-    done = [receipt for receipt in scan.committed if receipt.unit not in again]
-    for receipt in done:
-        totals.add(receipt)
-    lease.check()
-    with storage_errors(manifest.root):
-        if len(done) < len(plan.units):
-            manifest.success.remove()
-        for unit_id in again:
-            manifest.discard(unit_id)
-        kept = {f"_manifest/failures/{receipt.unit}.json" for receipt in done}
-        for name in scan.files.leftovers():
-            if name not in kept:
-                (manifest.root / name).remove()
-    if done:
-        log.info("resuming: %d of %d units are done", len(done), len(plan.units))
-    return frozenset(receipt.unit for receipt in done)
-
-
 def _follow(
     receipts: Iterator[Receipt | SetAside],
     manifest: Manifest,
@@ -172,7 +180,7 @@ def _follow(
                 lease.check()
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_SECONDS
-                manifest.write_status(_status("running", plan, totals))
+                manifest.write_status(status_of("running", plan, totals))
         return display.meter.rates, failed
 
 
@@ -184,8 +192,9 @@ def _record_failure(manifest: Manifest, failed: SetAside) -> None:
 
 
 def _finalise(
-    manifest: Manifest, plan: Plan, totals: Totals, max_failed_rows: float, failed: list[SetAside], lease: Lease
+    manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, failed: list[SetAside], lease: Lease
 ) -> None:
+    max_failed_rows = config.scoring.max_failed_rows
     if totals.units != len(plan.units):
         raise UnfinishedError(_unfinished(manifest, plan, failed))
     if totals.failed > max_failed_rows * totals.rows_in:
@@ -195,10 +204,15 @@ def _finalise(
             f"engine); expected at most {max_failed_rows:.2%}; the rows name their error; "
             "mend the input, or raise scoring.max_failed_rows and run again"
         )
-    mark = {"fingerprint": plan.fingerprint, "units": totals.units, "rows": totals.rows_out}
+    mark: dict[str, Any] = {"fingerprint": plan.fingerprint, "units": totals.units, "rows": totals.rows_out}
+    if config.output.trec_run:
+        lease.check()
+        mark["run.trec"] = write_trec_run(manifest, plan)
     lease.check()
     with storage_errors(manifest.success):
-        manifest.success.create_exclusive(json.dumps(mark).encode())
+        created = manifest.success.create_exclusive(json.dumps(mark).encode())
+        if not created and config.output.trec_run:  # asked for after the job had finished
+            manifest.success.write_bytes(json.dumps(mark).encode())
 
 
 def _unfinished(manifest: Manifest, plan: Plan, failed: list[SetAside]) -> str:
@@ -211,45 +225,3 @@ def _unfinished(manifest: Manifest, plan: Plan, failed: list[SetAside]) -> str:
         f"{manifest.root}: {len(missing)} of {len(plan.units)} units did not finish: {', '.join(named)}"
         f"{', …' if len(missing) > 3 else ''}; the others are done; run the job again to retry them"
     )
-
-
-@contextmanager
-def _recording(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> Iterator[None]:
-    """Keep `_manifest/status.json` true to how the job ends, as far as storage allows; a job that has lost its lease
-    leaves it to its successor."""
-    manifest.write_status(_status("running", plan, totals))
-    try:
-        yield
-    except BaseException as error:
-        if not lease.lost:
-            _try_status(manifest, _ending(error, plan, totals))
-        raise
-    manifest.write_status(_status("done", plan, totals, 0))
-
-
-def _ending(error: BaseException, plan: Plan, totals: Totals) -> dict[str, Any]:
-    if isinstance(error, KeyboardInterrupt):
-        return _status("interrupted", plan, totals, 130)
-    if isinstance(error, BatchRerankError):
-        return _status("failed", plan, totals, error.exit_code, str(error))
-    return _status("failed", plan, totals, 1, f"{type(error).__name__}: {error}")
-
-
-def _try_status(manifest: Manifest, status: dict[str, Any]) -> None:
-    try:
-        manifest.write_status(status)
-    except BatchRerankError as error:
-        log.warning("the status could not be written: %s", error)
-
-
-def _status(state: str, plan: Plan, totals: Totals, exit_code: int | None = None, message: str = "") -> dict[str, Any]:
-    return {
-        "state": state,
-        "exit_code": exit_code,
-        "message": message,
-        "updated_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "fingerprint": plan.fingerprint,
-        "units_planned": len(plan.units),
-        "pairs_planned": plan.pairs,
-        "totals": asdict(totals),
-    }

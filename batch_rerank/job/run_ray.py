@@ -10,11 +10,11 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ray
@@ -40,6 +40,7 @@ from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")
+T = TypeVar("T")
 
 READ_CPUS, WRITE_CPUS = 0.75, 0.25
 """What a task reserves where the actors leave one CPU: a reading and a writing task at once. Where they leave two, a
@@ -98,10 +99,42 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
                         logged = True
                     yield receipt
         except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines()
-            raise UnfinishedError(
-                f"Ray ended the job: {lines[-1] if lines else type(error).__name__}; run it again to resume"
-            ) from error
+            raise _given_up(error) from error
+
+
+def each_on_ray(config: JobConfig, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """What each call returns, as they finish, each in a task of its own. Raises their expected errors, and
+    UnfinishedError where Ray gives up."""
+    if not calls:
+        return
+    environment = _environment()
+    with _cluster(config), _data_context():
+        items = [{"call": pickle.dumps((call, environment))} for call in calls]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _call, batch_size=1, batch_format="pyarrow", num_cpus=1
+        )
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in cast(pa.Table, batch).to_pylist():
+                    if row["error"] is not None:
+                        raise from_value(pickle.loads(row["error"]))
+                    yield pickle.loads(row["payload"])
+        except ray.exceptions.RayError as error:
+            raise _given_up(error) from error
+
+
+def _call(batch: pa.Table) -> pa.Table:
+    call, environment = pickle.loads(batch["call"][0].as_py())
+    os.environ.update(environment)
+    try:
+        return _row(pickle.dumps(call()), None)
+    except BatchRerankError as error:
+        return _failure(error)
+
+
+def _given_up(error: Exception) -> UnfinishedError:
+    lines = str(error).strip().splitlines()
+    return UnfinishedError(f"Ray ended the job: {lines[-1] if lines else type(error).__name__}; run it again to resume")
 
 
 def _dataset(job: Job, ranges: list[dict[str, bytes]], units: int) -> "ray.data.Dataset":

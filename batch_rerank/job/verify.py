@@ -4,6 +4,7 @@ For each unit: the receipt is there, the part has its size and checksum, every i
 was cut by top_k), ranks are 1, 2, … by score, then first-stage rank, then doc_id, and nothing else lies in between.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -48,22 +49,29 @@ class Verdict:
             self.damaged.append(unit_id)
 
 
-def open_output(path: str) -> tuple[Manifest, Plan]:
-    """The manifest and plan of an output. Raises StorageError where there is none."""
+def open_output(path: str, or_stage: bool = False) -> tuple[Manifest, Plan]:
+    """The manifest and plan of an output, or of a staged input too. Raises StorageError where there is none."""
     manifest = Manifest(locate(path))
     plan = manifest.read_plan()
     if plan is None:
         raise StorageError(f"{path}: no _manifest/plan.json; expected the output of `batch-rerank run`; check the path")
+    if is_stage(plan) and not or_stage:
+        raise StorageError(f"{path}: a staged input, expected the output of `batch-rerank run`; check the path")
     return manifest, plan
+
+
+def is_stage(plan: Plan) -> bool:
+    """Whether a plan is that of a staged input."""
+    return bool(plan.config.get("stage"))
 
 
 def verify(path: str, repair: bool = False) -> Verdict:
     """Check an output; with `repair`, make its damaged units not done, so that the next run scores them again.
 
     Raises StorageError where it has no plan, and with `repair` ConflictError where a job is at work on it;
-    differences are in the verdict.
+    differences are in the verdict. Of a staged input parts and receipts are compared, not the sources.
     """
-    manifest, plan = open_output(path)
+    manifest, plan = open_output(path, or_stage=True)
     if not repair:
         return _verify(manifest, plan)
     with hold(manifest.root, plan.config["cluster"]["lease_seconds"]) as lease:
@@ -83,19 +91,46 @@ def _verify(manifest: Manifest, plan: Plan) -> Verdict:
     with storage_errors(manifest.root):
         if not manifest.success.exists():
             verdict.problems.append("no _SUCCESS: the job has not finished")
+    verdict.problems += _verify_trec_run(manifest)
     for found in manifest.list_files().strays(unit.id for unit in plan.units):
         verdict.problems.append(
             f"{manifest.root / found}: a Parquet file that the plan does not have; readers would take it for output"
         )
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        shards = [list(units) for _, units in groupby(plan.units, key=lambda unit: unit.shard)]
-        for result in pool.map(lambda units: _verify_shard(manifest, plan, units), shards):
+        if is_stage(plan):
+            work, shards = _verify_staged, [[unit] for unit in plan.units]
+        else:
+            work, shards = _verify_shard, [list(units) for _, units in groupby(plan.units, key=lambda unit: unit.shard)]
+        for result in pool.map(lambda units: work(manifest, plan, units), shards):
             verdict.units += result.units
             verdict.rows += result.rows
             verdict.candidates += result.candidates
             verdict.problems += result.problems
             verdict.damaged += result.damaged
     return verdict
+
+
+def _verify_trec_run(manifest: Manifest) -> list[str]:
+    """What `_SUCCESS` says of run.trec, where the job has written one."""
+    mark = _content(manifest.success) or b"{}"
+    try:
+        claimed = json.loads(mark).get("run.trec")
+    except (ValueError, AttributeError):
+        return ["_SUCCESS cannot be read"]
+    if claimed is None:
+        return []
+    digest, size = hashlib.sha256(), 0
+    with storage_errors(manifest.trec_run):
+        try:
+            with manifest.trec_run.open() as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+                    size += len(block)
+        except FileNotFoundError:
+            return ["run.trec is missing; remove _SUCCESS and run the job again"]
+    if claimed != {"size": size, "sha256": digest.hexdigest()}:
+        return ["run.trec is not what the job wrote; remove _SUCCESS and run the job again"]
+    return []
 
 
 def input_ids(plan: Plan, units: list[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
@@ -123,8 +158,22 @@ def _verify_shard(manifest: Manifest, plan: Plan, units: list[Unit]) -> Verdict:
     return verdict
 
 
-def _read_part(manifest: Manifest, plan: Plan, unit: Unit) -> tuple[pa.Table | None, list[str]]:
-    """A unit's rows, or what is wrong with its receipt and part."""
+def _verify_staged(manifest: Manifest, plan: Plan, units: list[Unit]) -> Verdict:
+    verdict = Verdict()
+    for unit in units:
+        part, problems = _read_part(manifest, plan, unit, ("query_id", "query"))
+        if part is not None:
+            verdict.units += 1
+            verdict.rows += len(part)
+            verdict.candidates += unit.pairs
+        verdict.add(unit.id, problems)
+    return verdict
+
+
+def _read_part(
+    manifest: Manifest, plan: Plan, unit: Unit, columns: Sequence[str] = OUTPUT_NAMES
+) -> tuple[pa.Table | None, list[str]]:
+    """A unit's rows, whose first columns must be these, or what is wrong with its receipt and part."""
     where, location = manifest.receipt(unit.id), manifest.part(unit.id)
     body, data = _content(where), _content(location)
     if body is None or data is None:
@@ -147,7 +196,7 @@ def _read_part(manifest: Manifest, plan: Plan, unit: Unit) -> tuple[pa.Table | N
         "the part is of another unit": metadata.get(b"batch_rerank.unit") == unit.id.encode(),
         f"the part has {len(table)} rows, its receipt says {receipt.rows_out}": len(table) == receipt.rows_out,
         f"the receipt's counts are not the part's: {', '.join(edited)}": not edited,
-        f"the columns are {table.column_names[:10]}": table.column_names[: len(OUTPUT_NAMES)] == list(OUTPUT_NAMES),
+        f"the columns are {table.column_names[:10]}": table.column_names[: len(columns)] == list(columns),
     }
     problems = [problem for problem, good in checks.items() if not good]
     return (None if problems else table), problems

@@ -29,7 +29,11 @@ def write_unit(manifest: Manifest, unit: Unit, rows: pa.Table, model: ModelSpec,
 
     Raises StorageError.
     """
-    data = serialise(rows, unit, model, receipt)
+    return commit(manifest, unit, serialise(rows, unit, model, receipt), receipt)
+
+
+def commit(manifest: Manifest, unit: Unit, data: bytes, receipt: Receipt) -> Receipt:
+    """Write a part and its receipt, or adopt the part that is there. Raises StorageError."""
     part, location = manifest.part(unit.id), manifest.receipt(unit.id)
     with storage_errors(part):
         if not part.create_exclusive(data):

@@ -121,6 +121,24 @@ class Location:
             return
         _place(os.replace, self.path, data)
 
+    @contextmanager
+    def writer(self) -> Iterator[IO[bytes]]:
+        """To create or replace a file too large to be held. Readers see the old or the new content, never a half."""
+        if not self.is_local:
+            with self.fs.open(self.path, "wb") as file:  # S3: a multipart upload, there when it is complete
+                yield file
+            return
+        temporary = f"{posixpath.dirname(self.path)}/.{uuid.uuid4().hex}{TEMPORARY}"
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
     def create_exclusive(self, data: bytes) -> bool:
         """Create with this content, all or nothing; False where it exists already with another content.
 

@@ -1,7 +1,8 @@
 """The input layouts: nested (a row per query) and flat (a row per candidate) become the same canonical rows.
 
 Canonical rows of a unit: `query_index int32` (which query of the unit), `query_id`, `query`, `instruction`, `doc_id`,
-`text`, `first_stage_score float32`, `first_stage_rank int32`, then the passed-through columns.
+`text` (a dictionary in a staged shard), `first_stage_score float32`, `first_stage_rank int32`, then the passed-through
+columns.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from batch_rerank.errors import InputError
 from batch_rerank.schema import ALIASES
 
 Int64 = npt.NDArray[np.int64]
+ONCE = pa.dictionary(pa.int32(), pa.large_string())
+"""The type of a staged shard's texts."""
+
 OPTIONAL = ("instruction", "title", "score", "rank")
 OF_QUERY = ("query_id", "query", "instruction")
 TEXTS = ("query", "instruction", "text", "title")
@@ -80,7 +84,7 @@ def find_columns(
             if name not in OPTIONAL or name in renamed:
                 problems.append(_missing(name, wanted, place, "" if place is top else "candidates."))
             continue
-        problem = _wrong_type(name, place[wanted])
+        problem = wrong_type(name, place[wanted])
         if problem:
             problems.append(f"column {wanted!r} is {place[wanted]}, expected {problem}")
         names[name] = wanted
@@ -128,8 +132,8 @@ def _missing(name: str, wanted: str, place: dict[str, pa.DataType], prefix: str)
     return f"column '{prefix}{wanted}' is missing (found {sorted(place)}){hint if place else ''}"
 
 
-def _wrong_type(name: str, kind: pa.DataType) -> str | None:
-    """What was expected, where the type is wrong."""
+def wrong_type(name: str, kind: pa.DataType) -> str | None:
+    """What was expected of a column of ours, where the type is wrong."""
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
     if name in TEXTS:
@@ -163,8 +167,9 @@ class Scattered:
     second: tuple[str, int]
 
 
-def queries_of(table: pa.Table, columns: Columns, where: str) -> Queries:
-    """The queries of a shard's id columns. Raises InputError for a null id or a document twice under one query."""
+def queries_of(table: pa.Table, columns: Columns, where: str, for_trec: bool = False) -> Queries:
+    """The queries of a shard's id columns. Raises InputError for a null id or a document twice under one query, and
+    `for_trec` for an id that a TREC run cannot hold."""
     if columns.layout == "nested":
         ids = _as_string(table[columns.names["query_id"]])
         lists = table[columns.names["candidates"]].combine_chunks()
@@ -185,6 +190,9 @@ def queries_of(table: pa.Table, columns: Columns, where: str) -> Queries:
     documents = _as_string(documents)
     _refuse_null(documents, "doc_id", where, row_of_pair)
     _refuse_repeated(ids, group, documents, row_of_pair, where)
+    if for_trec:
+        _refuse_spaced(ids, "query_id", where)
+        _refuse_spaced(documents, "doc_id", where)
     return Queries(ids, rows.astype(np.int64), pairs.astype(np.int64))
 
 
@@ -201,6 +209,15 @@ def _refuse_null(ids: pa.Array, name: str, where: str, rows: Int64) -> None:
         row = int(rows[np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))[0]])
         raise InputError(
             f"{where}: row {row}: {name} is null ({ids.null_count} such); expected an id in every row; fill or drop it"
+        )
+
+
+def _refuse_spaced(ids: pa.Array, name: str, where: str) -> None:
+    spaced = ids.filter(pc.match_substring_regex(ids, r"^$|\s"))
+    if len(spaced):
+        raise InputError(
+            f"{where}: {name} {spaced[0].as_py()!r} is empty or has space in it ({len(spaced)} such), which no TREC "
+            "run can hold; leave output.trec_run out, or use other ids"
         )
 
 
@@ -270,7 +287,7 @@ def canonical(table: pa.Table, columns: Columns, where: str) -> pa.Table:
         "query": _as_string(named("query"), size),
         "instruction": _as_string(named("instruction"), size),
         "doc_id": _as_string(named("doc_id")),
-        "text": _with_title(named("title"), _as_string(named("text"), size, pa.large_string())),
+        "text": _text(named("text"), named("title"), size),
         "first_stage_score": pa.nulls(size, pa.float32())
         if score is None
         else pc.cast(score, pa.float32(), safe=False),
@@ -311,7 +328,14 @@ def _refuse_two(rows: pa.Table, name: str, where: str) -> None:
         )
 
 
-def _with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:
+def _text(text: pa.Array | None, title: pa.Array | None, size: int) -> pa.Array:
+    """Texts; in a staged shard each stands once, and stays so."""
+    if text is not None and title is None and text.type == ONCE:
+        return text
+    return with_title(title, _as_string(text, size, pa.large_string()))
+
+
+def with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:
     """BEIR's text of a document: (title + " " + text).strip(); a null text stays null."""
     if title is None:
         return text

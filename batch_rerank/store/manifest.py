@@ -211,6 +211,11 @@ class Manifest:
         """The mark of a complete output."""
         return self.root / "_SUCCESS"
 
+    @property
+    def trec_run(self) -> Location:
+        """Where the ranked rows are as a TREC run, if the config asks for it."""
+        return self.root / "run.trec"
+
     def part(self, unit_id: str) -> Location:
         """Where a unit's rows are."""
         return self.root / part_name(unit_id)
@@ -245,9 +250,13 @@ class Manifest:
                 return plan
             existing = self.read_plan()
             assert existing is not None
+        self.refuse_other(existing, plan)
+        return existing
+
+    def refuse_other(self, existing: Plan, plan: Plan) -> None:
+        """Raise ConflictError that names the differing fields, where the plan that is there is of another job."""
         if existing.fingerprint != plan.fingerprint:
             raise ConflictError(self._conflict(existing, plan))
-        return existing
 
     def _conflict(self, existing: Plan, plan: Plan) -> str:
         ours, theirs = plan.fingerprint_fields, existing.fingerprint_fields
@@ -255,7 +264,8 @@ class Manifest:
         lines = [f"  {key}: there {_short(theirs.get(key))}, here {_short(ours.get(key))}" for key in differing]
         return (
             f"{self.root}: belongs to another job, which differs in {', '.join(differing)}:\n" + "\n".join(lines) + "\n"
-            "expected the same job or an empty output; use another output.path, or delete this output to replace it"
+            "expected the same job or an empty output; use another output.path (or input.stage), or delete this one "
+            "to replace it"
         )
 
     def _refuse_foreign(self) -> None:

@@ -68,12 +68,12 @@ def _unreadable(location: Location, what: str, error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return (
         f"{location}: {what} cannot be read ({lines[0] if lines else type(error).__name__}); "
-        "expected a complete, undamaged Parquet file; write the shard again"
+        "expected a complete, undamaged file; write the shard again"
     )
 
 
 def read_queries(
-    location: Location, layout: str, renamed: dict[str, str], passthrough: Sequence[str]
+    location: Location, layout: str, renamed: dict[str, str], passthrough: Sequence[str], for_trec: bool = False
 ) -> tuple[Columns, Queries, list[int], float, dict[str, str]]:
     """What the plan needs of a shard: its columns, its queries, the rows at which row groups end, the mean bytes of
     text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only."""
@@ -84,19 +84,19 @@ def read_queries(
             size = _text_bytes(parquet, columns)
             types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
         with reading(location, "an id column"):
-            table = parquet.read(columns=columns.leaves(_paths(parquet), ["query_id", "doc_id"]))
+            table = parquet.read(columns=columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"]))
             if len(table) != sum(_group_rows(parquet)):
-                raise _other_rows(len(table), sum(_group_rows(parquet)), location)
-            queries = queries_of(table, columns, str(location))
+                raise other_rows(len(table), sum(_group_rows(parquet)), location)
+            queries = queries_of(table, columns, str(location), for_trec)
     return columns, queries, ends, size / max(1, int(queries.pairs.sum())), types
 
 
 def _text_bytes(parquet: pq.ParquetFile, columns: Columns) -> int:
     """Bytes of all texts after decompression, as the footer says."""
-    texts = columns.leaves(_paths(parquet), ["text"])
+    texts = columns.leaves(leaf_paths(parquet), ["text"])
     size = 0
     for group in range(parquet.metadata.num_row_groups):
-        for index, path in enumerate(_paths(parquet)):
+        for index, path in enumerate(leaf_paths(parquet)):
             if path in texts:
                 _probe(parquet, group, path)
                 size += parquet.metadata.row_group(group).column(index).total_uncompressed_size
@@ -138,7 +138,8 @@ class _Unread(io.RawIOBase):
         raise _ReadError
 
 
-def _other_rows(found: int, expected: int, location: Location) -> InputError:
+def other_rows(found: int, expected: int, location: Location) -> InputError:
+    """The error for a file with fewer or more rows than its footer says."""
     return InputError(
         f"{location}: found {found:,} rows where the Parquet footer says {expected:,}; "
         "expected a complete, undamaged Parquet file; write the shard again"
@@ -158,29 +159,29 @@ def read_units(
 
     Raises InputError where the file is damaged, or is not the one that was planned, at open or after the last read.
     """
-    check_unchanged(location, shard)
+    check_unchanged(location, shard.file)
     with open_parquet(location) as parquet:
         columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
         if ids_only:
             columns = columns.without(TEXTS)
         wanted = [name for name in columns.names if name != "candidates"]
-        leaves = columns.leaves(_paths(parquet), [*wanted, *passthrough])
+        leaves = columns.leaves(leaf_paths(parquet), [*wanted, *passthrough])
         for unit, table in _slices(parquet, units, leaves, location):
             with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
                 rows = canonical(table, columns, str(location))
                 rows.validate(full=True)  # Parquet promises UTF-8 and does not check it
             yield unit, rows
-    check_unchanged(location, shard)
+    check_unchanged(location, shard.file)
 
 
-def check_unchanged(location: Location, shard: Shard) -> None:
-    """Raise InputError where the shard is not the one that was planned."""
+def check_unchanged(location: Location, planned: File) -> None:
+    """Raise InputError where a file is not the one that was planned."""
     with input_errors(location):
         now = location.stat()
-    if (now.size, now.version) != (shard.file.size, shard.file.version):
+    if (now.size, now.version) != (planned.size, planned.version):
         raise InputError(
             f"{location}: changed since the plan (found {now.size:,} bytes {now.version}, expected "
-            f"{shard.file.size:,} bytes {shard.file.version}); restore the shard, or plan a new output"
+            f"{planned.size:,} bytes {planned.version}); restore the file, or plan a new output"
         )
 
 
@@ -200,7 +201,7 @@ def _slices(
             with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
                 batch = next(batches, None)
             if batch is None:
-                raise _other_rows(end, unit.stop, location)
+                raise other_rows(end, unit.stop, location)
             pending.append(batch)
             end += batch.num_rows
         table = pa.Table.from_batches(pending)
@@ -225,7 +226,8 @@ def _group_rows(parquet: pq.ParquetFile) -> list[int]:
     return [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
 
 
-def _paths(parquet: pq.ParquetFile) -> list[str]:
+def leaf_paths(parquet: pq.ParquetFile) -> list[str]:
+    """The paths of the columns of values, e.g. candidates.list.element.doc_id."""
     return [parquet.schema.column(index).path for index in range(len(parquet.schema))]
 
 

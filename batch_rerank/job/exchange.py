@@ -1,0 +1,320 @@
+"""The two passes of a stage: spread the rows of a source over the shards that need them, then build each shard.
+
+Between them lie files under `_manifest/exchange`: for each piece of the source, what each shard needs of it, one Arrow
+stream a shard behind the other, and a JSON note with the offsets, written last, which says that the piece is done.
+A row goes once to each shard that needs it. A task holds one piece's needed rows, or one shard.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import batch_rerank
+from batch_rerank.config import JobConfig
+from batch_rerank.errors import StorageError
+from batch_rerank.job.join import Int32, Int64, Ranked
+from batch_rerank.job.write_unit import commit
+from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.layouts import Columns, canonical, find_columns, with_title
+from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
+from batch_rerank.store.shards import Unit, check_unchanged, leaf_paths, open_parquet, other_rows, reading
+from batch_rerank.store.sources import Piece, Source, read_piece
+
+EXCHANGE = "_manifest/exchange"
+FLUSH_BYTES = 64 * 2**20
+"""Text that a spreading task gathers before it writes a file."""
+
+DICTIONARY_BYTES = 2**30
+"""Of a staged shard's column, up to which a value that repeats is written once."""
+
+OURS = ("query_id", "query", "instruction", "doc_id", "text", "title", "score", "rank")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One piece of a source: its first row's number, and which rows go to which shards (`Join.wanted`)."""
+
+    index: int
+    source: Source
+    piece: Piece
+    start: int
+    rows: Int64
+    shards: Int32
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.index:05d}"
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Bytes of an exchange file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Gather:
+    """One staged shard: where its rows lie, and what its task needs besides (`Join.details`)."""
+
+    unit: Unit
+    portions: list[Portion]
+    details: Ranked | pa.Array
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a piece's files hold: of each, its name, and for every shard that it serves [shard, start, stop]."""
+
+    files: list[tuple[str, list[list[int]]]]
+    rows: int
+    retries: int = 0
+
+    @staticmethod
+    def from_json(data: bytes, where: object) -> "Note":
+        """Raises StorageError."""
+        try:
+            value = json.loads(data)
+            return Note([(name, portions) for name, portions in value["files"]], value["rows"], value["retries"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{where}: not a note of the exchange ({error}); delete it and run again") from None
+
+
+def spread(work: Spread, config: JobConfig, stage: str) -> Note:
+    """Write what shards need of a piece. Raises InputError and StorageError."""
+    root = locate(stage, config.output.storage_options, reached=True)
+    exchange = root / EXCHANGE
+    files: list[tuple[str, list[list[int]]]] = []
+    for number, table in enumerate(_flushes(_needed(work, config))):
+        name = f"{work.name}-{number:04d}.arrows"
+        data, portions = _by_shard(table, work)
+        with storage_errors(exchange / name):
+            (exchange / name).write_bytes(data)
+        files.append((name, portions))
+    note = Note(files, len(work.rows), root.patience.retries)
+    location = exchange / f"{work.name}.json"
+    with storage_errors(location):
+        location.write_bytes(json.dumps({"files": files, "rows": note.rows, "retries": note.retries}).encode())
+    return note
+
+
+def _needed(work: Spread, config: JobConfig) -> Iterator[pa.Table]:
+    """The rows of a piece that some shard needs, each once, with their number in the column `row`."""
+    distinct = np.unique(work.rows)
+    first = work.start
+    for table in _read(work, config):
+        here = distinct[np.searchsorted(distinct, first) : np.searchsorted(distinct, first + len(table))]
+        if len(here):
+            yield table.take(here - first).append_column("row", pa.array(here))
+        first += len(table)
+
+
+def _read(work: Spread, config: JobConfig) -> Iterator[pa.Table]:
+    options = config.input.storage_options
+    if work.source.kind == "flat":
+        yield from _read_flat(work.piece, config)
+        return
+    for table in read_piece(work.source, work.piece, ("doc_id", "text", "title"), options):
+        title = table["title"].combine_chunks() if "title" in table.column_names else None
+        text = table["text"].combine_chunks().cast(pa.large_string())
+        yield pa.table({"doc_id": table["doc_id"], "text": with_title(title, text)})
+
+
+def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
+    """A flat shard's columns under our names; passed-through ones under their own, with a + before it."""
+    location = locate(piece.url, config.input.storage_options, reached=True)
+    check_unchanged(location, piece.file)
+    with open_parquet(location) as parquet:
+        passthrough = config.output.passthrough
+        columns = find_columns(parquet.schema_arrow, "flat", config.input.columns, passthrough, str(location))
+        leaves = columns.leaves(leaf_paths(parquet), [*columns.names, *passthrough])
+        groups = list(range(piece.start, piece.stop))
+        batches = parquet.iter_batches(4096, row_groups=groups, columns=leaves)
+        read = 0
+        while True:
+            with reading(location, f"row groups {piece.start} to {piece.stop}"):
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                ours = {name: batch.column(found) for name, found in columns.names.items()}
+                table = pa.table({**ours, **{f"+{name}": batch.column(name) for name in passthrough}})
+                for name in ("query_id", "doc_id"):
+                    table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
+                table.validate(full=True)
+            read += len(table)
+            yield table
+        rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+        if read != rows:
+            raise other_rows(read, rows, location)
+    check_unchanged(location, piece.file)
+
+
+def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(one.nbytes for one in held) >= FLUSH_BYTES:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _by_shard(table: pa.Table, work: Spread) -> tuple[bytes, list[list[int]]]:
+    """A file's bytes and its portions."""
+    numbers = table["row"].to_numpy()
+    first, last = np.searchsorted(work.rows, [numbers[0], numbers[-1] + 1])
+    rows, shards = work.rows[first:last], work.shards[first:last]
+    order = np.argsort(shards, kind="stable")
+    rows, shards = np.searchsorted(numbers, rows[order]), shards[order]
+    borders = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
+    sink = io.BytesIO()
+    portions = []
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    for start, stop in zip(borders, [*borders[1:], len(rows)], strict=True):
+        position = sink.tell()
+        with pa.ipc.new_stream(sink, table.schema, options=options) as stream:
+            stream.write_table(table.take(rows[start:stop]).combine_chunks())
+        portions.append([int(shards[start]), position, sink.tell()])
+    return sink.getvalue(), portions
+
+
+def gather(work: Gather, config: JobConfig, stage: str, fingerprint: str) -> Receipt:
+    """Build a shard and commit it. Raises InputError and StorageError."""
+    root = locate(stage, config.output.storage_options, reached=True)
+    tables = []
+    for portion in work.portions:
+        location = root / EXCHANGE / portion.file
+        with storage_errors(location):
+            data = location.read_range(portion.start, portion.stop)
+        tables.append(pa.ipc.open_stream(data).read_all())
+    read = pa.concat_tables(tables).combine_chunks()
+    if isinstance(work.details, Ranked):
+        rows = _of_run(read, work.details)
+    else:
+        rows = _of_flat(read, work.details, config, str(root))
+    table = nested(rows)
+    receipt = Receipt(
+        unit=work.unit.id,
+        fingerprint=fingerprint,
+        part="",
+        size=0,
+        sha256="",
+        rows_in=len(rows),
+        rows_out=len(table),
+        queries=len(table),
+        scored=0,
+        failed=0,
+        null_texts=rows["text"].null_count,
+        null_queries=table["query"].null_count,
+        empty_texts=0,
+        truncated=0,
+        tokens=0,
+        seconds=0.0,
+        scorer="",
+        storage_retries=root.patience.retries,
+    )
+    return commit(Manifest(root), work.unit, _serialise(table, receipt), receipt)
+
+
+def _of_run(read: pa.Table, ranked: Ranked) -> pa.Table:
+    """Canonical rows from texts and the candidates that the driver ranked; each text is held once."""
+    numbers = read["row"].to_numpy()
+    order = np.argsort(numbers)
+    texts = read["text"].combine_chunks().take(pa.array(order))
+    documents = np.searchsorted(numbers[order], ranked.documents)
+    if not np.array_equal(numbers[order][np.minimum(documents, len(order) - 1)], ranked.documents):
+        raise StorageError("the exchange lacks documents of this shard; delete the staged input and stage it again")
+    index = np.repeat(np.arange(len(ranked.pairs), dtype=np.int32), ranked.pairs)
+    queries = ranked.queries.take(pa.array(index))
+    data: dict[str, Any] = {
+        "query_index": pa.array(index),
+        "query_id": queries["query_id"],
+        "query": queries["query"],
+        "doc_id": read["doc_id"].combine_chunks().take(pa.array(order)).take(pa.array(documents)),
+        "text": _dictionary(texts, documents),
+        "first_stage_rank": pa.array(ranked.ranks, pa.int32()),
+    }
+    if "instruction" in queries.column_names:
+        data["instruction"] = queries["instruction"]
+    if ranked.scores is not None:
+        data["first_stage_score"] = pa.array(ranked.scores, pa.float32())
+    return pa.table(data)
+
+
+def _dictionary(values: pa.Array, rows: Int64) -> pa.DictionaryArray:
+    """values[rows] with every value held once."""
+    null = pc.is_null(values).to_numpy(zero_copy_only=False)[rows]
+    return pa.DictionaryArray.from_arrays(pa.array(rows, pa.int32(), mask=null), pc.fill_null(values, ""))
+
+
+def _of_flat(read: pa.Table, queries: pa.Array, config: JobConfig, where: str) -> pa.Table:
+    """Canonical rows of a shard's queries, each query's rows in the order of the input."""
+    position = pc.index_in(read["query_id"], value_set=queries).to_numpy()
+    read = read.take(np.lexsort((read["row"].to_numpy(), position)))
+    passthrough = {name: True for name in read.column_names if name.startswith("+")}
+    names = {name: name for name in OURS if name in read.column_names}
+    rows = canonical(read, Columns("flat", names, passthrough), where)
+    absent = {"score": "first_stage_score", "instruction": "instruction"}
+    rows = rows.drop_columns([ours for name, ours in absent.items() if name not in names])
+    return rows.set_column(rows.column_names.index("text"), "text", rows["text"].dictionary_encode())
+
+
+def nested(rows: pa.Table) -> pa.Table:
+    """Canonical rows as a nested shard: a row a query, a struct a candidate."""
+    rows = rows.combine_chunks()
+    index = rows["query_index"].to_numpy()
+    starts = np.flatnonzero(np.diff(index, prepend=-1))
+    names = {"doc_id": "doc_id", "text": "text", "first_stage_score": "score", "first_stage_rank": "rank"}
+    names |= {name: name.removeprefix("+") for name in rows.column_names if name.startswith("+")}
+    fields = {ours: rows[name].combine_chunks() for name, ours in names.items() if name in rows.column_names}
+    candidates = pa.StructArray.from_arrays([_one(array) for array in fields.values()], names=list(fields))
+    offsets = pa.array(np.append(starts, len(rows)), pa.int32())
+    data: dict[str, Any] = {"query_id": rows["query_id"].take(starts)}
+    for name in ("query", "instruction"):
+        if name in rows.column_names:
+            data[name] = _first_of_each(rows[name].combine_chunks(), starts)
+    return pa.table({**data, "candidates": pa.ListArray.from_arrays(offsets, candidates)})
+
+
+def _one(array: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _first_of_each(values: pa.Array, starts: Int64) -> pa.Array:
+    """Each query's first value that is not null: flat rows carry a query on every row."""
+    present = np.flatnonzero(pc.is_valid(values).to_numpy(zero_copy_only=False))
+    at = np.searchsorted(present, starts)
+    ends = np.append(starts[1:], len(values))
+    found = np.append(present, len(values))[at]
+    return values.take(pa.array(np.where(found < ends, found, 0), mask=found >= ends))
+
+
+def _serialise(table: pa.Table, receipt: Receipt) -> bytes:
+    """A staged shard: one row group, so that a text stands once in it; pages with checksums."""
+    metadata = {
+        "batch_rerank.version": batch_rerank.__version__,
+        "batch_rerank.fingerprint": receipt.fingerprint,
+        "batch_rerank.unit": receipt.unit,
+        "batch_rerank.counts": json.dumps({name: getattr(receipt, name) for name in SUMMED}),
+    }
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression="zstd",
+        row_group_size=len(table),
+        dictionary_pagesize_limit=DICTIONARY_BYTES,
+        write_page_checksum=True,
+    )
+    return sink.getvalue()

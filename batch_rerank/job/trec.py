@@ -1,0 +1,64 @@
+"""The ranked rows as one TREC run, beside the parts."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batch_rerank.store.filesystem import storage_errors
+from batch_rerank.store.layouts import run_starts
+from batch_rerank.store.manifest import Manifest, Plan
+
+TAG = "batch_rerank"
+
+
+def write_trec_run(manifest: Manifest, plan: Plan) -> dict[str, object]:
+    """Write `run.trec` from the parts: query_id Q0 doc_id rank score tag, in the parts' order; its size and sha256.
+
+    Evaluators order by score and break ties their own way, so where scores tie, or a row has none, the score of the
+    lower rank is the next smaller float32. Raises StorageError.
+    """
+    location = manifest.trec_run
+    digest, size = hashlib.sha256(), 0
+    with storage_errors(location), location.writer() as file:
+        for block in _blocks(manifest, plan):
+            digest.update(block)
+            size += len(block)
+            file.write(block)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _blocks(manifest: Manifest, plan: Plan) -> Iterator[bytes]:
+    for unit in plan.units:
+        part = manifest.part(unit.id)
+        with part.open() as file:
+            rows = pq.read_table(file, columns=["query_id", "doc_id", "rank", "score"]).combine_chunks()
+        if len(rows):
+            yield trec_lines(rows)
+
+
+def trec_lines(rows: pa.Table) -> bytes:
+    """Lines of ranked rows: `query_id`, `doc_id`, `rank`, `score` float32 or null."""
+    ids = rows["query_id"].combine_chunks()
+    scores = pa.array(falling(rows["score"].to_numpy(), run_starts(ids)), pa.float32())
+    fields = [ids, pa.scalar("Q0"), rows["doc_id"], pc.cast(rows["rank"], pa.string()), pc.cast(scores, pa.string())]
+    lines = pc.binary_join_element_wise(*fields, pa.scalar(f"{TAG}\n"), " ")
+    return "".join(lines.to_pylist()).encode()
+
+
+def falling(scores: npt.NDArray[np.float32], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """float32[n]: the scores, NaN for none, made to fall strictly within each query (which begin at `starts`)."""
+    bits = scores.astype(np.float32).view(np.int32).astype(np.int64)
+    order = np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # counts the float32 values from zero up and down
+    order[np.isnan(scores)] = 2**40  # above all: takes the next value below the row before
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(scores)], strict=True):
+        if order[start] == 2**40:
+            order[start] = 0
+        steps = np.arange(stop - start)
+        order[start:stop] = np.minimum.accumulate(order[start:stop] + steps) - steps
+    fallen = np.where(order >= 0, order, -order | 0x80000000).astype(np.uint32)
+    return fallen.view(np.float32)
