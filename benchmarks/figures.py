@@ -42,6 +42,11 @@ def main() -> None:
     peaks = [units[f"{size}_units"]["killed"]["driver_peak_mib"] for size in sizes]
     named = ", ".join(f"{size:,}" for size in sizes)
     print(f"| the same with 64 actors, at {named} units | {', '.join(map(str, peaks))} MiB |")
+    scale = _read("stage-scale.json")
+    runs = [scale[f"stage_{size}_candidates"] for size in (1_000_000, 3_000_000, 10_000_000)]
+    seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
+    most = max(run["peak_mib_above_idle"] for run in runs)
+    print(f"| staging 1, 3 and 10 million candidates over 2 million documents | {seconds} s, {most:,} MiB |")
     for threads in (1, 2):
         run = real[f"{threads}_threads"]
         ray, local = run["ray_pairs_per_s"]["median"], run["local_pairs_per_s"]["median"]

@@ -19,7 +19,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.job.run import run
 from batch_rerank.job.verify import verify
-from batch_rerank.store.filesystem import locate
+from batch_rerank.store.filesystem import list_files, locate
 
 SECRET = "canary-secret-4711"
 
@@ -161,3 +161,52 @@ def test_a_wrong_endpoint_fails_with_the_reason(bucket: str, monkeypatch: pytest
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
         run(s3_job(bucket), local=True)
+
+
+def test_globs_on_s3_that_begin_with_a_name(bucket: str) -> None:
+    fs = locate(f"s3://{bucket}").fs
+    for name in ("a/part-1.parquet", "a/part-2.parquet", "a/cart-3.parquet", "b/part-4.parquet", "a/part-5/x.parquet"):
+        fs.pipe_file(f"{bucket}/{name}", b"x")
+    for pattern, found in {
+        "a/part-*.parquet": ["a/part-1.parquet", "a/part-2.parquet"],
+        "a/*.parquet": ["a/cart-3.parquet", "a/part-1.parquet", "a/part-2.parquet"],
+        "[ab]/part-[14].parquet": ["a/part-1.parquet", "b/part-4.parquet"],
+        "a/pa?t-*/x*": ["a/part-5/x.parquet"],
+        "a/**/x.parquet": ["a/part-5/x.parquet"],
+        "c/part-*": [],
+    }.items():
+        names = [file.path.removeprefix(f"{bucket}/") for file in list_files(locate(f"s3://{bucket}/{pattern}"))]
+        assert names == found, pattern
+    with pytest.raises(InputError, match=r"a/p\*\*/x: not a glob"):
+        list_files(locate(f"s3://{bucket}/a/p**/x"))
+
+
+def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: None, tmp_path: Path) -> None:
+    rows = candidate_rows(6, 10)
+    texts = {row["doc_id"]: row["text"] for row in rows}
+    files = {
+        "corpus.jsonl": [{"_id": doc_id, "title": "", "text": text} for doc_id, text in texts.items()],
+        "queries.jsonl": [
+            {"_id": query_id, "text": f"what is {query_id}"} for query_id in {r["query_id"] for r in rows}
+        ],
+    }
+    contents = {name: "".join(json.dumps(one) + "\n" for one in lines) for name, lines in files.items()}
+    contents["bm25.run"] = "".join(f"{r['query_id']} Q0 {r['doc_id']} 1 {r['score']} bm25\n" for r in rows)
+    for name, content in contents.items():
+        locate(f"s3://{bucket}").fs.pipe_file(f"{bucket}/beir/{name}", content.encode())
+        (tmp_path / name).write_text(content)
+    outputs = []
+    for root, out in ((f"s3://{bucket}/beir", f"s3://{bucket}/out"), (str(tmp_path), str(tmp_path / "local"))):
+        given = {"layout": "beir", "path": root, "run": f"{root}/bm25.run", "unit_pairs": 20}
+        raw = job("-", out, output__trec_run=True).model_dump(exclude={"input", "limit"})
+        config = JobConfig.model_validate({**raw, "input": given})
+        run(config)
+        assert verify(out).problems == []
+        assert verify(f"{out}-stage").problems == []
+        outputs.append(out)
+    assert rows_of(download(bucket, tmp_path / "s3")).equals(rows_of(outputs[1]))
+    assert (tmp_path / "s3" / "run.trec").read_bytes() == (tmp_path / "local" / "run.trec").read_bytes()
+    summary = run(
+        config.model_copy(update={"output": config.output.model_copy(update={"top_k": 3, "path": f"{outputs[0]}-2"})})
+    )
+    assert summary.totals.rows_out == 18

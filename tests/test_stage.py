@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import Row, job, nested, rows_of, write
+from test_resume import start, wait_for
 
-from batch_rerank.config import Input, JobConfig
+from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
 from batch_rerank.job import exchange, join, stage
 from batch_rerank.job.run import plan_job, run
@@ -23,6 +26,8 @@ from batch_rerank.job.stage import stage as stage_input
 from batch_rerank.job.trec import falling
 from batch_rerank.job.verify import verify
 from batch_rerank.store import sources
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.lease import hold
 
 QUERIES, DOCUMENTS, DEPTH = 12, 40, 9
 TEXTS = ("größe  ", "北京 ", "def f(x):\n    return x", "", "שלום", 'quote " and \\ slash', "tab\there")
@@ -576,6 +581,16 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         ),
         r"row 1: doc_id is null",
     ),
+    "null rank": (
+        lambda folder: of_parquet(
+            folder, "run", [{"query_id": "q1", "doc_id": f"d{i}", "rank": i or None} for i in (1, 0)]
+        ),
+        r"row 1: rank is null",
+    ),
+    "rank of 40 bits": (
+        lambda folder: of_parquet(folder, "run", [{"query_id": "q1", "doc_id": "d1", "rank": 2**40}]),
+        r"cannot be read \(Integer value 1099511627776 not in range",
+    ),
     "no doc_id": (
         lambda folder: of_parquet(folder, "run", [{"query_id": "q1", "docno": "d1"}]),
         r"expected 'doc_id'; set input\.columns: \{doc_id: docno\}",
@@ -742,3 +757,44 @@ def test_ids_with_space_cannot_go_into_a_trec_run(tmp_path: Path) -> None:
     given = {"layout": "flat", "path": str(tmp_path / "f.parquet")}
     with pytest.raises(InputError, match="query_id 'q 1' is empty or has space in it"):
         run(job_of(given, tmp_path / "out", output__trec_run=True), local=True)
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+def test_a_stage_that_is_killed_goes_on_from_there(local: bool, tmp_path: Path) -> None:
+    """Forty pieces of a corpus, and a kill as soon as some are read, then one as soon as a shard is there."""
+    given = given_as("run of JSONL", tmp_path / "in")
+    for number, row in enumerate(corpus()):
+        text = f"{row['text']} " + "".join(random.Random(number).choices("abcdefgh ", k=200_000))
+        jsonl(tmp_path / "in" / "c" / f"{number:02d}.jsonl", [{**row, "text": text}])
+    settings: dict[str, Any] = {
+        "input": {**given, "corpus": str(tmp_path / "in" / "c" / "*.jsonl"), "stage": str(tmp_path / "staged")},
+        "output": {"path": str(tmp_path / "out")},
+        "model": {"name": "none", "kind": "checksum"},
+        "cluster": {"gpus_per_actor": 0, "lease_seconds": 2},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["stage", str(tmp_path / "job.yaml"), *(["--local"] if local else [])]
+    exchange_files = tmp_path / "staged" / "_manifest" / "exchange"
+    for notes in (5, 20):
+        process = start(arguments, tmp_path / "log")
+        wait_for(lambda notes=notes: len(list(exchange_files.glob("*.json"))) >= notes, process)  # type: ignore[misc]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "staged" / "_SUCCESS").exists()
+    kept = {path.name: path.stat().st_ino for path in exchange_files.glob("*.json")}
+    again = start(arguments, tmp_path / "log")
+    assert again.wait(120) == 0, (tmp_path / "log").read_text()
+    needed = len({row["doc_id"] for row in run_rows()})
+    assert f"of {needed - len(kept)} pieces" in (tmp_path / "log").read_text()
+    assert verify(str(tmp_path / "staged")).problems == []
+    elsewhere = {**settings, "input": {**settings["input"], "stage": str(tmp_path / "other")}}
+    made = stage_input(parse_config(elsewhere, "test"), local=True)
+    undisturbed = {part.name: part.read_bytes() for part in Path(made.place).glob("part-*")}
+    assert {part.name: part.read_bytes() for part in (tmp_path / "staged").glob("part-*")} == undisturbed
+
+
+def test_a_second_stage_of_the_same_place_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    with hold(locate(str(tmp_path / "out-stage")), 60), pytest.raises(ConflictError, match="out-stage"):
+        stage_input(config, local=True)
+    assert not (tmp_path / "out-stage" / "_manifest" / "plan.json").exists()

@@ -248,7 +248,7 @@ def _of_run(read: pa.Table, ranked: Ranked) -> pa.Table:
     if "instruction" in queries.column_names:
         data["instruction"] = queries["instruction"]
     if ranked.scores is not None:
-        data["first_stage_score"] = pa.array(ranked.scores, pa.float32())
+        data["first_stage_score"] = pa.array(ranked.scores, pa.float32(), mask=np.isnan(ranked.scores))
     return pa.table(data)
 
 

@@ -201,12 +201,11 @@ _EMPTY = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), pa.array([], p
 
 
 def _compact(table: pa.Table) -> pa.Table:
-    """Ids as codes, scores as float32, ranks as int32."""
-    columns = {name: table[name].dictionary_encode() for name in ("query_id", "doc_id")}
-    for name, kind in (("score", pa.float32()), ("rank", pa.int32())):
-        if name in table.column_names:
-            columns[name] = table[name].cast(kind, safe=name == "rank")
-    return pa.table(columns)
+    """Ids as codes."""
+    for index, name in enumerate(table.column_names):
+        if name in ("query_id", "doc_id"):
+            table = table.set_column(index, name, table[name].dictionary_encode())
+    return table
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int32]:

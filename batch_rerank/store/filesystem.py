@@ -246,11 +246,17 @@ def list_files(pattern: Location) -> list[File]:
         path = path.rstrip("/") + "/*.parquet"
     # unless told, fsspec leaves out directories that it fails to list; a "**" on S3 is one listing, which just fails
     options = {} if "**" in path else {"on_error": "raise"}
+    # for a name that begins before its wildcard (part-*) s3fs lists by prefix, and then knows no on_error
+    start = path.rfind("/", 0, min(path.find(sign) for sign in "*?[" if sign in path)) + 1
+    open_start = path if path[start] in "*?[" else f"{path[:start]}?{path[start + 1 :]}"
     try:
-        found = pattern.patiently(lambda: fs.glob(path, detail=True, **options))
+        found = pattern.patiently(lambda: fs.glob(open_start, detail=True, **options))
     except FileNotFoundError:
         return []
-    return [_file(info) for _, info in sorted(found.items()) if info["type"] == "file"]
+    except ValueError as error:
+        raise InputError(f"{pattern}: not a glob ({error}); write * for a part of a name, ** for any folders") from None
+    files = [info for name, info in sorted(found.items()) if open_start == path or name[start] == path[start]]
+    return [_file(info) for info in files if info["type"] == "file"]
 
 
 def _file(info: dict[str, Any]) -> File:

@@ -21,7 +21,7 @@ import pyarrow.json
 from batch_rerank.errors import InputError
 from batch_rerank.schema import ALIASES
 from batch_rerank.store.filesystem import File, Location, Options, input_errors, list_files, locate
-from batch_rerank.store.layouts import TEXTS, wrong_type
+from batch_rerank.store.layouts import wrong_type
 from batch_rerank.store.shards import check_unchanged, open_parquet, other_rows, reading
 
 BLOCK_BYTES = 16 * 2**20
@@ -41,6 +41,8 @@ BEIR = {"query_id": "_id", "query": "text", "doc_id": "_id"}
 
 REQUIRED = ("query_id", "query", "doc_id", "text")
 IDS = ("query_id", "doc_id")
+NUMBERS = {"score": pa.float32(), "rank": pa.int32()}
+"""Our columns that are no text."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +233,10 @@ def _parquet_rows(source: Source, piece: Piece, wanted: Sequence[str], location:
                     break
                 table = pa.table({name: one.column(found) for name, found in names.items()})
                 for index, name in enumerate(table.column_names):
-                    if name in IDS:
+                    if name in (*IDS, "rank"):
                         _refuse_null(table[name], name, location, read)
-                    if name in (*IDS, *TEXTS):
-                        table = table.set_column(index, name, table[name].cast(pa.string()))
+                    kind = NUMBERS.get(name, pa.string())
+                    table = table.set_column(index, name, table[name].cast(kind, safe=kind != pa.float32()))
                 table.validate(full=True)
             read += len(table)
             yield table
@@ -245,7 +247,7 @@ def _parquet_rows(source: Source, piece: Piece, wanted: Sequence[str], location:
 def _refuse_null(values: pa.ChunkedArray, name: str, location: Location, row: int) -> None:
     if values.null_count:
         at = row + int(np.flatnonzero(pc.is_null(values).to_numpy(zero_copy_only=False))[0])
-        raise InputError(f"{location}: row {at}: {name} is null; expected an id in every row; fill or drop it")
+        raise InputError(f"{location}: row {at}: {name} is null; expected one in every row; fill or drop it")
 
 
 @dataclass
@@ -314,7 +316,9 @@ def _text_file(location: Location) -> Iterator[IO[bytes]]:
         if codec is None:
             yield file
             return
-        with pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
+        # buffered: the decompressor asks for 64 KB at a time, which would be a request each
+        buffered = io.BufferedReader(file, BLOCK_BYTES) if isinstance(file, io.RawIOBase) else file
+        with pa.CompressedInputStream(pa.PythonFile(buffered, "r"), codec) as stream:
             yield cast(IO[bytes], stream)
 
 
@@ -353,7 +357,7 @@ def _wrong_fields(line: str, found: int, expected: str, location: Location, numb
 
 
 def parse_trec(block: bytes, width: int, location: Location, number: _LineNumber) -> pa.Table:
-    """Columns query_id, doc_id, score float64 and, of 6 fields, rank int32. Raises InputError with the line."""
+    """Columns query_id, doc_id, score float32 and, of 6 fields, rank int32. Raises InputError with the line."""
     lines = _lines(block, location, number)
     fields = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(lines))
     counts = pc.list_value_length(fields).to_numpy(zero_copy_only=False)
@@ -381,7 +385,7 @@ def parse_trec(block: bytes, width: int, location: Location, number: _LineNumber
         )
 
     columns = {"query_id": field(0), "doc_id": field(1 if width == 3 else 2)}
-    columns["score"] = number_of(2 if width == 3 else 4, pa.float64(), "the score")
+    columns["score"] = number_of(2 if width == 3 else 4, pa.float64(), "the score").cast(pa.float32(), safe=False)
     if width == 6:
         columns["rank"] = number_of(3, pa.int32(), "the rank")
     return pa.table(columns)
