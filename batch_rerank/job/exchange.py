@@ -24,7 +24,7 @@ from batch_rerank.job.write_unit import commit
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.layouts import Columns, canonical, find_columns, with_title
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
-from batch_rerank.store.shards import Unit, check_unchanged, leaf_paths, open_parquet, other_rows, reading
+from batch_rerank.store.shards import Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
 from batch_rerank.store.sources import Piece, Source, read_piece
 
 EXCHANGE = "_manifest/exchange"
@@ -138,24 +138,14 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
         passthrough = config.output.passthrough
         columns = find_columns(parquet.schema_arrow, "flat", config.input.columns, passthrough, str(location))
         leaves = columns.leaves(leaf_paths(parquet), [*columns.names, *passthrough])
-        groups = list(range(piece.start, piece.stop))
-        batches = parquet.iter_batches(4096, row_groups=groups, columns=leaves)
-        read = 0
-        while True:
+        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location):
+            ours = {name: batch.column(found) for name, found in columns.names.items()}
+            table = pa.table({**ours, **{f"+{name}": batch.column(name) for name in passthrough}})
+            for name in ("query_id", "doc_id"):
+                table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
             with reading(location, f"row groups {piece.start} to {piece.stop}"):
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                ours = {name: batch.column(found) for name, found in columns.names.items()}
-                table = pa.table({**ours, **{f"+{name}": batch.column(name) for name in passthrough}})
-                for name in ("query_id", "doc_id"):
-                    table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
                 table.validate(full=True)
-            read += len(table)
             yield table
-        rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-        if read != rows:
-            raise other_rows(read, rows, location)
     check_unchanged(location, piece.file)
 
 

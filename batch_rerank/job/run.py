@@ -85,7 +85,7 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
     found: Staged | None = None
     if needs_stage(config):
         found = stage(config, local=local)
-    elif config.input.layout == "flat":
+    elif config.input.stage:  # named: its ids need not be read to see that they are scattered
         found = find_stage(config)
     try:
         plan, model = make_plan(found.config if found else config)
@@ -103,12 +103,13 @@ def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
     Writes nothing."""
     configured_model(config)
-    found = find_stage(config) if config.input.layout != "nested" else None
+    found = find_stage(config) if needs_stage(config) or config.input.stage else None
     if found is None and not needs_stage(config):
         try:
             return make_plan(config)
         except ScatteredError as error:
             log.info("%s", error)
+            found = find_stage(config)
     if found is not None:
         return make_plan(found.config)
     plan = plan_stage(config)

@@ -190,10 +190,7 @@ def _slices(
 ) -> Iterator[tuple[Unit, pa.Table]]:
     """Cut the row groups that the units touch into units; stops decoding after the last one."""
     groups, position = _row_groups(parquet, units[0].start, units[-1].stop)
-    total = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
-    rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-    batch_rows = max(1, min(65536, BATCH_BYTES * rows // max(1, total)))
-    batches = parquet.iter_batches(batch_rows, row_groups=groups, columns=leaves)
+    batches = parquet.iter_batches(_batch_rows(parquet, groups), row_groups=groups, columns=leaves)
     pending: list[pa.RecordBatch] = []
     end = position
     for unit in units:
@@ -208,6 +205,31 @@ def _slices(
         yield unit, table.slice(unit.start - position, unit.stop - unit.start)
         pending = table.slice(unit.stop - position).to_batches()
         position = unit.stop
+
+
+def read_groups(
+    parquet: pq.ParquetFile, groups: Sequence[int], leaves: list[str], location: Location
+) -> Iterator[pa.RecordBatch]:
+    """Whole row groups, some MB at a time. Raises InputError for damage, and where rows are missing."""
+    expected = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+    batches = parquet.iter_batches(_batch_rows(parquet, groups), row_groups=list(groups), columns=leaves)
+    found = 0
+    while True:
+        with reading(location, f"row groups {groups[0]} to {groups[-1]}"):
+            batch = next(batches, None)
+        if batch is None:
+            break
+        found += batch.num_rows
+        yield batch
+    if found != expected:
+        raise other_rows(found, expected, location)
+
+
+def _batch_rows(parquet: pq.ParquetFile, groups: Sequence[int]) -> int:
+    """How many rows of these row groups are about BATCH_BYTES."""
+    size = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
+    rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+    return max(1, min(65536, int(BATCH_BYTES * rows / max(1, size))))
 
 
 def _row_groups(parquet: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
