@@ -292,6 +292,33 @@ def test_without_ranks_the_order_is_that_of_the_scores(tmp_path: Path) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.parametrize("tasks", ["large", "small"])
+@pytest.mark.parametrize(
+    "written", ["plain", "crlf", "no last end", "byte order mark", "blanks at the end", "tabs", "gzip twice"]
+)
+def test_files_that_other_tools_write(
+    written: str, tasks: str, tmp_path: Path, expected: pa.Table, request: pytest.FixtureRequest
+) -> None:
+    if tasks == "small":
+        request.getfixturevalue("small_tasks")
+    changes: dict[str, Callable[[bytes], bytes]] = {
+        "plain": lambda data: data,
+        "crlf": lambda data: data.replace(b"\n", b"\r\n"),
+        "no last end": lambda data: data[:-1],
+        "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+        "blanks at the end": lambda data: data + b"\r\n\n \n",
+        "tabs": lambda data: data.replace(b" Q0 ", b"\t\tQ0  "),
+        "gzip twice": lambda data: gzip.compress(data[:999]) + gzip.compress(data[999:]),
+    }
+    given = given_as("run of JSONL", tmp_path / "in")
+    for key in ("run", "queries", "corpus"):
+        path = Path(given[key] + (".gz" if written == "gzip twice" else ""))
+        path.write_bytes(changes[written](Path(given[key]).read_bytes()))
+        given[key] = str(path)
+    run(job_of(given, tmp_path / "out"), local=True)
+    assert rows_of(tmp_path / "out").equals(expected)
+
+
 def test_a_staged_input_is_used_again_until_its_sources_change(tmp_path: Path, logged: list[str]) -> None:
     given = given_as("beir", tmp_path / "in") | {"stage": str(tmp_path / "staged")}
     assert plan_job(job_of(given, tmp_path / "one"))[1] is None
@@ -591,6 +618,14 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda folder: of_parquet(folder, "run", [{"query_id": "q1", "doc_id": "d1", "rank": 2**40}]),
         r"cannot be read \(Integer value 1099511627776 not in range",
     ),
+    "a column twice": (
+        lambda folder: {**given_as("run of JSONL", folder), "corpus": str(twice(folder / "c.parquet"))},
+        r"c\.parquet: column 'text' is there more than once",
+    ),
+    "a corpus without rows": (
+        lambda folder: {**given_as("run of JSONL", folder), "corpus": str(empty(folder / "c.parquet", "text"))},
+        r"no doc_id of the run .*, corpus has none;",
+    ),
     "no doc_id": (
         lambda folder: of_parquet(folder, "run", [{"query_id": "q1", "docno": "d1"}]),
         r"expected 'doc_id'; set input\.columns: \{doc_id: docno\}",
@@ -609,8 +644,14 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
 }
 
 
-def empty(path: Path) -> Path:
-    schema = pa.schema([("query_id", pa.string()), ("doc_id", pa.string())])
+def twice(path: Path) -> Path:
+    ids = pa.array([f"d{i}" for i in range(DOCUMENTS)])
+    pq.write_table(pa.table([ids, ids, ids], names=["doc_id", "text", "text"]), path)
+    return path
+
+
+def empty(path: Path, other: str = "query_id") -> Path:
+    schema = pa.schema([(other, pa.string()), ("doc_id", pa.string())])
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(schema.empty_table(), path)
     return path
@@ -633,7 +674,7 @@ def test_sources_that_do_not_fit_are_refused(
         assert not (tmp_path / "out-stage").exists()
 
 
-IN_THE_TEXTS = ("line 40", "line 41")
+IN_THE_TEXTS = ("line 40", "line 41", r"c\.parquet: column 'text'")
 
 
 @pytest.mark.parametrize(

@@ -258,9 +258,10 @@ def _rows_of(ids: pa.Array, known: pa.Array | pa.ChunkedArray) -> Int64:
 
 
 def _ranked(run: _Run, depth: int | None) -> tuple[Int64, Int64]:
-    """The candidates by query and rank, `depth` of each query; and how many each query has."""
+    """The candidates by query and rank (of one rank: by score), `depth` of each query; and how many each query has."""
     if run.rank is not None:
-        order = np.lexsort((run.rank, run.query))
+        tied = np.zeros(len(run.rank)) if run.score is None else -run.score
+        order = np.lexsort((tied, run.rank, run.query))
     elif run.score is not None:
         order = np.lexsort((-run.score, run.query))
     else:
@@ -378,4 +379,6 @@ def _refuse_missing(
 
 def _some(ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> str:
     first = ids[:3] if isinstance(ids, Sequence) else ids.slice(0, 3).to_pylist()
+    if not len(ids):
+        return "none"
     return ", ".join(json.dumps(one, ensure_ascii=False)[:60] for one in first) + (", …" if len(ids) > 3 else "")

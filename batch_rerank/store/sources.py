@@ -214,9 +214,11 @@ def read_piece(source: Source, piece: Piece, wanted: Sequence[str], options: Opt
 def _parquet_rows(source: Source, piece: Piece, wanted: Sequence[str], location: Location) -> Iterator[pa.Table]:
     names = {name: source.names[name] for name in wanted if name in source.names}
     with open_parquet(location) as parquet:
-        missing = [name for name in names.values() if name not in parquet.schema_arrow.names]
-        if missing:
-            raise InputError(f"{location}: column {missing[0]!r} is missing; expected the columns of the first file")
+        for name in names.values():
+            found = parquet.schema_arrow.names.count(name)
+            if found != 1:
+                there = "missing" if not found else "there more than once"
+                raise InputError(f"{location}: column {name!r} is {there}; expected each once in every file")
         types = {field.name: field.type for field in parquet.schema_arrow}
         for name, column in names.items():
             _refuse_type(name, column, types, location)
