@@ -162,7 +162,7 @@ def test_a_job_stopped_by_a_signal_resumes_to_the_same_rows(
     wait_for(lambda: receipts.exists() and len(list(receipts.glob("*.json"))) >= 20, process)
     os.kill(process.pid, sent)
     assert process.wait(60) == code
-    _wait_for_silence(receipts)  # Ray's workers outlive a killed driver for a moment
+    wait_for_silence(receipts)  # Ray's workers outlive a killed driver for a moment
     committed = len(list(receipts.glob("*.json")))
     assert 20 <= committed < 300
     assert not (tmp_path / "out" / "_SUCCESS").exists()
@@ -179,7 +179,7 @@ def test_a_job_stopped_by_a_signal_resumes_to_the_same_rows(
     assert verify(str(tmp_path / "out")).problems == []
 
 
-def _wait_for_silence(receipts: Path, seconds: float = 2.0) -> None:
+def wait_for_silence(receipts: Path, seconds: float = 2.0) -> None:
     count, since = -1, time.monotonic()
     while time.monotonic() - since < seconds:
         now = len(list(receipts.glob("*.json")))
