@@ -800,7 +800,7 @@ def test_ids_with_space_cannot_go_into_a_trec_run(tmp_path: Path) -> None:
         run(job_of(given, tmp_path / "out", output__trec_run=True), local=True)
 
 
-@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.chaos)], ids=["local", "ray"])
 def test_a_stage_that_is_killed_goes_on_from_there(local: bool, tmp_path: Path) -> None:
     """Forty pieces of a corpus, and a kill as soon as some are read, then one as soon as a shard is there."""
     given = given_as("run of JSONL", tmp_path / "in")
