@@ -167,7 +167,7 @@ def test_packed_and_padded_agree(tmp_path: Path, build: object, dtype: str) -> N
     encoded = make_encoder(spec).encode(GROUPS)
     kind = CausalModel if spec.kind == "causal" else ClassificationModel
     packed, padded = (
-        PairScorer(kind(spec, "cpu", packed=packed), TokenBudget(500)).score(encoded) for packed in (True, False)
+        PairScorer(kind(spec, "cpu", forward), TokenBudget(500)).score(encoded) for forward in ("packed", "padded")
     )
     difference = np.abs(packed - padded)
     assert difference.max() < (1e-4 if dtype == "float32" else 0.25)

@@ -13,7 +13,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,15 @@ from batch_rerank.errors import ModelError
 
 log = logging.getLogger("batch_rerank")
 
+Forward = Literal["auto", "packed", "padded"]
+"""Which forward a model is asked for: packed where there is one, or one of the two insisted on."""
+
 
 class CausalModel:
     """score = logit(true token) - logit(false token) at the last position (Qwen3-Reranker's card: log-odds of yes), or
     the true token's logit alone where the template names no other."""
 
-    def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
+    def __init__(self, spec: ModelSpec, device: str, forward: Forward = "auto") -> None:
         model = load(AutoModelForCausalLM, spec, device)
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if getattr(model.config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
@@ -51,7 +54,7 @@ class CausalModel:
             self._direction = self._direction - head.weight[no].float()
         _refuse_constant(spec, self._direction)
         self.model, self._body, self._device = model, model.base_model, device
-        self._decoder = _packed(decoder, self._body, spec, device) if packed else None
+        self._decoder, self.fallback = _packed(decoder, self._body, spec, device, forward)
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
@@ -73,7 +76,7 @@ class CausalModel:
 class ClassificationModel:
     """score = the raw logit of a one-label head over the tokenizer's pair."""
 
-    def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
+    def __init__(self, spec: ModelSpec, device: str, forward: Forward = "auto") -> None:
         self.model, self._device = load(AutoModelForSequenceClassification, spec, device), device
         linear = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
         heads = [layer for layer in linear if layer.out_features == 1]
@@ -85,7 +88,7 @@ class ClassificationModel:
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         pair = PairEncoder(load_tokenizer(Path(spec.directory)), spec.max_length)
         self._document_type = pair.document_type if types > 1 else None
-        self._encoder = _packed(encoder, self.model, spec, device) if packed else None
+        self._encoder, self.fallback = _packed(encoder, self.model, spec, device, forward)
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
@@ -115,14 +118,14 @@ class ClassificationModel:
 class EmbeddingModel:
     """One vector a text: cls, mean or last-token pooling, then L2 where the checkpoint says so."""
 
-    def __init__(self, spec: ModelSpec, device: str, packed: bool = True) -> None:
+    def __init__(self, spec: ModelSpec, device: str, forward: Forward = "auto") -> None:
         self.model, self._device = load(AutoModel, spec, device), device
         self._pooling, self._normalize = spec.pooling, spec.normalize
         self._decoder = self._encoder = None
-        if packed and spec.pooling == "last":
-            self._decoder = _packed(decoder, self.model, spec, device)
-        elif packed:
-            self._encoder = _packed(encoder, self.model, spec, device)
+        if spec.pooling == "last":
+            self._decoder, self.fallback = _packed(decoder, self.model, spec, device, forward)
+        else:
+            self._encoder, self.fallback = _packed(encoder, self.model, spec, device, forward)
 
     def split(self, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
         """Texts of these lengths in batches of at most `token_budget` tokens; a longer text is alone."""
@@ -209,13 +212,18 @@ def last(hidden: Tensor, lengths: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 
-def _packed(path: Any, model: Any, spec: ModelSpec, device: str) -> Any:
-    """The packed forward of a model; None, said once in the log, where there is none for it."""
-    reason = path.unsupported(model, device)
+def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forward) -> tuple[Any, str | None]:
+    """The packed forward of a model, or None and why its batches are padded, which is said once in the log.
+
+    Raises ModelError where the packed forward is insisted on and there is none for the model.
+    """
+    reason = "model.forward is padded" if forward == "padded" else path.unsupported(model, device)
     if reason is None:
-        return path.Packed(model, device)
+        return path.Packed(model, device), None
+    if forward == "packed":
+        raise ModelError(f"model.forward: found packed, but model {spec.name!r} has no such forward here: {reason}")
     log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)
-    return None
+    return None, reason
 
 
 def _refuse_constant(spec: ModelSpec, head: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from batch_rerank.engine.memory import TokenBudget
-    from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel
+    from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel, Forward
 
 VECTOR_CACHE_BYTES = 256 * 2**20
 
@@ -34,14 +34,22 @@ class Scorer(Protocol):
         """The loaded model, for the self-test's slow path; None where there is none."""
         ...
 
+    @property
+    def fallback(self) -> str | None:
+        """Why batches are padded, None where they are packed."""
+        ...
+
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
         pair that the device's memory is too small for. Raises ModelError where the model gives NaN or infinity."""
         ...
 
 
-def make_scorer(spec: ModelSpec, device: str = "cpu", token_budget: int | None = None) -> Scorer:
-    """Load a model as a scorer. `token_budget`: tokens of one batch, None to choose by free memory.
+def make_scorer(
+    spec: ModelSpec, device: str = "cpu", token_budget: int | None = None, forward: "Forward" = "auto"
+) -> Scorer:
+    """Load a model as a scorer. `token_budget`: tokens of one batch, None to choose by free memory. `forward`: packed
+    where the model, device and dtype allow it (auto), or one of packed and padded insisted on.
 
     Raises ModelError (the checkpoint does not load completely) and ConfigError (the device is absent).
     """
@@ -63,7 +71,7 @@ def make_scorer(spec: ModelSpec, device: str = "cpu", token_budget: int | None =
         "sequence_classification": ClassificationModel,
         "bi_encoder": EmbeddingModel,
     }
-    model = kinds[spec.kind](spec, device)
+    model = kinds[spec.kind](spec, device, forward)
     budget = TokenBudget(token_budget or choose_budget(model.model, device))
     return BiEncoderScorer(model, budget) if spec.kind == "bi_encoder" else PairScorer(model, budget)
 
@@ -83,7 +91,7 @@ class PairScorer:
 
     def __init__(self, model: "CausalModel | ClassificationModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
-        self.network = model.model
+        self.network, self.fallback = model.model, model.fallback
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
@@ -107,7 +115,7 @@ class BiEncoderScorer:
 
     def __init__(self, model: "EmbeddingModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
-        self.network = model.model
+        self.network, self.fallback = model.model, model.fallback
         self._cache: dict[bytes, Float32] = {}
 
     def score(self, encoded: Encoded) -> Float32:
@@ -149,6 +157,7 @@ class ChecksumScorer:
     nothing, so it measures and tests the pipeline; it does not rank."""
 
     network = None
+    fallback = None
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
