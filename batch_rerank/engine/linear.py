@@ -15,7 +15,8 @@ Weights = tuple[Tensor, Tensor | None]
 """weight [out, in] and bias [out] or None."""
 
 _ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+"""oneDNN refuses bfloat16 on CPUs without AVX-512: there plain operations compute it."""
 
 
 def linear(inputs: Tensor, weights: Weights, then: Literal["none", "swish", "gelu"] = "none") -> Tensor:
