@@ -44,7 +44,6 @@ class DecoderModel:
 
     def __init__(self, spec: ModelSpec, model: Any, direction: Tensor, device: str, forward: Forward) -> None:
         """`direction`: float32[hidden], whose product with the last hidden state is the score."""
-        _refuse_constant(spec, direction)
         self.model, self._body, self._device, self._direction = model, model.base_model, device, direction
         self._decoder, self.fallback = _packed(decoder, self._body, spec, device, forward)
 
@@ -75,7 +74,10 @@ def causal_model(spec: ModelSpec, device: str, forward: Forward = "auto") -> Dec
     yes, no = answer_tokens(load_tokenizer(Path(spec.directory)), spec.causal)
     # Two rows in float32 instead of the whole vocabulary: 1.4e-6 from the full head, 35 % less work at 0.6B
     direction = head.weight[yes].float()
-    return DecoderModel(spec, model, direction if no is None else direction - head.weight[no].float(), device, forward)
+    if no is not None:
+        direction = direction - head.weight[no].float()
+    _refuse_constant(spec, direction)
+    return DecoderModel(spec, model, direction, device, forward)
 
 
 def classification_model(
@@ -84,10 +86,16 @@ def classification_model(
     """Score = the raw logit of a one-label head, or of two labels the second's minus the first's (the log-odds of
     "relevant" in a softmax over both). A decoder's head reads the last position, as transformers' own does."""
     model = load(AutoModelForSequenceClassification, spec, device)
-    if not isinstance(model, GenericForSequenceClassification):
-        return ClassificationModel(spec, model, device, forward)
-    rows = model.score.weight.float()
-    return DecoderModel(spec, model, rows[0] if len(rows) == 1 else rows[1] - rows[0], device, forward)
+    if isinstance(model, GenericForSequenceClassification):
+        rows = model.score.weight.float()
+        direction = rows[0] if len(rows) == 1 else rows[1] - rows[0]
+        _refuse_constant(spec, direction)
+        return DecoderModel(spec, model, direction, device, forward)
+    heads = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1]
+    if not heads:
+        raise ModelError(f"model {spec.name!r}: {type(model).__name__} has no linear layer of one output to score")
+    _refuse_constant(spec, heads[-1].weight)
+    return ClassificationModel(spec, model, device, forward)
 
 
 class ClassificationModel:
@@ -96,13 +104,6 @@ class ClassificationModel:
 
     def __init__(self, spec: ModelSpec, model: Any, device: str, forward: Forward = "auto") -> None:
         self.model, self._device = model, device
-        linear = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
-        heads = [layer for layer in linear if layer.out_features == 1]
-        if not heads:
-            raise ModelError(
-                f"model {spec.name!r}: {type(self.model).__name__} has no linear layer of one output to score"
-            )
-        _refuse_constant(spec, heads[-1].weight)
         _widen_heads(model)
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         pair = PairEncoder(load_tokenizer(Path(spec.directory)), spec.max_length)
@@ -135,11 +136,16 @@ class ClassificationModel:
         return [mask * np.int64(self._document_type or 0) for mask in second]
 
 
+def embedding_model(spec: ModelSpec, device: str, forward: Forward = "auto") -> "EmbeddingModel":
+    """A bi-encoder."""
+    return EmbeddingModel(spec, load(AutoModel, spec, device), device, forward)
+
+
 class EmbeddingModel:
     """One vector a text: cls, mean or last-token pooling, then L2 where the checkpoint says so."""
 
-    def __init__(self, spec: ModelSpec, device: str, forward: Forward = "auto") -> None:
-        self.model, self._device = load(AutoModel, spec, device), device
+    def __init__(self, spec: ModelSpec, model: Any, device: str, forward: Forward = "auto") -> None:
+        self.model, self._device = model, device
         self._pooling, self._normalize = spec.pooling, spec.normalize
         self._decoder = self._encoder = None
         if spec.pooling == "last":
@@ -267,7 +273,9 @@ def _widen_heads(model: Any) -> None:
     heads = [child for child in model.children() if child is not body]
     for head in [*heads, getattr(body, "pooler", None)]:
         if head is not None and next(head.parameters(), None) is not None:
-            head.float().register_forward_pre_hook(widen)
+            for weight in head.parameters():
+                weight.data = weight.data.float()
+            head.register_forward_pre_hook(widen)
 
 
 def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forward) -> tuple[Any, str | None]:

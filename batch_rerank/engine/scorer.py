@@ -67,7 +67,7 @@ def make_scorer(
     import torch  # not at the top: an actor of the checksum kind does without it
 
     from batch_rerank.engine.memory import TokenBudget, choose_budget
-    from batch_rerank.engine.models import EmbeddingModel, causal_model, classification_model
+    from batch_rerank.engine.models import causal_model, classification_model, embedding_model
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
@@ -83,7 +83,7 @@ def make_scorer(
     kinds: dict[str, Any] = {
         "causal": causal_model,
         "sequence_classification": classification_model,
-        "bi_encoder": EmbeddingModel,
+        "bi_encoder": embedding_model,
     }
     model = kinds[spec.kind](spec, device, forward)
     budget = TokenBudget(token_budget or choose_budget(model.model, device))
