@@ -12,7 +12,8 @@ import torch
 from checkpoints import bert_embedding, bert_reranker, qwen3_embedding, qwen3_reranker, rewrite, xlmr_reranker
 from safetensors.torch import load_file, save_file
 
-from batch_rerank.engine.checkpoint import ModelSpec, identify, relocate, resolve_model
+from batch_rerank.engine.checkpoint import ModelSpec, relocate, resolve_model
+from batch_rerank.engine.checkpoint_files import identify
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.reranker import Reranker

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, XLMRobertaConfig, XLMRobertaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from batch_rerank.engine.checkpoint import ModelSpec, is_gte, is_jina
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.engine.kinds import is_gte, is_jina
 from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.errors import ModelError
 
