@@ -25,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
     Qwen3Model,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
@@ -81,11 +82,19 @@ def gemma_reranker(path: Path) -> Path:
     return _save(GemmaForCausalLM(config), path, seed=9)
 
 
-def qwen3_embedding(path: Path) -> Path:
+def qwen3_seq_cls(path: Path, labels: int = 1) -> Path:
+    """tomaarsen/Qwen3-Reranker-seq-cls: Qwen3-Reranker whose head is a classification head of one label (or two)."""
+    tokenizer = _qwen_tokenizer(path, appends_end=False)
+    config = _qwen3_config(tokenizer, tied=True)
+    config.num_labels, config.pad_token_id = labels, tokenizer.token_to_id("<|endoftext|>")
+    return _save(Qwen3ForSequenceClassification(config), path, seed=11)
+
+
+def qwen3_embedding(path: Path, query: str = f"Instruct: {INSTRUCTION}\nQuery:") -> Path:
     """Qwen/Qwen3-Embedding: config.json names the causal class, but the keys are those of the body alone."""
     tokenizer = _qwen_tokenizer(path, appends_end=True)
     _save(Qwen3Model(_qwen3_config(tokenizer, tied=True)), path, seed=3)
-    prompts = {"query": f"Instruct: {INSTRUCTION}\nQuery:", "document": ""}
+    prompts = {"query": query, "document": ""}
     _sentence_transformers(path, "pooling_mode_lasttoken", prompts)
     return _as_on_the_hub(path, tokenizer)
 
@@ -342,7 +351,9 @@ def _sentence_transformers(path: Path, pooling: str, prompts: dict[str, str]) ->
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     switches = {f"pooling_mode_{mode}": f"pooling_mode_{mode}" == pooling for mode in modes}
     _write(path / "modules.json", modules)
-    _write(path / "1_Pooling" / "config.json", {**switches, "include_prompt": True})
+    width = json.loads((path / "config.json").read_text())["hidden_size"]
+    content = {"word_embedding_dimension": width, **switches, "include_prompt": True}
+    _write(path / "1_Pooling" / "config.json", content)
     _write(path / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
 
 

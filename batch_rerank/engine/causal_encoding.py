@@ -32,7 +32,8 @@ class CausalEncoder:
         self._tokenizer, self._template, self._instruction = tokenizer, template, instruction
         self._prefix, self._suffix = (token_ids(tokenizer, [text])[0] for text in (template.prefix, template.suffix))
         self._max_length = max_length
-        answer_tokens(tokenizer, template)
+        if template.true_token is not None:  # else a classification head answers
+            answer_tokens(tokenizer, template)
         empty = self._frame(Group("", []))
         needed = len(self._prefix) + len(self._whole(empty, ""))
         if needed >= max_length:

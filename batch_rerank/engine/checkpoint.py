@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from batch_rerank.engine.architecture import refuse_unknown_computation
 from batch_rerank.engine.checkpoint_files import check_weights, identify, locate, read_json
 from batch_rerank.engine.kinds import KINDS, Kind, details_of, kind_of, refuse_code, template_of
 from batch_rerank.engine.templates import CausalTemplate
@@ -23,7 +24,10 @@ class ModelSpec:
 
     `max_length` counts tokens of the whole sequence. `instruction` is the job's or the template's, None where the
     template has no place for one. `relevance` says how a score becomes 0..1: "sigmoid" of
-    score / relevance_scale, or "none" if undefined. `causal`: the template of a causal model.
+    score / relevance_scale, or "none" if undefined. `causal`: the template of a causal model, or of a decoder with a
+    classification head, whose template has no answer tokens. `labels` of a classification head: 1, where the score is
+    the logit, or 2, where it is logit[1] - logit[0], the log-odds of label 1 under softmax (transformers' cross-entropy
+    of two labels; id2label is checked to call 1 the yes).
     `chunk_overlap`: None to cut long documents, else the tokens that two chunks of one share. `escape`: control tokens
     inside queries and documents are read as plain text.
     """
@@ -40,6 +44,7 @@ class ModelSpec:
     relevance: Literal["sigmoid", "none"]
     relevance_scale: float = 1.0
     causal: CausalTemplate | None = None
+    labels: int = 1
     trust_remote_code: bool = False
     pickled: bool = False
     chunk_overlap: int | None = None
@@ -90,6 +95,7 @@ def resolve_model(
         config = read_json(directory / "config.json")
         if not trust_remote_code:
             refuse_code(config, name)
+        refuse_unknown_computation(config, name)
         found = kind_of(directory, config, kind, name)
         chosen = template_of(found, template, config, name)
         details = details_of(directory, config, found, chosen, name)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from batch_rerank.engine.causal_encoding import CausalEncoder
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import NONE, Encoded, Group, Ids, assemble, chunked, concatenate, pair_starts
+from batch_rerank.engine.kinds import with_instruction
 from batch_rerank.engine.tokens import (
     PROBES,
     TokenCache,
@@ -49,8 +50,7 @@ def make_encoder(spec: ModelSpec) -> Encoder:
 
 
 def _model_encoder(spec: ModelSpec, tokenizer: Tokenizer) -> Encoder:
-    if spec.kind == "causal":
-        assert spec.causal is not None
+    if spec.causal is not None:  # of a causal model, or of a decoder with a classification head
         return CausalEncoder(tokenizer, spec.causal, spec.instruction, spec.max_length, spec.chunk_overlap)
     if spec.kind == "sequence_classification":
         return PairEncoder(tokenizer, spec.max_length, spec.chunk_overlap)
@@ -176,7 +176,7 @@ class SentenceEncoder:
 
     def _prompt(self, group: Group) -> str:
         instruction = self._spec.instruction if group.instruction is None else group.instruction
-        return self._spec.query_prompt if instruction is None else f"Instruct: {instruction}\nQuery:"
+        return with_instruction(self._spec.query_prompt, instruction)
 
 
 class ByteEncoder:
