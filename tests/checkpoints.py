@@ -16,6 +16,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     GemmaConfig,
     GemmaForCausalLM,
     ModernBertConfig,
@@ -97,6 +99,17 @@ def qwen3_embedding(path: Path, query: str = f"Instruct: {INSTRUCTION}\nQuery:")
     prompts = {"query": query, "document": ""}
     _sentence_transformers(path, "pooling_mode_lasttoken", prompts)
     return _as_on_the_hub(path, tokenizer)
+
+
+def gemma3_embedding(path: Path) -> Path:
+    """google/embeddinggemma: Gemma 3 that looks both ways, in layers with a window and without one; mean pooling. (Its
+    two Dense layers are left out.)"""
+    tokenizer = _qwen_tokenizer(path, appends_end=True)
+    layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 8}
+    sizes = {**_sizes(tokenizer), **layers, "head_dim": 32, "max_position_embeddings": 2048}
+    _save(Gemma3TextModel(Gemma3TextConfig(**sizes, use_bidirectional_attention=True)), path, seed=12)
+    _sentence_transformers(path, "pooling_mode_mean_tokens", {"query": "query: ", "document": "title: none | text: "})
+    return path
 
 
 def xlmr_reranker(path: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from batch_rerank.engine.architecture import looks_both_ways
 from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, merge, on_device
 from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
 
@@ -174,6 +175,8 @@ def unsupported(body: Any, device: str) -> str | None:
     config = body.config
     if config.model_type not in FAMILIES:
         return f"the architecture {config.model_type!r} has no packed forward"
+    if looks_both_ways(config.to_dict()):
+        return "its attention looks both ways"
     layers = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
         return "its attention has a sliding window"
