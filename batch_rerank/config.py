@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from batch_rerank.engine.checkpoint import KINDS
+from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES

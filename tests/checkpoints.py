@@ -16,6 +16,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     GemmaConfig,
     GemmaForCausalLM,
     ModernBertConfig,
@@ -25,6 +27,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
     Qwen3Model,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
@@ -81,13 +84,32 @@ def gemma_reranker(path: Path) -> Path:
     return _save(GemmaForCausalLM(config), path, seed=9)
 
 
-def qwen3_embedding(path: Path) -> Path:
+def qwen3_seq_cls(path: Path, labels: int = 1) -> Path:
+    """tomaarsen/Qwen3-Reranker-seq-cls: Qwen3-Reranker whose head is a classification head of one label (or two)."""
+    tokenizer = _qwen_tokenizer(path, appends_end=False)
+    config = _qwen3_config(tokenizer, tied=True)
+    config.num_labels, config.pad_token_id = labels, tokenizer.token_to_id("<|endoftext|>")
+    return _save(Qwen3ForSequenceClassification(config), path, seed=11)
+
+
+def qwen3_embedding(path: Path, query: str = f"Instruct: {INSTRUCTION}\nQuery:") -> Path:
     """Qwen/Qwen3-Embedding: config.json names the causal class, but the keys are those of the body alone."""
     tokenizer = _qwen_tokenizer(path, appends_end=True)
     _save(Qwen3Model(_qwen3_config(tokenizer, tied=True)), path, seed=3)
-    prompts = {"query": f"Instruct: {INSTRUCTION}\nQuery:", "document": ""}
+    prompts = {"query": query, "document": ""}
     _sentence_transformers(path, "pooling_mode_lasttoken", prompts)
     return _as_on_the_hub(path, tokenizer)
+
+
+def gemma3_embedding(path: Path) -> Path:
+    """google/embeddinggemma: Gemma 3 that looks both ways, in layers with a window and without one; mean pooling. (Its
+    two Dense layers are left out.)"""
+    tokenizer = _qwen_tokenizer(path, appends_end=True)
+    layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 8}
+    sizes = {**_sizes(tokenizer), **layers, "head_dim": 32, "max_position_embeddings": 2048}
+    _save(Gemma3TextModel(Gemma3TextConfig(**sizes, use_bidirectional_attention=True)), path, seed=12)
+    _sentence_transformers(path, "pooling_mode_mean_tokens", {"query": "query: ", "document": "title: none | text: "})
+    return path
 
 
 def xlmr_reranker(path: Path) -> Path:
@@ -342,7 +364,9 @@ def _sentence_transformers(path: Path, pooling: str, prompts: dict[str, str]) ->
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     switches = {f"pooling_mode_{mode}": f"pooling_mode_{mode}" == pooling for mode in modes}
     _write(path / "modules.json", modules)
-    _write(path / "1_Pooling" / "config.json", {**switches, "include_prompt": True})
+    width = json.loads((path / "config.json").read_text())["hidden_size"]
+    content = {"word_embedding_dimension": width, **switches, "include_prompt": True}
+    _write(path / "1_Pooling" / "config.json", content)
     _write(path / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
 
 

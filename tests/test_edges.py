@@ -32,10 +32,30 @@ from batch_rerank.job.run import run
 from batch_rerank.job.steps import NO_TOKENS, EncodedUnit, LoadedScorer, score_unit
 
 DOCUMENT_FIRST = {"middle": "{document}\nQuery: {query}", "suffix": "<|im_end|>", "true_token": "yes"}
+TEMPLATES = {
+    "document first": DOCUMENT_FIRST,
+    "biased": "mxbai-rerank-v2",
+    "decoder's head": "qwen3-reranker",
+    "both ways": "pair",
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 16,
+    "long_factor": [6.0 + i for i in range(16)],
+    "original_max_position_embeddings": 150,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "longrope": {"rope_parameters": LONGROPE, "rope_theta": None},
+    "both ways": {"is_causal": False},
+}
 BUILDERS = {
     "causal": checkpoints.qwen3_reranker,
     "document first": checkpoints.qwen3_reranker,
     "biased": checkpoints.qwen2_reranker,
+    "decoder's head": checkpoints.qwen3_seq_cls,
+    "longrope": checkpoints.qwen3_reranker,
+    "both ways": checkpoints.qwen3_seq_cls,
     "xlmr": checkpoints.xlmr_reranker,
     "bert": checkpoints.bert_reranker,
     "modernbert": checkpoints.modernbert_reranker,
@@ -50,7 +70,8 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
     found = {}
     for name, build in BUILDERS.items():
         directory = build(tmp_path_factory.mktemp(name.replace(" ", "-")))
-        template = {"document first": DOCUMENT_FIRST, "biased": "mxbai-rerank-v2"}.get(name, "auto")
+        checkpoints.rewrite(directory / "config.json", **CONFIGS.get(name, {}))
+        template: Any = TEMPLATES.get(name, "auto")
         longest = resolve_model(str(directory), template=template).max_length
         found[name] = resolve_model(str(directory), template=template, max_length=min(longest, 4000))
     return found
@@ -133,6 +154,33 @@ def test_a_query_behind_text_that_joins_its_document_keeps_the_ids_of_the_whole(
         assert (found == whole) == (not encoded.truncated[pair]), (query, document)
         assert found[-4:] == whole[-4:]
     assert encoded.truncated.tolist() == [False, False, True, False] * 2 + [True] * 4
+
+
+def test_a_long_row_leaves_the_rows_beside_it_as_they_are(specs: dict[str, ModelSpec]) -> None:
+    """transformers takes one set of longrope frequencies for a whole batch: short rows moved by up to 1.9."""
+    spec = specs["longrope"]
+    encoder, scorer = make_encoder(spec), scorer_of(spec)
+    assert "longrope" in str(scorer.fallback)
+    documents = ["Paris", "river " * 10, "where " * 300, "x", "rise " * 500]
+    scores = scorer.score(encoder.encode([Group("what?", documents)]))
+    alone = np.concatenate([scorer.score(encoder.encode([Group("what?", [document])])) for document in documents])
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    np.testing.assert_allclose(scores, plain(spec, scorer, [Group("what?", documents)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_decoders_classification_head_reads_the_last_position_of_any_batch(tmp_path: Path, labels: int) -> None:
+    """Padded with id 0 it read another: a score depended on its batch by 0.14."""
+    spec = resolve_model(str(checkpoints.qwen3_seq_cls(tmp_path, labels)), template="qwen3-reranker")
+    encoder, scorer = make_encoder(spec), scorer_of(spec)
+    assert scorer.fallback is None
+    groups = [Group("what?", ["Paris", "river " * 40, "!", ""]), Group("where?", ["Paris"])]
+    scores = scorer.score(encoder.encode(groups))
+    alone = [scorer.score(encoder.encode([Group(g.query, [d])]))[0] for g in groups for d in g.documents]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    np.testing.assert_allclose(scores, plain(spec, scorer, groups), atol=1e-4)
+    padded = scorer_of(spec, forward="padded").score(encoder.encode(groups))
+    np.testing.assert_allclose(scores, padded, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "batch_rerank"
 ENGINE = sorted(f"batch_rerank.engine.{path.stem}" for path in (PACKAGE / "engine").glob("[!_]*.py"))
 STORE = sorted(f"batch_rerank.store.{path.stem}" for path in (PACKAGE / "store").glob("[!_]*.py"))
-WITHOUT_TORCH = [f"batch_rerank.engine.{name}" for name in ("checkpoint", "encoding", "scorer", "templates")]
+WITHOUT_TORCH = [f"batch_rerank.engine.{name}" for name in ("checkpoint", "encoding", "kinds", "scorer", "templates")]
 
 UNINSTALL = """
 import sys

@@ -1,7 +1,10 @@
 """A wrong checkpoint or setting is refused before anything is scored, with a message that names what is wrong."""
 
+import itertools
 import json
 import shutil
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import torch
 from checkpoints import bert_embedding, bert_reranker, qwen3_embedding, qwen3_reranker, rewrite, xlmr_reranker
 from safetensors.torch import load_file, save_file
 
-from batch_rerank.engine.checkpoint import ModelSpec, identify, relocate, resolve_model
+from batch_rerank.engine.checkpoint import ModelSpec, relocate, resolve_model
+from batch_rerank.engine.checkpoint_files import identify, safetensors_header, samples
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.reranker import Reranker
@@ -218,7 +222,7 @@ def test_a_pooling_this_program_has_not(copy: Copy) -> None:
     directory = copy("minilm")
     pooling = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
     rewrite(directory / "1_Pooling" / "config.json", **pooling)
-    refused(ModelError, directory, "1_Pooling/config.json", "['pooling_mode_max_tokens']", "pooling_mode_lasttoken")
+    refused(ModelError, directory, "1_Pooling/config.json", "['max_tokens']", "'lasttoken'")
 
 
 def test_a_sentence_model_with_a_dense_layer(copy: Copy) -> None:
@@ -257,7 +261,8 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(with_code: Path, tmp_p
 
 
 def test_code_in_a_checkpoint_runs_only_where_it_is_trusted(with_code: Path, tmp_path: Path) -> None:
-    refused(ModelError, with_code, "cannot be loaded", "Config", trust_remote_code=True)  # all it does is the mark
+    # all it does is the mark
+    refused(ModelError, with_code, "cannot be loaded", "Config", trust_remote_code=True, template="pair")
     assert (tmp_path / "ran").exists()
 
 
@@ -304,6 +309,64 @@ def test_a_change_of_a_small_file_or_of_a_weights_header_is_another_identity(
     (directory / file).write_bytes(content.replace(old, new, 1))
     assert len(content) == (directory / file).stat().st_size
     assert identify(directory, None) != identify(originals["minilm"], None)
+
+
+def replaced(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> bool:
+    """Whether weights edited in place, with the same header and size, are another identity."""
+    weights = directory / "model.safetensors"
+    before, size, header = identify(directory, None), weights.stat().st_size, safetensors_header(weights)
+    edit_weights(directory, change)
+    assert (weights.stat().st_size, safetensors_header(weights)) == (size, header)
+    return identify(directory, None) != before
+
+
+@pytest.mark.parametrize("name", ["qwen", "xlmr"])
+def test_other_values_of_any_one_tensor_are_another_identity(copy: Copy, name: str) -> None:
+    directory = copy(name)
+    for tensor in load_file(directory / "model.safetensors"):
+        assert replaced(directory, lambda weights, at=tensor: weights[at].mul_(1.01)), tensor  # type: ignore[misc]
+    assert not replaced(directory, lambda weights: None)
+
+
+def test_a_third_of_a_tensor_is_always_sampled_and_a_small_tensor_whole() -> None:
+    for size in (0, 1, 4096):
+        assert samples("a", size) == [(0, size)]
+    for name in map(str, range(50)):
+        for size in (4097, 10_000, 1_000_003, 3 * 2**30):
+            found = samples(name, size)
+            assert found == samples(name, size) == sorted(found)
+            assert all(offset >= 0 and offset + length <= size for offset, length in found)
+            ends = [0, *(offset for offset, _ in found), size]
+            assert max(b - a for a, b in itertools.pairwise(ends)) <= size / 3 + 2 * 512
+            assert sum(length for _, length in found) == 4096
+
+
+def test_a_checkpoint_of_16_gb_is_identified_by_what_little_is_read(tmp_path: Path) -> None:
+    at, entries = 0, {}
+    for layer in range(400):
+        entries[f"layers.{layer}"] = {"dtype": "BF16", "shape": [20 * 2**20], "data_offsets": [at, at + 40 * 2**20]}
+        at += 40 * 2**20
+    header = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + at)  # holes: they read as zeros and take no room
+    started, before = time.monotonic(), identify(tmp_path, None)
+    assert time.monotonic() - started < 10  # 0.03 s on an idle machine; hashing all of it takes 30
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert identify(tmp_path, None) != before
+
+
+def test_pickles_beside_safetensors_are_not_loaded_and_do_not_count(copy: Copy) -> None:
+    directory = copy("xlmr")
+    before = identify(directory, None)
+    (directory / "pytorch_model.bin").write_bytes(b"old")
+    assert identify(directory, None) == before
+    (directory / "model.safetensors").unlink()
+    pickled = identify(directory, None)
+    (directory / "pytorch_model.bin").write_bytes(b"new")
+    assert len({before, pickled, identify(directory, None)}) == 3
 
 
 def test_a_node_with_another_checkpoint_than_the_planned_one_is_refused(copy: Copy) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from batch_rerank.engine.architecture import looks_both_ways
 from batch_rerank.engine.attention import Cuts, Tensor, attend, kernel_for, merge
 from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
 
@@ -182,7 +183,7 @@ def unsupported(body: Any) -> str | None:
     config = body.config
     if config.model_type not in FAMILIES:
         return f"the architecture {config.model_type!r} has no packed forward"
-    if looks_both_ways(config):
+    if looks_both_ways(config.to_dict()):
         return "its attention looks both ways"
     layers = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
@@ -191,19 +192,6 @@ def unsupported(body: Any) -> str | None:
     if rope not in STEADY_ROPE:
         return f"its rotary positions are of type {rope!r}"
     return None
-
-
-def looks_both_ways(config: Any) -> bool:
-    """Whether a decoder's positions see those after them, as its config says."""
-    return getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))
-
-
-def rope_border(config: Any) -> int | None:
-    """The length in tokens above which a sequence's rotary positions are scaled otherwise, None where none is."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def _join(*linears: Any) -> Weights:

@@ -31,7 +31,8 @@ class Packed:
         self._plain = model.config._attn_implementation
         self._starts: Tensor | None = None
         head_dim = model.config.hidden_size // model.config.num_attention_heads
-        self._kernel = kernel_for(device, model.dtype, head_dim)
+        dtype = model.get_input_embeddings().weight.dtype  # the head's is float32
+        self._kernel = kernel_for(device, dtype, head_dim)
         self.slower = self._kernel.reason
         use_onednn(model)
         body = model.base_model

@@ -29,6 +29,7 @@ from batch_rerank.engine.encoded import (
     lengths_of,
     pair_starts,
 )
+from batch_rerank.engine.kinds import with_instruction
 from batch_rerank.engine.tokens import (
     PROBES,
     TokenCache,
@@ -59,7 +60,7 @@ def make_encoder(spec: ModelSpec) -> Encoder:
 
 
 def _model_encoder(spec: ModelSpec, tokenizer: Tokenizer) -> Encoder:
-    if spec.causal is not None:
+    if spec.causal is not None:  # of a causal model, or of a decoder with a classification head
         if spec.kind == "causal":
             answer_tokens(tokenizer, spec.causal)
         return CausalEncoder(tokenizer, spec.causal, spec.instruction, spec.max_length, spec.chunk_overlap)
@@ -191,7 +192,7 @@ class SentenceEncoder:
 
     def _prompt(self, group: Group) -> str:
         instruction = self._spec.instruction if group.instruction is None else group.instruction
-        return self._spec.query_prompt if instruction is None else f"Instruct: {instruction}\nQuery:"
+        return with_instruction(self._spec.query_prompt, instruction)
 
 
 class ByteEncoder:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, XLMRobertaConfig, XLMRobertaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from batch_rerank.engine.checkpoint import ModelSpec, is_gte, is_jina
+from batch_rerank.engine.architecture import DECODERS, ENCODERS, looks_both_ways, refuse_unknown_computation
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.engine.kinds import is_gte, is_jina
 from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.errors import ModelError
 
@@ -41,15 +43,63 @@ def load(auto_class: Any, spec: ModelSpec, device: str) -> PreTrainedModel:
     raw = json.loads((Path(spec.directory) / "config.json").read_text(encoding="utf-8"))
     try:
         model, info = _jina(spec, raw) if is_jina(raw) else _from_pretrained(auto_class, spec, raw)
+        _refuse_wrong_keys(spec, model, info)
+        _refuse_other_vocabulary(spec, model)
+        refuse_unknown_computation(model.config.to_dict(), spec.name)  # also what is a class's default
+        loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
+        _direct_attention(spec, loaded, raw)
     except ModelError:
         raise
     except Exception as error:  # whatever transformers, safetensors or remote code raise on a bad checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {spec.name!r} ({spec.directory}) cannot be loaded: {reason}") from error
-    _refuse_wrong_keys(spec, model, info)
-    _refuse_other_vocabulary(spec, model)
-    loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
     return loaded
+
+
+def _direct_attention(spec: ModelSpec, model: Any, raw: dict[str, Any]) -> None:
+    """Let attention look both ways where config.json says so, and prove that it looks where it should.
+
+    transformers (5.17, 5.23) takes no notice of `use_bidirectional_attention` outside Gemma, and a mask that hides
+    nothing is dropped, whereupon torch's attention goes by each module's `is_causal`: both are set here.
+    """
+    both = looks_both_ways(raw)
+    if both and _first_sees_last(model) != {True}:
+        model.config.is_causal = False
+        for module in model.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+    encoder = model.config.model_type in ENCODERS and not getattr(model.config, "is_decoder", False)
+    back_only = spec.kind == "causal" or model.config.model_type in DECODERS
+    if not (both or encoder or back_only):
+        return  # an architecture of which nothing is known but that it loads
+    expected = both or encoder
+    if not _first_sees_last(model) <= {expected}:
+        wanted = "to see the last one" if expected else "not to see the last one"
+        asked = "config.json says that attention looks both ways" if both else f"as {model.config.model_type!r} does"
+        raise ModelError(
+            f"model {spec.name!r}: expected the first position of {type(model).__name__} {wanted} ({asked}), found "
+            "otherwise; this version of transformers computes another model than the one that was trained"
+        )
+
+
+@torch.no_grad()
+def _first_sees_last(model: Any) -> set[bool]:
+    """Whether another last token changes the hidden state at the first position, with a mask of ones and without one;
+    empty where the weights give no numbers."""
+    body, pad = model.base_model, getattr(model.config, "pad_token_id", None)
+    one, other = [token for token in range(body.get_input_embeddings().weight.shape[0]) if token != pad][1:3]
+    cache = {} if model.config.model_type in ENCODERS else {"use_cache": False}
+    seen = set()
+    for given in (cache, {**cache, "attention_mask": torch.ones(1, 4, dtype=torch.int64, device=model.device)}):
+        first = [
+            body(input_ids=torch.tensor([[one, one, one, last]], device=model.device), **given)[0][0, 0].float()
+            for last in (one, other)
+        ]
+        if not torch.isfinite(torch.stack(first)).all():
+            return set()
+        # far above float32's rounding; of equal shapes, bfloat16 computes equal numbers equally
+        seen.add(bool((first[0] - first[1]).norm() > 1e-6 * first[0].norm()))
+    return seen
 
 
 def _from_pretrained(auto_class: Any, spec: ModelSpec, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

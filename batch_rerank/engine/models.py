@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from batch_rerank.engine import decoder, encoder
+from batch_rerank.engine.architecture import looks_both_ways, rope_regime
 from batch_rerank.engine.attention import Cuts, Tensor, on_device
 from batch_rerank.engine.causal_encoding import answer_tokens
 from batch_rerank.engine.checkpoint import ModelSpec
@@ -44,21 +45,22 @@ class DecoderModel:
 
     def __init__(self, spec: ModelSpec, model: Any, direction: Tensor, device: str, forward: Forward) -> None:
         """`direction`: float32[hidden], whose product with the last hidden state is the score."""
-        self.model, self._body, self._device, self._direction = model, model.base_model, device, direction
-        self._decoder, self.fallback = _packed(decoder, self._body, spec, device, forward)
+        self.model, self._device, self._direction = model, device, direction
+        self._padding = Padding(model.base_model, device)
+        self._decoder, self.fallback = _packed(decoder, model.base_model, spec, device, forward)
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
         if self._decoder:
             return shared_packs(encoded, pairs, token_budget)
-        return (pairs[batch] for batch in _padded_batches(self._body, encoded.n_tokens[pairs], token_budget))
+        return (pairs[batch] for batch in self._padding.split(encoded.n_tokens[pairs], token_budget))
 
     def scores(self, encoded: Encoded, pairs: Index) -> Tensor:
         """float32[n] of one batch, on the device."""
         if self._decoder:
             hidden = self._decoder.last_hidden(pack(encoded, pairs, self._device))
         else:
-            hidden = last(*_padded_hidden(self._body, sequences(encoded, pairs), self._device))
+            hidden = last(*self._padding.hidden(sequences(encoded, pairs)))
         scores: Tensor = hidden.float() @ self._direction
         return scores
 
@@ -113,7 +115,7 @@ class ClassificationModel:
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
         lengths = encoded.n_tokens[pairs]
-        form = filled(lengths, token_budget) if self._encoder else _padded_batches(self.model, lengths, token_budget)
+        form = filled(lengths, token_budget) if self._encoder else batches(lengths, token_budget)
         return (pairs[batch] for batch in form)
 
     def scores(self, encoded: Encoded, pairs: Index) -> Tensor:
@@ -124,9 +126,8 @@ class ClassificationModel:
             packed: Tensor = self._encoder.logits(rows, types)[:, 0].float()
             return packed
         ids, lengths = padded(rows, self._device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         given = {} if types is None else {"token_type_ids": padded(types, self._device)[0]}
-        logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long(), **given).logits
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask_of(ids, lengths), **given).logits
         return logits[:, 0].float()
 
     def _types(self, encoded: Encoded, pairs: Index, rows: Sequence[Ids]) -> list[Ids]:
@@ -147,6 +148,7 @@ class EmbeddingModel:
     def __init__(self, spec: ModelSpec, model: Any, device: str, forward: Forward = "auto") -> None:
         self.model, self._device = model, device
         self._pooling, self._normalize = spec.pooling, spec.normalize
+        self._padding = Padding(model, device, masked=True)
         self._decoder = self._encoder = None
         if spec.pooling == "last":
             self._decoder, self.fallback = _packed(decoder, self.model, spec, device, forward)
@@ -157,7 +159,7 @@ class EmbeddingModel:
         """Texts of these lengths in batches of at most `token_budget` tokens; a longer text is alone."""
         if self._decoder or self._encoder:
             return filled(lengths, token_budget)
-        return _padded_batches(self.model, lengths, token_budget)
+        return self._padding.split(lengths, token_budget)
 
     def embed(self, rows: Sequence[Ids]) -> Tensor:
         """float32[n, hidden] of the texts of one batch, on the device."""
@@ -170,14 +172,13 @@ class EmbeddingModel:
         return torch.nn.functional.normalize(pooled.float(), dim=1) if self._normalize else pooled.float()
 
     def _padded(self, rows: Sequence[Ids]) -> Tensor:
-        hidden, lengths = _padded_hidden(self.model, rows, self._device, masked=True)
+        hidden, lengths = self._padding.hidden(rows)
         hidden = hidden.float()
         if self._pooling == "cls":
             return hidden[:, 0]
         if self._pooling == "last":
             return last(hidden, lengths)
-        mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
+        return (hidden * mask_of(hidden, lengths)[:, :, None]).sum(1) / lengths[:, None]
 
 
 def sequences(encoded: Encoded, pairs: Index) -> list[Ids]:
@@ -222,26 +223,34 @@ def as_pack(groups: Sequence[tuple[Ids, Sequence[Ids]]], device: str) -> decoder
     )
 
 
-def _padded_batches(body: Any, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
-    """Indexes of sequences in padded batches. Those above the length from which on rotary positions are scaled
-    otherwise (longrope) are never beside shorter ones: transformers takes the longest one's for the whole batch."""
-    border = decoder.rope_border(body.config)
-    longer = lengths > (lengths.max(initial=0) if border is None else border)
-    for alike in (np.flatnonzero(~longer), np.flatnonzero(longer)):
-        for batch in batches(lengths[alike], token_budget):
-            yield alike[batch]
+class Padding:
+    """How a model's sequences are padded, on the right, into batches: what its positions and its attention allow."""
+
+    def __init__(self, body: Any, device: str, masked: bool = False) -> None:
+        """`masked`: a mask is always given; else only where a position looks ahead."""
+        self._body, self._device = body, device
+        config = body.config.to_dict()
+        self._border, self._masked = rope_regime(config), masked or looks_both_ways(config)
+        self._given = {"use_cache": False} if hasattr(body.config, "use_cache") else {}
+
+    def split(self, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
+        """Indexes of sequences in batches. Those above the length from which on rotary positions are scaled otherwise
+        (longrope) are never beside shorter ones: transformers takes the longest one's for the whole batch."""
+        longer = lengths > (lengths.max(initial=0) if self._border is None else self._border)
+        for alike in (np.flatnonzero(~longer), np.flatnonzero(longer)):
+            for batch in batches(lengths[alike], token_budget):
+                yield alike[batch]
+
+    def hidden(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """[n, longest, hidden] of one batch, and int64[n] lengths."""
+        ids, lengths = padded(rows, self._device)
+        mask = {"attention_mask": mask_of(ids, lengths)} if self._masked else {}
+        return self._body(input_ids=ids, **mask, **self._given).last_hidden_state, lengths
 
 
-def _padded_hidden(body: Any, rows: Sequence[Ids], device: str, masked: bool = False) -> tuple[Tensor, Tensor]:
-    """[n, longest, hidden] of rows padded on the right, and int64[n] lengths. Without a mask only where no position
-    looks ahead."""
-    ids, lengths = padded(rows, device)
-    given: dict[str, Any] = {}
-    if masked or decoder.looks_both_ways(body.config):
-        given["attention_mask"] = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    if hasattr(body.config, "use_cache"):
-        given["use_cache"] = False
-    return body(input_ids=ids, **given).last_hidden_state, lengths
+def mask_of(ids: Tensor, lengths: Tensor) -> Tensor:
+    """int64[n, longest]: 1 at real positions, 0 at padding."""
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 def padded(rows: Sequence[Ids], device: str) -> tuple[Tensor, Tensor]:

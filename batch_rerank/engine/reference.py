@@ -41,7 +41,7 @@ class Reference:
 
     def read(self, query: str, document: str) -> list[Tokens]:
         """The sequences of a pair: one, or two for a bi-encoder, cut at the model's max_length."""
-        if self._spec.kind == "causal":
+        if self._spec.causal is not None:
             return [self._prompt(query, document)]
         if self._spec.kind == "sequence_classification":
             return [self._pair(query, document)]
@@ -59,7 +59,7 @@ class Reference:
 
     @property
     def template(self) -> CausalTemplate:
-        """Of a causal model."""
+        """Of a causal model, or of a decoder with a classification head."""
         assert self._spec.causal is not None
         return self._spec.causal
 
@@ -69,7 +69,8 @@ class Reference:
             (yes,), *no = self.answers()
             return float(logits[yes] - logits[no[0][0]] if no else logits[yes])
         if self._spec.kind == "sequence_classification":
-            return float(self._forward(sequences[0]).logits[0, 0])
+            logits = self._forward(sequences[0]).logits[0].float()
+            return float(logits[1] - logits[0] if self._spec.labels == 2 else logits[0])
         query, document = (self._vector(sequence) for sequence in sequences)
         return float(query @ document)
 
@@ -116,8 +117,10 @@ class Reference:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _query_prompt(self) -> str:
-        instruction = self._spec.instruction  # Qwen3-Embedding's card: no space behind "Query:"
-        return self._spec.query_prompt if instruction is None else f"Instruct: {instruction}\nQuery:"
+        prompt, instruction = self._spec.query_prompt, self._spec.instruction
+        stored = re.fullmatch(r"(Instruct: ).*(\nQuery:\s*)", prompt, re.DOTALL)
+        # only the instruction is another: whether a space follows "Query:" is the checkpoint's to say
+        return prompt if instruction is None or stored is None else f"{stored[1]}{instruction}{stored[2]}"
 
 
 def render(

@@ -19,16 +19,17 @@ _PLACE = re.compile(r"(\{instruction\}|\{query\}|\{document\})")
 
 @dataclass(frozen=True)
 class CausalTemplate:
-    """How a causal reranker is asked, and which tokens carry its answer.
+    """How a causal reranker, or a decoder with a classification head, is asked, and which tokens carry its answer.
 
     `instructed`: the middle where an instruction is given, for templates that have one only then. `true_token` and
-    `false_token`: a text that is one token, or an id; the score is logit(true) - logit(false), or logit(true) alone.
+    `false_token`: a text that is one token, or an id; the score is logit(true) - logit(false), or logit(true) alone. A
+    causal model needs the first; a classification head needs none.
     `relevance`: "sigmoid" of score / `scale`, or "none". `instruction`: the default, "" for none, null for no place.
     """
 
     name: str
     middle: tuple[str, ...]
-    true_token: str | int
+    true_token: str | int | None = None
     false_token: str | int | None = None
     prefix: str = ""
     suffix: str = ""
@@ -69,15 +70,14 @@ def parse_template(given: Mapping[str, Any]) -> CausalTemplate:
     kinds: dict[str, tuple[tuple[type, ...], str]] = {
         **dict.fromkeys(("name", "prefix", "suffix", "source"), ((str,), "a text")),
         **dict.fromkeys(("middle", "instructed"), ((str, list, tuple), "a text or a list of texts")),
-        "true_token": ((str, int), "a token's text or id"),
-        "false_token": ((str, int, type(None)), "a token's text or id, or null"),
+        **dict.fromkeys(("true_token", "false_token"), ((str, int, type(None)), "a token's text or id, or null")),
         "instruction": ((str, type(None)), "a text or null"),
         **dict.fromkeys(("max_length", "version"), ((int,), "an integer")),
         "relevance": ((str,), "sigmoid or none"),
         "scale": ((int, float), "a number"),
     }
     unknown = [f"unknown key {key!r}; expected some of {list(kinds)}" for key in given if key not in kinds]
-    errors = unknown + [f"{key}: missing; this key is required" for key in ("middle", "true_token") if key not in given]
+    errors = unknown + [f"{key}: missing; this key is required" for key in ("middle",) if key not in given]
     for key, (types, expected) in kinds.items():
         if key in given and (not isinstance(given[key], types) or isinstance(given[key], bool)):
             errors.append(f"{key}: found {reprlib.repr(given[key])}; expected {expected}")
@@ -226,7 +226,10 @@ class HubModel:
 
 
 _GIVEN = {
-    "qwen3-reranker": [f"Qwen/Qwen3-Reranker-{size}" for size in ("0.6B", "4B", "8B")],
+    "qwen3-reranker": [
+        *(f"Qwen/Qwen3-Reranker-{size}" for size in ("0.6B", "4B", "8B")),
+        *(f"tomaarsen/Qwen3-Reranker-{size}-seq-cls" for size in ("0.6B", "4B", "8B")),
+    ],
     "mxbai-rerank-v2": [f"mixedbread-ai/mxbai-rerank-{size}-v2" for size in ("base", "large")],
     "zerank": [f"zeroentropy/zerank-{version}" for version in ("1", "1-small", "2")],
     "ctxl-rerank-v2": [f"ContextualAI/ctxl-rerank-v2-instruct-multilingual-{size}" for size in ("1b", "2b", "6b")],
