@@ -19,6 +19,7 @@ from batch_rerank.engine.checkpoint import ModelSpec, relocate, resolve_model
 from batch_rerank.engine.checkpoint_files import identify, safetensors_header, samples
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.loading import load as load_network
 from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.errors import BatchRerankError, ConfigError, ModelError
@@ -428,3 +429,22 @@ def test_a_template_may_be_chosen_for_another_architecture(copy: Copy) -> None:
     with pytest.raises(ConfigError, match="no template is known for the architecture"):
         resolve_model(str(directory))
     assert resolve_model(str(directory), template="qwen3-reranker").template == "qwen3-reranker"
+
+
+def test_where_transformers_wants_accelerate_all_the_same_weights_go_through_the_host(
+    originals: dict[str, Path], logged: list[str]
+) -> None:
+    from transformers import AutoModel
+
+    class Strict:
+        @staticmethod
+        def from_pretrained(directory: str, device_map: Any = None, **settings: Any) -> Any:
+            if device_map is not None:
+                raise ValueError("Using a `device_map` requires `accelerate`")
+            return AutoModel.from_pretrained(directory, **settings)
+
+    spec = resolve_model(str(originals["minilm"]))
+    network = load_network(Strict, spec, "cpu")
+    for name, tensor in load_network(AutoModel, spec, "cpu").state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name])
+    assert ["through a whole copy in host memory" in message for message in logged] == [True]
