@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, XLMRobertaConfig, XLMRobertaForSequenc
 from transformers.integrations import accelerate as transformers_accelerate
 from transformers.utils import logging as transformers_logging
 
-from batch_rerank.engine.architecture import DECODERS, ENCODERS, looks_both_ways, refuse_unknown_computation
+from batch_rerank.engine.architecture import DECODERS, ENCODERS, looks_both_ways, refuse_unknown_computation, uncomputed
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.kinds import is_gte, is_jina
 from batch_rerank.engine.tokens import load_tokenizer
@@ -52,6 +52,8 @@ def load(auto_class: Any, spec: ModelSpec, device: str) -> PreTrainedModel:
         _refuse_wrong_keys(spec, model, info)
         _refuse_other_vocabulary(spec, model)
         refuse_unknown_computation(model.config.to_dict(), spec.name)  # also what is a class's default
+        _refuse_uncomputed(spec, model, raw)
+        _refuse_overflow(spec, model)
         loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
         _direct_attention(spec, loaded, raw)
     except ModelError:
@@ -60,6 +62,28 @@ def load(auto_class: Any, spec: ModelSpec, device: str) -> PreTrainedModel:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {spec.name!r} ({spec.directory}) cannot be loaded: {reason}") from error
     return loaded
+
+
+def _refuse_uncomputed(spec: ModelSpec, model: Any, raw: dict[str, Any]) -> None:
+    known = {key for cls in type(model.config).__mro__ for key in vars(cls)}
+    missed = {} if is_gte(raw) or is_jina(raw) else uncomputed(raw, known)
+    if missed:
+        raise ModelError(
+            f"model {spec.name!r}: config.json says {missed}, of which {type(model).__name__} takes no notice; "
+            "expected a model that transformers computes; remove the keys if the model was trained without them"
+        )
+
+
+def _refuse_overflow(spec: ModelSpec, model: Any) -> None:
+    """float16 ends at 65,504; a bfloat16 or float32 checkpoint may have more."""
+    if spec.dtype != "float16":
+        return
+    odd = [name for name, weight in model.named_parameters() if weight.isinf().any()]
+    if odd:
+        raise ModelError(
+            f"model {spec.name!r}: {len(odd)} weights are infinite in float16, such as {odd[0]}; set model.dtype to "
+            "bfloat16 or float32"
+        )
 
 
 def _direct_attention(spec: ModelSpec, model: Any, raw: dict[str, Any]) -> None:
