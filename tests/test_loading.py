@@ -19,6 +19,7 @@ from batch_rerank.engine.checkpoint import ModelSpec, relocate, resolve_model
 from batch_rerank.engine.checkpoint_files import identify, safetensors_header, samples
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.loading import load as load_network
 from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.errors import BatchRerankError, ConfigError, ModelError
@@ -428,3 +429,85 @@ def test_a_template_may_be_chosen_for_another_architecture(copy: Copy) -> None:
     with pytest.raises(ConfigError, match="no template is known for the architecture"):
         resolve_model(str(directory))
     assert resolve_model(str(directory), template="qwen3-reranker").template == "qwen3-reranker"
+
+
+def test_where_transformers_wants_accelerate_all_the_same_weights_go_through_the_host(
+    originals: dict[str, Path], logged: list[str]
+) -> None:
+    from transformers import AutoModel
+
+    class Strict:
+        @staticmethod
+        def from_pretrained(directory: str, device_map: Any = None, **settings: Any) -> Any:
+            if device_map is not None:
+                raise ValueError("Using a `device_map` requires `accelerate`")
+            return AutoModel.from_pretrained(directory, **settings)
+
+    spec = resolve_model(str(originals["minilm"]))
+    network = load_network(Strict, spec, "cpu")
+    for name, tensor in load_network(AutoModel, spec, "cpu").state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name])
+    assert ["through a whole copy in host memory" in message for message in logged] == [True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"attention_multiplier": 0.5},
+        {"logit_scale": 0.0625},
+        {"use_logn_attn": True},
+        {"alibi": True},
+    ],
+)
+def test_what_a_config_says_and_transformers_leaves_out_is_refused(copy: Copy, changes: dict[str, Any]) -> None:
+    directory = copy("qwen")
+    rewrite(directory / "config.json", **changes)
+    refused(ModelError, directory, "config.json says", "Qwen3ForCausalLM takes no notice")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 0.1},
+        {"rope_theta": 9},
+    ],
+)
+def test_what_a_config_says_in_an_old_or_new_key_is_computed(copy: Copy, changes: dict[str, Any]) -> None:
+    directory = copy("qwen")
+    before = Reranker(str(directory), device="cpu").score([("query", "document")])
+    rewrite(directory / "config.json", **changes)
+    after = Reranker(str(directory), device="cpu").score([("query", "document")])
+    assert abs(after - before).max() > 0.01
+
+
+@pytest.mark.parametrize("changes", [{"rope_scaling": {"type": "ntk", "factor": 2.0}}, {"attention_bias": True}])
+def test_what_the_weights_or_transformers_do_not_have_is_refused(copy: Copy, changes: dict[str, Any]) -> None:
+    directory = copy("qwen")
+    rewrite(directory / "config.json", **changes)
+    refused(ModelError, directory)
+
+
+def test_quantized_weights_and_capped_attention_are_refused(copy: Copy) -> None:
+    directory = copy("qwen")
+    rewrite(directory / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(ModelError, directory, "quantization_config (gptq)", "made from")
+    rewrite(directory / "config.json", quantization_config=None, attn_logit_softcapping=50.0)
+    refused(ModelError, directory, "attn_logit_softcapping 50.0")
+
+
+def test_an_adapter_is_not_a_model(copy: Copy) -> None:
+    directory = copy("qwen")
+    (directory / "adapter_config.json").write_text("{}")
+    refused(ModelError, directory, "adapter_config.json", "merge")
+
+
+def test_weights_beyond_float16_are_refused_in_float16(copy: Copy) -> None:
+    directory = copy("xlmr")
+    load(directory, dtype="float16")
+    edit_weights(directory, lambda weights: weights["classifier.dense.weight"][3, 5].fill_(1e5))
+    load(directory, dtype="bfloat16")
+    refused(ModelError, directory, "classifier.dense.weight", "bfloat16 or float32", dtype="float16")

@@ -1,7 +1,7 @@
 """What a config.json says of the computation that the weights are for. Pure functions on its keys, as they are in the
 file or as transformers' `config.to_dict()` gives them; no torch here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from batch_rerank.errors import ModelError
@@ -29,6 +29,32 @@ ENCODERS = (
 
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """Architectures whose attention looks back only, unless their config says otherwise."""
+
+
+COMPUTES = (
+    "alibi",
+    "attention_multiplier",
+    "dim_model_base",
+    "embedding_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logn_attention_scale",
+    "no_rope_layers",
+    "parallel_residual",
+    "partial_rotary_factor",
+    "qk_layernorm",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "scale_depth",
+    "scale_emb",
+    "sliding_window",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "use_parallel_residual",
+    "use_qk_norm",
+)
+"""Keys of config.json that change what is computed without a weight of their own to be missed. transformers keeps a
+key that a class does not know, and computes without it."""
 
 
 def looks_both_ways(config: Mapping[str, Any]) -> bool:
@@ -81,6 +107,19 @@ def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def uncomputed(config: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The keys of config.json that change what is computed, and that are not among those a class knows."""
+    given = {key: config[key] for key in COMPUTES if not _neutral(config.get(key))}
+    for rope in _ropes(config):
+        if not _neutral(rope.get("partial_rotary_factor")):
+            given["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return {key: value for key, value in given.items() if key not in known}
+
+
+def _neutral(value: Any) -> bool:
+    return not value or (value == 1 and value is not True)  # a factor of 1 changes nothing, a switch that is on does
 
 
 def refuse_unknown_computation(config: Mapping[str, Any], name: str) -> None:

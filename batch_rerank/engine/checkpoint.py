@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from batch_rerank.engine.architecture import refuse_unknown_computation
-from batch_rerank.engine.checkpoint_files import check_weights, identify, locate, read_json
+from batch_rerank.engine.checkpoint_files import check_weights, identify, locate, read_json, refuse_adapter
 from batch_rerank.engine.kinds import KINDS, Kind, details_of, kind_of, refuse_code, template_of
 from batch_rerank.engine.templates import CausalTemplate
 from batch_rerank.errors import ConfigError, ModelError
@@ -87,6 +87,7 @@ def resolve_model(
     if kind == "checksum":
         return replace(_checksum_spec(name, instruction, max_length), chunk_overlap=chunk_overlap)
     directory, commit = locate(name, revision, weights=False)
+    refuse_adapter(directory)
     pickled = allow_pickle and not any(directory.glob("*.safetensors"))
     if commit is None:
         check_weights(directory, pickled)

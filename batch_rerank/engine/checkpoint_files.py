@@ -91,6 +91,15 @@ def samples(name: str, size: int) -> list[tuple[int, int]]:
     return [(offset, SAMPLE) for offset in (0, *between, size - SAMPLE)]
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raise ModelError for weights to be added to another model's: transformers may leave them out in silence."""
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"model directory {directory}: found adapter_config.json; expected a whole model; merge the adapter into "
+            "its base model (peft's merge_and_unload) and save that"
+        )
+
+
 def check_weights(directory: Path, pickled: bool = False) -> None:
     """Raise ModelError where the weights are absent, cut short, or pickled and not `pickled`. Reads headers only."""
     weights = sorted(directory.glob("*.safetensors"))

@@ -5,7 +5,10 @@ is an error. Two models whose own code would have to be run are read into classe
 """
 
 import json
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,16 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, XLMRobertaConfig, XLMRobertaForSequenceClassification
+from transformers.integrations import accelerate as transformers_accelerate
 from transformers.utils import logging as transformers_logging
 
-from batch_rerank.engine.architecture import DECODERS, ENCODERS, looks_both_ways, refuse_unknown_computation
+from batch_rerank.engine.architecture import DECODERS, ENCODERS, looks_both_ways, refuse_unknown_computation, uncomputed
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.kinds import is_gte, is_jina
 from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.errors import ModelError
+
+log = logging.getLogger("batch_rerank")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,10 +48,12 @@ def load(auto_class: Any, spec: ModelSpec, device: str) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     raw = json.loads((Path(spec.directory) / "config.json").read_text(encoding="utf-8"))
     try:
-        model, info = _jina(spec, raw) if is_jina(raw) else _from_pretrained(auto_class, spec, raw)
+        model, info = _jina(spec, raw) if is_jina(raw) else from_pretrained(auto_class, spec, raw, device)
         _refuse_wrong_keys(spec, model, info)
         _refuse_other_vocabulary(spec, model)
         refuse_unknown_computation(model.config.to_dict(), spec.name)  # also what is a class's default
+        _refuse_uncomputed(spec, model, raw)
+        _refuse_overflow(spec, model)
         loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
         _direct_attention(spec, loaded, raw)
     except ModelError:
@@ -54,6 +62,28 @@ def load(auto_class: Any, spec: ModelSpec, device: str) -> PreTrainedModel:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {spec.name!r} ({spec.directory}) cannot be loaded: {reason}") from error
     return loaded
+
+
+def _refuse_uncomputed(spec: ModelSpec, model: Any, raw: dict[str, Any]) -> None:
+    known = {key for cls in type(model.config).__mro__ for key in vars(cls)}
+    missed = {} if is_gte(raw) or is_jina(raw) else uncomputed(raw, known)
+    if missed:
+        raise ModelError(
+            f"model {spec.name!r}: config.json says {missed}, of which {type(model).__name__} takes no notice; "
+            "expected a model that transformers computes; remove the keys if the model was trained without them"
+        )
+
+
+def _refuse_overflow(spec: ModelSpec, model: Any) -> None:
+    """float16 ends at 65,504; a bfloat16 or float32 checkpoint may have more."""
+    if spec.dtype != "float16":
+        return
+    odd = [name for name, weight in model.named_parameters() if weight.isinf().any()]
+    if odd:
+        raise ModelError(
+            f"model {spec.name!r}: {len(odd)} weights are infinite in float16, such as {odd[0]}; set model.dtype to "
+            "bfloat16 or float32"
+        )
 
 
 def _direct_attention(spec: ModelSpec, model: Any, raw: dict[str, Any]) -> None:
@@ -102,20 +132,42 @@ def _first_sees_last(model: Any) -> set[bool]:
     return seen
 
 
-def _from_pretrained(auto_class: Any, spec: ModelSpec, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    model, info = auto_class.from_pretrained(
-        spec.directory,
+def from_pretrained(auto_class: Any, spec: ModelSpec, raw: dict[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
+    """A model and what transformers found of its keys. Each weight is read from its file, cast and put on the device by
+    itself: the host holds no second copy of the model, only pages of the files, which the kernel can drop."""
+    settings = {
         **({"config": gte_config(spec, raw)} if is_gte(raw) else {}),
-        dtype=DTYPES[spec.dtype],
-        trust_remote_code=spec.trust_remote_code,  # unset, transformers asks on stdin
-        use_safetensors=not spec.pickled,
-        weights_only=True,
-        local_files_only=True,
-        attn_implementation="sdpa",
-        ignore_mismatched_sizes=True,  # so that they are reported with the others
-        output_loading_info=True,
-    )
+        "dtype": DTYPES[spec.dtype],
+        "trust_remote_code": spec.trust_remote_code,  # unset, transformers asks on stdin
+        "use_safetensors": not spec.pickled,
+        "weights_only": True,
+        "local_files_only": True,
+        "attn_implementation": "sdpa",
+        "ignore_mismatched_sizes": True,  # so that they are reported with the others
+        "output_loading_info": True,
+    }
+    try:
+        with _devices_without_accelerate():
+            model, info = auto_class.from_pretrained(spec.directory, device_map={"": torch.device(device)}, **settings)
+    except ValueError as error:
+        if "accelerate" not in str(error):
+            raise
+        log.warning("model %s: loaded through a whole copy in host memory: %s", spec.name, error)
+        model, info = auto_class.from_pretrained(spec.directory, **settings)
     return model, info
+
+
+@contextmanager
+def _devices_without_accelerate() -> Iterator[None]:
+    """Transformers (5.17 to 5.23) refuses any device_map without accelerate, but uses accelerate only for one of
+    several devices or a disk. Where it is not installed, the one check is told that it is."""
+    module: Any = transformers_accelerate
+    asked = module.is_accelerate_available
+    module.is_accelerate_available = lambda: True
+    try:
+        yield
+    finally:
+        module.is_accelerate_available = asked
 
 
 def gte_config(spec: ModelSpec, raw: dict[str, Any]) -> Any:
@@ -148,7 +200,7 @@ def _jina(spec: ModelSpec, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     model.to(DTYPES[spec.dtype])
     weights: dict[str, torch.Tensor] = {}
     for path in sorted(Path(spec.directory).glob("*.safetensors")):
-        weights |= {_jina_name(name): tensor for name, tensor in load_file(path).items()}
+        weights |= {_jina_name(name): tensor for name, tensor in load_file(path).items()}  # 0.6 GB, mapped
     for name in [name for name in weights if "mixer.Wqkv" in name]:
         parts = zip(("query", "key", "value"), weights.pop(name).chunk(3), strict=True)
         weights |= {name.replace("mixer.Wqkv", f"attention.self.{part}"): tensor for part, tensor in parts}
