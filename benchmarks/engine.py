@@ -272,7 +272,7 @@ def executed(ours: Reranker, pairs: Pairs, options: argparse.Namespace) -> dict[
     prefixes = np.diff(encoded.offsets)[encoded.prefix]
     group = encoded.group_of_pair()
     shared = sum(int(prefixes[np.unique(group[p])].sum()) for p in packs) if ours.spec.kind == "causal" else 0
-    own = encoded.kept + len(encoded.tail) if ours.spec.kind == "causal" else encoded.n_tokens
+    own = encoded.n_tokens - prefixes[group] if ours.spec.kind == "causal" else encoded.n_tokens
     computed = shared + int(own.sum())
     flop = linear_flop(model.model.config, computed, len(pairs), trimmed=ours.spec.kind == "causal")
     tokens = int(encoded.n_tokens.sum())

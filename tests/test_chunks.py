@@ -88,7 +88,8 @@ def test_where_only_the_overlap_fits_the_document_is_cut(directories: dict[str, 
 
 
 def test_a_template_that_cannot_be_split_refuses_chunks(directories: dict[str, Path]) -> None:
-    spec = resolve_model(str(directories["qwen"]), template="ctxl-rerank-v2", chunk_overlap=80)
+    glued = {"middle": "Query {query} the{document} yes?", "true_token": "yes"}
+    spec = resolve_model(str(directories["qwen"]), template=glued, chunk_overlap=80)
     with pytest.raises(ConfigError, match=r"scoring.long_documents: found 'chunk'"):
         make_encoder(spec)
 

@@ -91,8 +91,9 @@ def encode(directories: dict[str, Path]) -> Callable[..., Encoded]:
 
 def pair_ids(encoded: Encoded, pair: int) -> list[int]:
     """What a pair's model reads, by the contract in Encoded."""
-    prefix = encoded.segment(encoded.prefix[encoded.group_of_pair()[pair]])
-    return [*prefix, *encoded.segment(encoded.document[pair])[: encoded.kept[pair]], *encoded.tail]
+    group = encoded.group_of_pair()[pair]
+    document = encoded.segment(encoded.document[pair])[: encoded.kept[pair]]
+    return [*encoded.segment(encoded.prefix[group]), *document, *encoded.tails[encoded.tail[group]]]
 
 
 def prompt_ids(tokenizer: Tokenizer, query: str, document: str) -> list[int]:
@@ -183,6 +184,7 @@ def test_shapes_and_dtypes(encode: Callable, name: str, documents: list[list[str
     encoded = encode(name, [Group(f"query {i}", texts) for i, texts in enumerate(documents)])
     shapes = {
         "prefix": (np.int32, len(documents)),
+        "tail": (np.int32, len(documents)),
         "starts": (np.int64, len(documents) + 1),
         "document": (np.int32, n_pairs),
         "kept": (np.int32, n_pairs),
@@ -192,7 +194,8 @@ def test_shapes_and_dtypes(encode: Callable, name: str, documents: list[list[str
     found = {field: (getattr(encoded, field).dtype.type, len(getattr(encoded, field))) for field in shapes}
     assert found == shapes
     assert np.issubdtype(encoded.tokens.dtype, np.integer)
-    assert (encoded.offsets.dtype, encoded.tail.dtype) == (np.int64, np.int32)
+    assert encoded.offsets.dtype == np.int64
+    assert {ids.dtype for ids in encoded.tails} <= {np.dtype(np.int32)}
     assert (encoded.offsets[0], encoded.offsets[-1]) == (0, len(encoded.tokens))
     assert encoded.starts.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
     assert encoded.group_of_pair().tolist() == [i for i, texts in enumerate(documents) for _ in texts]

@@ -15,8 +15,8 @@ from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.memory import SMALLEST, TokenBudget, choose_budget
-from batch_rerank.engine.models import CausalModel, ClassificationModel
-from batch_rerank.engine.packing import Index, distinct_pairs, filled, shared_packs
+from batch_rerank.engine.models import DecoderModel, causal_model, classification_model
+from batch_rerank.engine.packing import Index, distinct_pairs, filled, own_tokens, shared_packs
 from batch_rerank.engine.scorer import PairScorer, make_scorer
 from batch_rerank.job.steps import EncodedUnit, score_unit
 
@@ -54,7 +54,8 @@ def test_packs_hold_every_pair_once_within_the_budget(encoded: Encoded, budget: 
     prefix = encoded.prefix[encoded.group_of_pair()]
     lengths = np.diff(encoded.offsets)
     for pack in packs:
-        tokens = int((encoded.kept[pack] + len(encoded.tail)).sum() + lengths[np.unique(prefix[pack])].sum())
+        own = encoded.n_tokens[pack] - lengths[prefix[pack]]
+        tokens = int(own.sum() + lengths[np.unique(prefix[pack])].sum())
         assert tokens <= budget or len(pack) == 1
         assert np.count_nonzero(np.diff(prefix[pack])) == len(np.unique(prefix[pack])) - 1, "a prefix's pairs adjoin"
 
@@ -92,7 +93,7 @@ def test_memory_that_runs_out_halves_the_budget_for_good(caplog: pytest.LogCaptu
     device = Device([10] * 40, tokens=100)
     budget = TokenBudget(400)
     with caplog.at_level(logging.WARNING, "batch_rerank"):
-        items, results = budget.run(np.arange(40), device.split, device.compute)
+        items, results = budget.start(np.arange(40), device.split, device.compute)()
     assert budget.tokens == 100
     assert sorted(items.tolist()) == results[np.argsort(items)].tolist() == list(range(40))
     assert [record.getMessage() for record in caplog.records] == [
@@ -100,13 +101,13 @@ def test_memory_that_runs_out_halves_the_budget_for_good(caplog: pytest.LogCaptu
         "memory ran out: the token budget is halved to 100",
     ]
     device.tried = 0
-    budget.run(np.arange(40), device.split, device.compute)
+    budget.start(np.arange(40), device.split, device.compute)()
     assert device.tried == 4
 
 
 def test_an_item_that_does_not_fit_alone_is_left_out_and_the_others_are_not() -> None:
     device = Device([10, 10, 500, 10], tokens=100)
-    items, _ = TokenBudget(50).run(np.arange(4), device.split, device.compute)
+    items, _ = TokenBudget(50).start(np.arange(4), device.split, device.compute)()
     assert sorted(items.tolist()) == [0, 1, 3]
 
 
@@ -115,22 +116,22 @@ def test_other_errors_are_not_taken_for_memory() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        TokenBudget(10).run(np.arange(2), Device([1, 1], 9).split, compute)
+        TokenBudget(10).start(np.arange(2), Device([1, 1], 9).split, compute)
 
 
 def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
     qwen: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = CausalModel(resolve_model(str(qwen)), "cpu")
+    model = causal_model(resolve_model(str(qwen)), "cpu")
     whole = PairScorer(model, TokenBudget(4096)).score(encoded)
-    scores = CausalModel.scores
+    scores = DecoderModel.scores
 
-    def small(self: CausalModel, encoded: Encoded, pairs: Index) -> torch.Tensor:
+    def small(self: DecoderModel, encoded: Encoded, pairs: Index) -> torch.Tensor:
         if encoded.n_tokens[pairs].sum() > 250:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return scores(self, encoded, pairs)
 
-    monkeypatch.setattr(CausalModel, "scores", small)
+    monkeypatch.setattr(DecoderModel, "scores", small)
 
     class Loaded:
         tag = self_test = "here"
@@ -152,7 +153,7 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
 
 
 def test_the_budget_comes_from_free_memory(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = CausalModel(resolve_model(str(qwen)), "cpu").model
+    model = causal_model(resolve_model(str(qwen)), "cpu").model
     assert choose_budget(model, "cpu") == 4096
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}[name])
     assert SMALLEST <= choose_budget(model, "cpu") < 4096
@@ -165,7 +166,7 @@ def test_the_budget_comes_from_free_memory(qwen: Path, monkeypatch: pytest.Monke
 def test_packed_and_padded_agree(tmp_path: Path, build: object, dtype: str) -> None:
     spec = resolve_model(str(build(tmp_path)), dtype=dtype)  # type: ignore[operator]
     encoded = make_encoder(spec).encode(GROUPS)
-    kind = CausalModel if spec.kind == "causal" else ClassificationModel
+    kind = causal_model if spec.kind == "causal" else classification_model
     packed, padded = (
         PairScorer(kind(spec, "cpu", forward), TokenBudget(500)).score(encoded) for forward in ("packed", "padded")
     )
@@ -195,7 +196,7 @@ def test_a_sliding_window_is_never_ignored(tmp_path: Path, caplog: pytest.LogCap
         scores = make_scorer(spec).score(encoded)
     assert "sliding window" in caplog.text
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = [*encoded.segment(encoded.prefix[0]), *encoded.segment(encoded.document[0])[: encoded.kept[0]], *encoded.tail]
+    ids = np.concatenate([encoded.segment(encoded.prefix[0]), *own_tokens(encoded, np.array([0]))]).tolist()
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, -1]
     tokenizer_ids = [model.config.vocab_size and make_encoder(spec)._tokenizer.token_to_id(t) for t in ("yes", "no")]  # type: ignore[attr-defined]

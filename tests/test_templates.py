@@ -11,6 +11,7 @@ from batch_rerank.config import parse_config
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.packing import own_tokens
 from batch_rerank.engine.reranker import Reranker
 from batch_rerank.engine.scorer import relevance
 from batch_rerank.engine.templates import HUB_MODELS, PAIR, SENTENCE, TEMPLATES, parse_template
@@ -104,10 +105,8 @@ def own_text(reranker: Reranker, encoded: Any) -> list[str]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(reranker.spec.directory) / "tokenizer.json"))
-    rows = [
-        [*encoded.segment(encoded.prefix[0]), *encoded.segment(segment)[:kept], *encoded.tail]
-        for segment, kept in zip(encoded.document, encoded.kept, strict=True)
-    ]
+    own = own_tokens(encoded, np.arange(len(encoded.document)))
+    rows = [[*encoded.segment(encoded.prefix[0]), *ids] for ids in own]
     return [tokenizer.decode(row).replace("\n", "") for row in rows]
 
 
@@ -121,7 +120,7 @@ def test_relevance_is_the_sigmoid_of_the_scaled_score(directory: Path) -> None:
 def test_where_pairs_are_tokenised_whole_a_query_still_shares_what_all_its_pairs_begin_with(directory: Path) -> None:
     glued = {"middle": "Judge the requirements. Query {query} the{document} yes?", "true_token": "yes"}
     encoder = make_encoder(resolve_model(str(directory), template=glued))
-    assert not encoder.splits  # type: ignore[attr-defined]
+    assert encoder.way == "whole"  # type: ignore[attr-defined]
     query = "what is the capital of France?"
     encoded = encoder.encode([Group(query, ["\nParis", "Moscow", "Moscow"]), Group("x", []), Group(query, ["Moscow"])])
     assert len(encoded.segment(encoded.prefix[0])) > 10
@@ -133,8 +132,9 @@ def test_a_query_after_its_document_still_shares_what_all_pairs_begin_with(direc
     spec = resolve_model(str(directory), template="ctxl-rerank-v2")
     encoded = make_encoder(spec).encode([Group("one", ["a", "b", "b"]), Group("two", ["a"])])
     assert len(encoded.segment(encoded.prefix[0])) > 10
-    assert encoded.document[1] == encoded.document[2]
-    assert len(set(encoded.document.tolist())) == 3
+    assert encoded.document.tolist() == [2, 3, 3, 2] == [d + 2 for d in (0, 1, 1, 0)], (
+        "and its documents, of all queries"
+    )
 
 
 def test_a_job_file_may_carry_its_own_template() -> None:

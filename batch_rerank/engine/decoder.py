@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, merge, on_device
+from batch_rerank.engine.attention import Cuts, Tensor, attend, kernel_for, merge
 from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma")
@@ -24,10 +24,13 @@ STEADY_ROPE = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Pack:
-    """Token ids of one forward: the prefixes of some groups end to end, then their documents end to end.
+    """Token ids of one forward: the prefixes of some groups end to end, then the documents of these groups end to end,
+    then those of groups without a prefix.
 
-    ids, positions: int64[total]; prefixes: cuts of the prefixes, from row 0; groups: cuts of each group's documents,
-    and documents: cuts of every document, both counted from the first document's row.
+    ids, positions: int64[total]; prefixes: cuts of the prefixes, from row 0, none of them empty; documents: cuts of
+    every document, none of them empty; groups: cuts of the documents of each group that has a prefix, both counted from
+    the first document's row; group_documents: the same cuts in documents; last: int64[n_documents], rows of the
+    documents' last tokens; singles: cuts of one row a document.
     """
 
     ids: Tensor
@@ -36,6 +39,8 @@ class Pack:
     groups: Cuts
     group_documents: Cuts
     documents: Cuts
+    last: Tensor
+    singles: Cuts
 
 
 class Packed:
@@ -50,13 +55,15 @@ class Packed:
         config = body.config
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._kernel = kernel_for(device, body.dtype, self._dim)
+        self.slower = self._kernel.reason
         self._unit_offset = config.model_type == "gemma"  # its norms multiply by 1 + weight
         self._norm = self._norm_of(body.norm)
         self._blocks = [self._block(layer, config) for layer in body.layers]
 
     def _norm_of(self, norm: Any) -> tuple[Tensor, float]:
         epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
-        return (norm.weight + 1 if self._unit_offset else norm.weight).detach(), float(epsilon)
+        return (norm.weight.float() + 1 if self._unit_offset else norm.weight).detach(), float(epsilon)
 
     def _block(self, layer: Any, config: Any) -> "_Block":
         attention, mlp = layer.self_attn, layer.mlp
@@ -97,10 +104,10 @@ class Packed:
         out = torch.empty_like(query)
         if shared:
             prefix = (query[:shared], key[:shared], value[:shared], pack.prefixes, pack.prefixes)
-            attend(*prefix, block.scale, True, out[:shared])
+            attend(*prefix, block.scale, True, out[:shared], self._kernel)
         documents = pack.documents
         own = (query[shared:], key[shared:], value[shared:], documents, documents)
-        sums = attend(*own, block.scale, True, out[shared:])
+        sums = attend(*own, block.scale, True, out[shared:], self._kernel)
         self._add_prefix(block, query[shared:], key, value, pack.groups, pack, out[shared:], sums)
         return out.flatten(1)
 
@@ -115,17 +122,18 @@ class Packed:
         out: Tensor,
         sums: Tensor,
     ) -> None:
-        """Merge the attention over the group's prefix into `out`, the attention over the document itself."""
-        shared = pack.prefixes.at[-1]
-        if shared:
-            across = torch.empty_like(query)
+        """Merge the attention over the group's prefix into `out`, the attention over the document itself, for the rows
+        of `groups`: those of groups without a prefix follow them."""
+        shared, rows = pack.prefixes.at[-1], groups.at[-1]
+        if shared and rows:
+            across = torch.empty_like(query[:rows])
             keys = (key[:shared], value[:shared], groups, pack.prefixes)
-            merge(out, sums, across, attend(query, *keys, block.scale, False, across))
+            prefix_sums = attend(query[:rows], *keys, block.scale, False, across, self._kernel)
+            merge(out[:rows], sums[:rows], across, prefix_sums)
 
     def _last_layer(self, block: "_Block", hidden: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
         """The layer's output at the last rows only; keys and values are needed at all rows."""
-        shared = pack.prefixes.at[-1]
-        last = on_device(torch.tensor(pack.documents.at[1:]), hidden.device.type) + (shared - 1)
+        shared, last = pack.prefixes.at[-1], pack.last
         split = self._heads * self._dim
         weight, bias = block.query_key_value
         normed = _rms_norm(hidden, block.before)
@@ -134,9 +142,9 @@ class Packed:
         key = _rotate(key, block.key_norm, cos, sin)
         query = linear(normed[last], (weight[:split], None if bias is None else bias[:split]))
         query = _rotate(query.view(len(last), -1, self._dim), block.query_norm, cos[last], sin[last])
-        single = Cuts.of([1] * len(last), hidden.device.type)
         out = torch.empty_like(query)
-        sums = attend(query, key[shared:], value[shared:], single, pack.documents, block.scale, False, out)
+        own = (query, key[shared:], value[shared:], pack.singles, pack.documents)
+        sums = attend(*own, block.scale, False, out, self._kernel)
         self._add_prefix(block, query, key, value, pack.group_documents, pack, out, sums)
         return block.after_attention(hidden[last], out.flatten(1))
 
@@ -169,20 +177,33 @@ class _Block:
         return linear_with(linear_with(normed, self.up, "mul", gate), self.down, "add", hidden)
 
 
-def unsupported(body: Any, device: str) -> str | None:
+def unsupported(body: Any) -> str | None:
     """Why a model cannot run packed, None where it can."""
     config = body.config
     if config.model_type not in FAMILIES:
         return f"the architecture {config.model_type!r} has no packed forward"
+    if looks_both_ways(config):
+        return "its attention looks both ways"
     layers = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
         return "its attention has a sliding window"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STEADY_ROPE:
         return f"its rotary positions are of type {rope!r}"
-    if not can_pack(device, body.dtype):
-        return "this device, dtype and torch have no attention over packed sequences"
     return None
+
+
+def looks_both_ways(config: Any) -> bool:
+    """Whether a decoder's positions see those after them, as its config says."""
+    return getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))
+
+
+def rope_border(config: Any) -> int | None:
+    """The length in tokens above which a sequence's rotary positions are scaled otherwise, None where none is."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def _join(*linears: Any) -> Weights:
@@ -200,6 +221,8 @@ def _rms_norm(hidden: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32:  # half the passes of torch's own there
         length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         return (hidden * length.square_().div_(hidden.shape[-1]).add_(epsilon).rsqrt_()).mul_(weight)
+    if weight.dtype != hidden.dtype:  # Gemma's 1 + weight, which 8 bits would round
+        return functional.rms_norm(hidden.float(), (hidden.shape[-1],), weight, epsilon).to(hidden.dtype)
     return functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 

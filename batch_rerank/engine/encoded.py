@@ -40,9 +40,9 @@ class Encoded:
 
     tokens: integer[total]; offsets: int64[n_segments + 1]
     prefix: int32[n_groups], segment before the documents of a group
+    tails: the distinct runs of int32 ids after a document; tail: int32[n_groups], which of them follows a group's
     starts: int64[n_groups + 1], pairs of group g are starts[g] to starts[g + 1]
     document: int32[n_pairs], segment of a pair's document; kept: int32[n_pairs], how many of its tokens are used
-    tail: int32[n_tail], tokens after every document (empty for a bi-encoder)
     n_tokens: int32[n_pairs], tokens the model reads for a pair; truncated: bool[n_pairs]
     chunks: None, or what each pair is a chunk of
     """
@@ -50,10 +50,11 @@ class Encoded:
     tokens: npt.NDArray[np.integer]
     offsets: Int64
     prefix: Int32
+    tails: Sequence[Int32]
+    tail: Int32
     starts: Int64
     document: Int32
     kept: Int32
-    tail: Int32
     n_tokens: Int32
     truncated: npt.NDArray[np.bool_]
     chunks: Chunks | None = None
@@ -83,80 +84,42 @@ def assemble(
     groups: Sequence[Group],
     prefixes: Sequence[Ids],
     prefix_of: Int32,
+    tails: Sequence[Int32],
+    tail_of: Int32,
     segments: Sequence[Ids],
     document_of: Int32,
     room: Int32,
-    query_cut: npt.NDArray[np.bool_],
-    tail: Int32,
-    overlap: int | None,
+    cut: npt.NDArray[np.bool_],
+    overlap: int | None = None,
 ) -> Encoded:
-    """Put prefixes and document segments end to end. `room[g]`: document tokens that fit beside group g's prefix.
-    `overlap`: None to cut longer documents, else the tokens that two chunks of one share."""
+    """Put prefixes and document segments end to end. `room[g]`: document tokens that fit beside group g's prefix and
+    tail; `cut`: bool[n_pairs], what has been cut already. `overlap`: None to cut longer documents, else the tokens that
+    two chunks of one share."""
     starts, chunks = pair_starts(groups), None
     if overlap is not None:
         rooms = np.repeat(room, np.diff(starts))
         segments, document_of, chunks = chunked(segments, document_of, rooms, overlap)
-        starts = np.searchsorted(chunks.owner, starts)
+        starts, cut = np.searchsorted(chunks.owner, starts), cut[chunks.owner]
     group = np.repeat(np.arange(len(groups)), np.diff(starts))
-    lengths = np.array([len(ids) for ids in segments], np.int32)[document_of]
+    lengths = lengths_of(segments)[document_of]
     kept = np.minimum(lengths, room[group]).astype(np.int32)
-    cut = lengths > kept
+    longer = lengths > kept
     if chunks is not None:
-        cut &= np.bincount(chunks.owner)[chunks.owner] == 1  # of several chunks the next begins before this one ends
-    prefix_lengths = np.array([len(ids) for ids in prefixes], np.int32)[prefix_of]
+        longer &= np.bincount(chunks.owner)[chunks.owner] == 1  # of several the next begins before this one ends
+    around = lengths_of(prefixes)[prefix_of] + lengths_of(tails)[tail_of]
     longest = int(room.max(initial=0))  # tokens that no pair can use need not travel to the scorer
     return Encoded(
         *concatenate([*prefixes, *(ids[:longest] for ids in segments)]),
         prefix=prefix_of,
+        tails=tails,
+        tail=tail_of,
         starts=starts,
         document=(document_of + len(prefixes)).astype(np.int32),
         kept=kept,
-        tail=tail,
-        n_tokens=(prefix_lengths[group] + kept + len(tail)).astype(np.int32),
-        truncated=cut | query_cut[group],
+        n_tokens=(around[group] + kept).astype(np.int32),
+        truncated=longer | cut,
         chunks=chunks,
     )
-
-
-def assemble_whole(
-    groups: Sequence[Group],
-    key_of: Int32,
-    prefix: Int32,
-    segments: dict[int, list[Int32]],
-    cuts: list[bool],
-    pair_of: Int32,
-    tail: Int32,
-) -> Encoded:
-    """Distinct pairs' own ids behind a prefix. `key_of`: which query each group asks; `segments`: the ids of each
-    query's pairs. A query's prefix takes over what all its pairs begin with."""
-    common = [common_length(segments.get(key, [])) for key in range(int(key_of.max(initial=-1)) + 1)]
-    prefixes = [np.concatenate([prefix, *(s[:n] for s in segments.get(k, [])[:1])]) for k, n in enumerate(common)]
-    own = [ids[common[key] :] for key in sorted(segments) for ids in segments[key]]
-    lengths = np.array([len(ids) for ids in own], np.int32)[pair_of]
-    starts = pair_starts(groups)
-    before = np.array([len(ids) for ids in prefixes], np.int32)[np.repeat(key_of, np.diff(starts))]
-    return Encoded(
-        *concatenate([*prefixes, *own]),
-        prefix=key_of,
-        starts=starts,
-        document=pair_of + np.int32(len(prefixes)),
-        kept=lengths,
-        tail=tail,
-        n_tokens=(before + lengths + len(tail)).astype(np.int32),
-        truncated=np.array(cuts, np.bool_)[pair_of],
-    )
-
-
-def common_length(segments: list[Int32]) -> int:
-    """How many leading ids all segments share, short of a whole segment."""
-    if not segments:
-        return 0
-    first = segments[0]
-    longest = min(len(ids) for ids in segments) - 1
-    for ids in segments[1:]:
-        differ = np.flatnonzero(ids[:longest] != first[:longest])
-        longest = int(differ[0]) if len(differ) else longest
-    return max(longest, 0)
 
 
 def chunked(
@@ -179,6 +142,11 @@ def chunked(
             owner.append(pair)
             offset.append(start)
     return chunks, np.array(chunk_of, np.int32), Chunks(np.array(owner, np.int64), np.array(offset, np.int32))
+
+
+def lengths_of(segments: Sequence[Ids]) -> Int32:
+    """int32[n_segments]."""
+    return np.array([len(ids) for ids in segments], np.int32)
 
 
 def pair_starts(groups: Sequence[Group]) -> Int64:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from batch_rerank.engine.attention import Cuts, Tensor, attend, can_pack, on_device
+from batch_rerank.engine.attention import Cuts, Kernel, Tensor, attend, kernel_for, on_device
 from batch_rerank.engine.linear import use_onednn
 from batch_rerank.engine.packing import Ids
 
@@ -30,6 +30,9 @@ class Packed:
         self._model, self._device, self._config = model, device, model.config
         self._plain = model.config._attn_implementation
         self._starts: Tensor | None = None
+        head_dim = model.config.hidden_size // model.config.num_attention_heads
+        self._kernel = kernel_for(device, model.dtype, head_dim)
+        self.slower = self._kernel.reason
         use_onednn(model)
         body = model.base_model
         pooler = getattr(body, "pooler", None)
@@ -49,9 +52,10 @@ class Packed:
             first: Tensor = hidden[self._at(cuts)].float()
             return first
         sums = torch.zeros(len(rows), hidden.shape[1], device=hidden.device)
-        lengths = torch.tensor([len(row) for row in rows], device=hidden.device)
-        owners = torch.repeat_interleave(torch.arange(len(rows), device=hidden.device), lengths)
-        return sums.index_add_(0, owners, hidden.float()) / lengths[:, None]
+        lengths = np.diff(cuts.at)
+        owners = on_device(torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)), self._device)
+        total = on_device(torch.from_numpy(lengths), self._device)
+        return sums.index_add_(0, owners, hidden.float()) / total[:, None]
 
     def _forward(self, rows: Sequence[Ids], types: Sequence[Ids] | None) -> tuple[Any, Cuts]:
         cuts = Cuts.of([len(row) for row in rows], self._device)
@@ -63,6 +67,7 @@ class Packed:
                 attention_mask=None,
                 position_ids=self._tensor([self._positions(row) for row in rows]),
                 cuts=cuts,
+                kernel=self._kernel,
                 **given,
             )
         return output, cuts
@@ -96,14 +101,12 @@ class Packed:
         return (args[0][0, self._starts].unsqueeze(1), *args[1:])
 
 
-def unsupported(model: Any, device: str) -> str | None:
+def unsupported(model: Any) -> str | None:
     """Why a model cannot run packed, None where it can."""
     if model.config.model_type not in FAMILIES:
         return f"the architecture {model.config.model_type!r} has no packed forward"
     if getattr(model.config, "position_embedding_type", "absolute") not in ("absolute", "rope"):
         return f"its positions are of type {model.config.position_embedding_type!r}"
-    if not can_pack(device, model.dtype):
-        return "this device, dtype and torch have no attention over packed sequences"
     return None
 
 
@@ -114,14 +117,15 @@ def _attention(
 
     Refuses what it does not honour: an argument that is passed over is a wrong score without a word.
     """
-    cuts = given.pop("cuts")
+    cuts: Cuts = given.pop("cuts")
+    kernel: Kernel = given.pop("kernel")
     given.pop("position_ids", None)
     odd = {name for name, value in given.items() if value is not None and value != 0 and value is not False}
     if attention_mask is not None or odd:
         raise NotImplementedError(f"packed attention of {type(module).__name__}: unexpected arguments {sorted(odd)}")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = torch.empty_like(query)
-    attend(query, key, value, cuts, cuts, scaling, False, out)
+    attend(query, key, value, cuts, cuts, scaling, False, out, kernel)
     return out[None], None
 
 

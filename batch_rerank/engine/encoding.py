@@ -16,9 +16,19 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from batch_rerank.engine.causal_encoding import CausalEncoder
+from batch_rerank.engine.causal_encoding import CausalEncoder, answer_tokens
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoded import NONE, Encoded, Group, Ids, assemble, chunked, concatenate, pair_starts
+from batch_rerank.engine.encoded import (
+    NONE,
+    Encoded,
+    Group,
+    Ids,
+    assemble,
+    chunked,
+    concatenate,
+    lengths_of,
+    pair_starts,
+)
 from batch_rerank.engine.tokens import (
     PROBES,
     TokenCache,
@@ -49,8 +59,9 @@ def make_encoder(spec: ModelSpec) -> Encoder:
 
 
 def _model_encoder(spec: ModelSpec, tokenizer: Tokenizer) -> Encoder:
-    if spec.kind == "causal":
-        assert spec.causal is not None
+    if spec.causal is not None:
+        if spec.kind == "causal":
+            answer_tokens(tokenizer, spec.causal)
         return CausalEncoder(tokenizer, spec.causal, spec.instruction, spec.max_length, spec.chunk_overlap)
     if spec.kind == "sequence_classification":
         return PairEncoder(tokenizer, spec.max_length, spec.chunk_overlap)
@@ -118,12 +129,15 @@ class PairEncoder:
         longest = self._max_length * 3 // 4
         query_ids, query_of = distinct_ids(self._tokenizer, [group.query for group in groups])
         prefixes = [np.concatenate([self._start, ids[:longest], self._middle]) for ids in query_ids]
-        lengths = np.array([len(ids) for ids in prefixes], np.int32)[query_of]
-        cut = np.array([len(ids) > longest for ids in query_ids], np.bool_)[query_of]
+        lengths = lengths_of(prefixes)[query_of]
+        cut = (lengths_of(query_ids) > longest)[query_of]
         documents = [document for group in groups for document in group.documents]
         room = self._max_length - len(self._end) - lengths
         segments, document_of = self._cache.distinct(documents)
-        return assemble(groups, prefixes, query_of, segments, document_of, room, cut, self._end, self._overlap)
+        sizes, one = np.diff(pair_starts(groups)), np.zeros(len(groups), np.int32)
+        cuts = np.repeat(cut, sizes)
+        tails = [self._end]
+        return assemble(groups, prefixes, query_of, tails, one, segments, document_of, room, cuts, self._overlap)
 
 
 class SentenceEncoder:
@@ -156,7 +170,7 @@ class SentenceEncoder:
             document_ids, document_of, chunks = chunked(document_ids, document_of, rooms, self._spec.chunk_overlap)
             starts = np.searchsorted(chunks.owner, starts)
         segments = [np.concatenate([self._start, ids[:room], self._end]) for ids in [*query_ids, *document_ids]]
-        lengths = np.array([len(ids) for ids in segments], np.int32)
+        lengths = lengths_of(segments)
         cut = np.array([len(ids) > room for ids in [*query_ids, *document_ids]], np.bool_)
         if chunks is not None and room > (self._spec.chunk_overlap or 0):
             cut[len(query_ids) :] = False
@@ -165,10 +179,11 @@ class SentenceEncoder:
         return Encoded(
             *concatenate(segments),
             prefix=query_of,
+            tails=[NONE],
+            tail=np.zeros(len(groups), np.int32),
             starts=starts,
             document=document,
             kept=lengths[document],
-            tail=np.empty(0, np.int32),
             n_tokens=lengths[query_of_pair] + lengths[document],
             truncated=cut[query_of_pair] | cut[document],
             chunks=chunks,
@@ -191,12 +206,14 @@ class ByteEncoder:
         heads = [f"{i}\n{group.query}\n" for i, group in zip(instructions, groups, strict=True)]
         unique, head_of = unique_items(heads)
         whole = [_byte_ids(text) for text in unique]
-        lengths = np.array([len(ids) for ids in whole], np.int32)[head_of]
+        lengths = lengths_of(whole)[head_of]
         texts, document_of = unique_items([document for group in groups for document in group.documents])
         segments = [_byte_ids(text) for text in texts]
         prefixes = [ids[: self._max_length] for ids in whole]
-        room, cut = np.maximum(self._max_length - lengths, 0), lengths > self._max_length
-        return assemble(groups, prefixes, head_of, segments, document_of, room, cut, NONE, self._overlap)
+        room = np.maximum(self._max_length - lengths, 0)
+        sizes, one = np.diff(pair_starts(groups)), np.zeros(len(groups), np.int32)
+        cuts = np.repeat(lengths > self._max_length, sizes)
+        return assemble(groups, prefixes, head_of, [NONE], one, segments, document_of, room, cuts, self._overlap)
 
 
 def _byte_ids(text: str) -> Ids:

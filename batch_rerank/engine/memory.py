@@ -21,23 +21,27 @@ CUDA_TOKENS = 65536
 SMALLEST = 512
 
 
+Fetch = Callable[[], tuple[Index, Float32]]
+"""Waits for results that are on their way: int64[n] items, and float32[n, ...] results."""
+
+
 class TokenBudget:
     """Tokens of one batch. `tokens` goes down when memory runs out, never up."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def run(
+    def start(
         self,
         items: Index,
         split: Callable[[Index, int], Iterator[Index]],
         compute: Callable[[Index], torch.Tensor],
-    ) -> tuple[Index, Float32]:
-        """Compute items batch by batch: those that were computed, in the order they were, and their results.
+    ) -> Fetch:
+        """Compute items batch by batch, without waiting for the device. The call that is returned waits, and gives the
+        items that were computed, in the order they were, and their results.
 
         `split` makes batches of items under a token budget, `compute` gives a batch's results on the device, one row
-        an item. Nothing waits for the device before the last batch is on its way. An item that memory is too small
-        for even alone is left out.
+        an item. An item that memory is too small for even alone is left out.
         """
         done: list[Index] = []
         results: list[torch.Tensor] = []
@@ -56,8 +60,9 @@ class TokenBudget:
             else:
                 break
         if not results:
-            return np.empty(0, np.int64), np.empty(0, np.float32)
-        return np.concatenate(done), torch.cat(results).cpu().numpy()
+            return lambda: (np.empty(0, np.int64), np.empty(0, np.float32))
+        wait = _to_host(torch.cat(results))
+        return lambda: (np.concatenate(done), wait())
 
     def _retreat(self, pending: Index, done: list[Index], batch: Index) -> Index:
         """What is still to compute after memory ran out in a batch."""
@@ -88,8 +93,24 @@ def choose_budget(model: Any, device: str) -> int:
     if device == "cpu":
         free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), CPU_TOKENS
     else:
-        free, most = torch.cuda.mem_get_info()[0], CUDA_TOKENS
+        free, most = torch.cuda.mem_get_info(device)[0], CUDA_TOKENS
     return max(SMALLEST, min(most, int(free // (2 * per_token))))
+
+
+def _to_host(results: torch.Tensor) -> Callable[[], Float32]:
+    """Send results to the host; the call that is returned waits for them, and for nothing that is begun later."""
+    if results.device.type != "cuda":
+        return lambda: results.cpu().numpy()
+    host = torch.empty(results.shape, dtype=results.dtype, pin_memory=torch.cuda.is_available())
+    host.copy_(results, non_blocking=True)
+    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def wait() -> Float32:
+        arrived.synchronize()
+        return np.array(host.numpy())  # a copy: pinned memory is scarce
+
+    return wait
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from batch_rerank.engine import decoder, encoder
 from batch_rerank.engine.attention import Cuts, Tensor, on_device
 from batch_rerank.engine.causal_encoding import answer_tokens
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoded import Encoded
+from batch_rerank.engine.encoded import NONE, Encoded
 from batch_rerank.engine.encoding import PairEncoder
 from batch_rerank.engine.loading import load
 from batch_rerank.engine.packing import Ids, Index, batches, filled, own_tokens, prefix_of, shared_packs
@@ -37,47 +38,64 @@ Forward = Literal["auto", "packed", "padded"]
 """Which forward a model is asked for: packed where there is one, or one of the two insisted on."""
 
 
-class CausalModel:
-    """score = logit(true token) - logit(false token) at the last position (Qwen3-Reranker's card: log-odds of yes), or
-    the true token's logit alone where the template names no other."""
+class DecoderModel:
+    """A decoder that answers at the last position of a pair, and what its answer is read with: a direction in the
+    space of the last hidden state."""
 
-    def __init__(self, spec: ModelSpec, device: str, forward: Forward = "auto") -> None:
-        model = load(AutoModelForCausalLM, spec, device)
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if getattr(model.config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
-            raise ModelError(f"model {spec.name!r}: its head has a bias or a soft cap, which is not supported")
-        assert spec.causal is not None
-        yes, no = answer_tokens(load_tokenizer(Path(spec.directory)), spec.causal)
-        # Two rows in float32 instead of the whole vocabulary: 1.4e-6 from the full head, 35 % less work at 0.6B
-        self._direction = head.weight[yes].float()
-        if no is not None:
-            self._direction = self._direction - head.weight[no].float()
-        _refuse_constant(spec, self._direction)
-        self.model, self._body, self._device = model, model.base_model, device
+    def __init__(self, spec: ModelSpec, model: Any, direction: Tensor, device: str, forward: Forward) -> None:
+        """`direction`: float32[hidden], whose product with the last hidden state is the score."""
+        _refuse_constant(spec, direction)
+        self.model, self._body, self._device, self._direction = model, model.base_model, device, direction
         self._decoder, self.fallback = _packed(decoder, self._body, spec, device, forward)
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
         if self._decoder:
             return shared_packs(encoded, pairs, token_budget)
-        return (pairs[batch] for batch in batches(encoded.n_tokens[pairs], token_budget))
+        return (pairs[batch] for batch in _padded_batches(self._body, encoded.n_tokens[pairs], token_budget))
 
     def scores(self, encoded: Encoded, pairs: Index) -> Tensor:
         """float32[n] of one batch, on the device."""
         if self._decoder:
             hidden = self._decoder.last_hidden(pack(encoded, pairs, self._device))
         else:
-            ids, lengths = padded(sequences(encoded, pairs), self._device)
-            hidden = last(self._body(input_ids=ids, use_cache=False).last_hidden_state, lengths)
+            hidden = last(*_padded_hidden(self._body, sequences(encoded, pairs), self._device))
         scores: Tensor = hidden.float() @ self._direction
         return scores
 
 
-class ClassificationModel:
-    """score = the raw logit of a one-label head over the tokenizer's pair."""
+def causal_model(spec: ModelSpec, device: str, forward: Forward = "auto") -> DecoderModel:
+    """Score = logit(true token) - logit(false token) at the last position (Qwen3-Reranker's card: log-odds of yes), or
+    the true token's logit alone where the template names no other."""
+    model = load(AutoModelForCausalLM, spec, device)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if getattr(model.config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
+        raise ModelError(f"model {spec.name!r}: its head has a bias or a soft cap, which is not supported")
+    assert spec.causal is not None
+    yes, no = answer_tokens(load_tokenizer(Path(spec.directory)), spec.causal)
+    # Two rows in float32 instead of the whole vocabulary: 1.4e-6 from the full head, 35 % less work at 0.6B
+    direction = head.weight[yes].float()
+    return DecoderModel(spec, model, direction if no is None else direction - head.weight[no].float(), device, forward)
 
-    def __init__(self, spec: ModelSpec, device: str, forward: Forward = "auto") -> None:
-        self.model, self._device = load(AutoModelForSequenceClassification, spec, device), device
+
+def classification_model(
+    spec: ModelSpec, device: str, forward: Forward = "auto"
+) -> "DecoderModel | ClassificationModel":
+    """Score = the raw logit of a one-label head, or of two labels the second's minus the first's (the log-odds of
+    "relevant" in a softmax over both). A decoder's head reads the last position, as transformers' own does."""
+    model = load(AutoModelForSequenceClassification, spec, device)
+    if not isinstance(model, GenericForSequenceClassification):
+        return ClassificationModel(spec, model, device, forward)
+    rows = model.score.weight.float()
+    return DecoderModel(spec, model, rows[0] if len(rows) == 1 else rows[1] - rows[0], device, forward)
+
+
+class ClassificationModel:
+    """score = the raw logit of an encoder's one-label head over the tokenizer's pair. The head computes in float32:
+    in bfloat16 it gave 30 distinct scores for 100 distinct documents."""
+
+    def __init__(self, spec: ModelSpec, model: Any, device: str, forward: Forward = "auto") -> None:
+        self.model, self._device = model, device
         linear = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
         heads = [layer for layer in linear if layer.out_features == 1]
         if not heads:
@@ -85,6 +103,7 @@ class ClassificationModel:
                 f"model {spec.name!r}: {type(self.model).__name__} has no linear layer of one output to score"
             )
         _refuse_constant(spec, heads[-1].weight)
+        _widen_heads(model)
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         pair = PairEncoder(load_tokenizer(Path(spec.directory)), spec.max_length)
         self._document_type = pair.document_type if types > 1 else None
@@ -92,8 +111,9 @@ class ClassificationModel:
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
-        form = filled if self._encoder else batches
-        return (pairs[batch] for batch in form(encoded.n_tokens[pairs], token_budget))
+        lengths = encoded.n_tokens[pairs]
+        form = filled(lengths, token_budget) if self._encoder else _padded_batches(self.model, lengths, token_budget)
+        return (pairs[batch] for batch in form)
 
     def scores(self, encoded: Encoded, pairs: Index) -> Tensor:
         """float32[n] of one batch, on the device."""
@@ -129,12 +149,14 @@ class EmbeddingModel:
 
     def split(self, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
         """Texts of these lengths in batches of at most `token_budget` tokens; a longer text is alone."""
-        return (filled if self._decoder or self._encoder else batches)(lengths, token_budget)
+        if self._decoder or self._encoder:
+            return filled(lengths, token_budget)
+        return _padded_batches(self.model, lengths, token_budget)
 
     def embed(self, rows: Sequence[Ids]) -> Tensor:
         """float32[n, hidden] of the texts of one batch, on the device."""
         if self._decoder:
-            pooled = self._decoder.last_hidden(text_pack(rows, self._device))
+            pooled = self._decoder.last_hidden(as_pack([(NONE, rows)], self._device))
         elif self._encoder:
             pooled = self._encoder.pooled(rows, self._pooling)
         else:
@@ -142,55 +164,78 @@ class EmbeddingModel:
         return torch.nn.functional.normalize(pooled.float(), dim=1) if self._normalize else pooled.float()
 
     def _padded(self, rows: Sequence[Ids]) -> Tensor:
-        ids, lengths = padded(rows, self._device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        hidden: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        hidden, lengths = _padded_hidden(self.model, rows, self._device, masked=True)
+        hidden = hidden.float()
         if self._pooling == "cls":
             return hidden[:, 0]
         if self._pooling == "last":
             return last(hidden, lengths)
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
 
 
 def sequences(encoded: Encoded, pairs: Index) -> list[Ids]:
     """All token ids of each pair."""
     prefixes = prefix_of(encoded, pairs)
-    return [np.concatenate([encoded.segment(p), own_tokens(encoded, i)]) for p, i in zip(prefixes, pairs, strict=True)]
+    rows = zip(prefixes, own_tokens(encoded, pairs), strict=True)
+    return [np.concatenate([encoded.segment(prefix), own]) for prefix, own in rows]
 
 
 def pack(encoded: Encoded, pairs: Index, device: str) -> decoder.Pack:
     """Pairs, those of one prefix adjacent, as one row of tokens with every prefix once."""
-    prefixes, groups = [], []
-    for prefix, members in itertools.groupby(zip(prefix_of(encoded, pairs), pairs, strict=True), lambda item: item[0]):
-        ids = encoded.segment(prefix)
-        documents = [own_tokens(encoded, pair) for _, pair in members]
-        if not len(encoded.tail):  # an empty document then has the prefix's last token as its own last
-            documents = [np.concatenate([ids[-1:], document]) for document in documents]
-            ids = ids[:-1]
-        prefixes.append(ids)
-        groups.append(documents)
-    return _as_pack(prefixes, groups, device)
+    groups: list[tuple[Ids, list[Ids]]] = []
+    rows = zip(prefix_of(encoded, pairs), own_tokens(encoded, pairs), strict=True)
+    for prefix, members in itertools.groupby(rows, lambda item: item[0]):
+        ids, documents = encoded.segment(prefix), [own for _, own in members]
+        if any(len(document) == 0 for document in documents):  # such a one has the prefix's last token as its own last
+            ids, documents = ids[:-1], [np.concatenate([ids[-1:], document]) for document in documents]
+        groups.append((ids, documents))
+    return as_pack(groups, device)
 
 
-def text_pack(rows: Sequence[Ids], device: str) -> decoder.Pack:
-    """Texts that share nothing."""
-    return _as_pack([], [rows], device)
-
-
-def _as_pack(prefixes: Sequence[Ids], groups: Sequence[Sequence[Ids]], device: str) -> decoder.Pack:
-    starts = [len(prefix) for prefix in prefixes] or [0] * len(groups)
-    documents = [document for group in groups for document in group]
+def as_pack(groups: Sequence[tuple[Ids, Sequence[Ids]]], device: str) -> decoder.Pack:
+    """Prefixes with their documents, none of which is empty; a prefix may be, then its documents come last."""
+    prefixed = [group for group in groups if len(group[0])]
+    bare = [document for prefix, documents in groups if not len(prefix) for document in documents]
+    prefixes = [prefix for prefix, _ in prefixed]
+    documents = [*(document for _, own in prefixed for document in own), *bare]
+    starts = [*(len(prefix) for prefix, own in prefixed for _ in own), *(0 for _ in bare)]
     positions = [np.arange(len(prefix)) for prefix in prefixes]
-    for start, group in zip(starts, groups, strict=True):
-        positions += [np.arange(start, start + len(document)) for document in group]
+    positions += [np.arange(start, start + len(own)) for start, own in zip(starts, documents, strict=True)]
+    cuts = Cuts.of([len(document) for document in documents], device)
+    shared = sum(map(len, prefixes))
     return decoder.Pack(
         ids=to_device(np.concatenate([*prefixes, *documents]), device),
         positions=to_device(np.concatenate(positions), device),
         prefixes=Cuts.of([len(prefix) for prefix in prefixes], device),
-        groups=Cuts.of([sum(map(len, group)) for group in groups], device),
-        group_documents=Cuts.of([len(group) for group in groups], device),
-        documents=Cuts.of([len(document) for document in documents], device),
+        groups=Cuts.of([sum(map(len, own)) for _, own in prefixed], device),
+        group_documents=Cuts.of([len(own) for _, own in prefixed], device),
+        documents=cuts,
+        last=to_device(np.array(cuts.at[1:]) + (shared - 1), device),
+        singles=Cuts.of([1] * len(documents), device),
     )
+
+
+def _padded_batches(body: Any, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
+    """Indexes of sequences in padded batches. Those above the length from which on rotary positions are scaled
+    otherwise (longrope) are never beside shorter ones: transformers takes the longest one's for the whole batch."""
+    border = decoder.rope_border(body.config)
+    longer = lengths > (lengths.max(initial=0) if border is None else border)
+    for alike in (np.flatnonzero(~longer), np.flatnonzero(longer)):
+        for batch in batches(lengths[alike], token_budget):
+            yield alike[batch]
+
+
+def _padded_hidden(body: Any, rows: Sequence[Ids], device: str, masked: bool = False) -> tuple[Tensor, Tensor]:
+    """[n, longest, hidden] of rows padded on the right, and int64[n] lengths. Without a mask only where no position
+    looks ahead."""
+    ids, lengths = padded(rows, device)
+    given: dict[str, Any] = {}
+    if masked or decoder.looks_both_ways(body.config):
+        given["attention_mask"] = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    if hasattr(body.config, "use_cache"):
+        given["use_cache"] = False
+    return body(input_ids=ids, **given).last_hidden_state, lengths
 
 
 def padded(rows: Sequence[Ids], device: str) -> tuple[Tensor, Tensor]:
@@ -212,14 +257,30 @@ def last(hidden: Tensor, lengths: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 
+def _widen_heads(model: Any) -> None:
+    """Let everything behind an encoder's layers, its pooler included, compute in float32."""
+    body = model.base_model
+
+    def widen(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(one.float() if isinstance(one, Tensor) and one.is_floating_point() else one for one in args)
+
+    heads = [child for child in model.children() if child is not body]
+    for head in [*heads, getattr(body, "pooler", None)]:
+        if head is not None and next(head.parameters(), None) is not None:
+            head.float().register_forward_pre_hook(widen)
+
+
 def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forward) -> tuple[Any, str | None]:
     """The packed forward of a model, or None and why its batches are padded, which is said once in the log.
 
     Raises ModelError where the packed forward is insisted on and there is none for the model.
     """
-    reason = "model.forward is padded" if forward == "padded" else path.unsupported(model, device)
+    reason = "model.forward is padded" if forward == "padded" else path.unsupported(model)
     if reason is None:
-        return path.Packed(model, device), None
+        found = path.Packed(model, device)
+        if found.slower:
+            log.warning("model %s: attention goes sequence by sequence, which is slower: %s", spec.name, found.slower)
+        return found, found.slower
     if forward == "packed":
         raise ModelError(f"model.forward: found packed, but model {spec.name!r} has no such forward here: {reason}")
     log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)

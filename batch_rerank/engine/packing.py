@@ -14,12 +14,24 @@ Float32 = npt.NDArray[np.float32]
 
 
 def distinct_pairs(encoded: Encoded) -> Index:
-    """int64[n_pairs]: for each pair the first one with the same prefix and document. A repeated pair is scored once, so
-    that its copies tie exactly."""
-    prefixes = prefix_of(encoded, np.arange(len(encoded.document)))
-    keys = prefixes.astype(np.int64) << 32 | encoded.document
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return np.asarray(first[inverse], np.int64)
+    """int64[n_pairs]: for each pair the first one with the same prefix, document and tail. A repeated pair is scored
+    once, so that its copies tie exactly."""
+    group = encoded.group_of_pair()
+    keys = np.stack([encoded.prefix[group], encoded.document, encoded.tail[group]])
+    order = np.lexsort(keys)  # stable: of equal pairs the first comes first
+    new = np.diff(keys[:, order], axis=1, prepend=-1).any(0)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[new][np.cumsum(new) - 1] if len(order) else order
+    return first
+
+
+def unreadable(encoded: Encoded, texts: bool) -> npt.NDArray[np.bool_]:
+    """bool[n_pairs]: pairs of which nothing is left to read, or with `texts`, for a bi-encoder, one of whose two texts
+    has no token. Tokenizers without special tokens make them of empty texts."""
+    if not texts:
+        return np.equal(encoded.n_tokens, 0)
+    empty = np.equal(np.diff(encoded.offsets), 0)
+    return np.logical_or(empty[encoded.prefix[encoded.group_of_pair()]], empty[encoded.document])
 
 
 @dataclass(frozen=True)
@@ -55,35 +67,37 @@ def shared_packs(encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[
     """
     prefixes = prefix_of(encoded, pairs)
     lengths = np.diff(encoded.offsets)[prefixes]
-    own = encoded.kept + len(encoded.tail)
+    own = encoded.n_tokens[pairs] - lengths
     order = np.argsort(prefixes, kind="stable")
     borders = np.flatnonzero(np.diff(prefixes[order])) + 1
     pack: list[Index] = []
     used = 0
     for members in np.split(order, borders) if len(pairs) else ():
         prefix = int(lengths[members[0]])
-        for part in _even(pairs[members], own[pairs[members]], token_budget - prefix):
+        for run in _even(own[members], token_budget - prefix):
+            part = members[run]
             tokens = prefix + int(own[part].sum())
             if pack and used + tokens > token_budget:
-                yield np.concatenate(pack)
+                yield pairs[np.concatenate(pack)]
                 pack, used = [], 0
             pack.append(part)
             used += tokens
     if pack:
-        yield np.concatenate(pack)
+        yield pairs[np.concatenate(pack)]
 
 
-def _even(pairs: Index, lengths: Int32, room: int) -> Iterator[Index]:
-    """Pairs, in order, in runs of at most `room` tokens, as equal as that allows; a longer pair is a run."""
+def _even(lengths: npt.NDArray[np.integer], room: int) -> Iterator[slice]:
+    """Runs of sequences of these lengths, in order, of at most `room` tokens, as equal as that allows; a longer one is
+    a run."""
     ends = np.cumsum(lengths, dtype=np.int64)
     start, spent = 0, 0
-    while start < len(pairs):
+    while start < len(ends):
         left = int(ends[-1]) - spent
         goal = left / max(1, -(-left // max(1, room)))
-        # the pair that crosses the goal still belongs to the run if there is room for it
-        stop = int(np.searchsorted(ends, spent + goal)) + 1
+        # the one that crosses the goal still belongs to the run if there is room for it
+        stop = int(np.searchsorted(ends, spent + goal)) + 1 if left else len(ends)
         stop = min(stop, max(start + 1, int(np.searchsorted(ends, spent + room, side="right"))))
-        yield pairs[start:stop]
+        yield slice(start, stop)
         start, spent = stop, int(ends[min(stop, len(ends)) - 1])
 
 
@@ -100,8 +114,8 @@ def batches(lengths: Int32, token_budget: int) -> Iterator[Index]:
 
 def filled(lengths: Int32, token_budget: int) -> Iterator[Index]:
     """Indexes of sequences, in order, in evenly filled runs of at most `token_budget` tokens: no padding to save."""
-    if len(lengths):
-        yield from _even(np.arange(len(lengths)), lengths, token_budget)
+    for run in _even(lengths, token_budget):
+        yield np.arange(run.start, run.stop)
 
 
 def prefix_of(encoded: Encoded, pairs: Index) -> Int32:
@@ -109,7 +123,11 @@ def prefix_of(encoded: Encoded, pairs: Index) -> Int32:
     return encoded.prefix[encoded.group_of_pair()[pairs]]
 
 
-def own_tokens(encoded: Encoded, pair: int) -> Ids:
-    """The tokens of a pair after its prefix: as much of the document as is used, and the tail."""
-    document = encoded.segment(int(encoded.document[pair]))[: encoded.kept[pair]]
-    return np.concatenate([document, encoded.tail]) if len(encoded.tail) else document
+def own_tokens(encoded: Encoded, pairs: Index) -> list[Ids]:
+    """The tokens of each pair after its prefix: as much of the document as is used, and the tail."""
+    tails = encoded.tail[encoded.group_of_pair()[pairs]]
+    documents = (encoded.segment(encoded.document[pair])[: encoded.kept[pair]] for pair in pairs)
+    return [
+        np.concatenate([document, encoded.tails[tail]]) if len(encoded.tails[tail]) else document
+        for document, tail in zip(documents, tails, strict=True)
+    ]

@@ -7,23 +7,26 @@ How pairs are batched inside is the scorer's business and never changes a score 
 import hashlib
 import itertools
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoded import Encoded
-from batch_rerank.engine.packing import Float32, Ids, distinct_pairs
+from batch_rerank.engine.encoded import Encoded, lengths_of
+from batch_rerank.engine.packing import Float32, Ids, distinct_pairs, unreadable
 from batch_rerank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from batch_rerank.engine.memory import TokenBudget
-    from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel, Forward
+    from batch_rerank.engine.memory import Fetch, TokenBudget
+    from batch_rerank.engine.models import ClassificationModel, DecoderModel, EmbeddingModel, Forward
 
 VECTOR_CACHE_BYTES = 256 * 2**20
+
+Result = Callable[[], Float32]
+"""Waits for scores that are on their way: float32[n_pairs]."""
 
 
 class Scorer(Protocol):
@@ -39,9 +42,15 @@ class Scorer(Protocol):
         """Why batches are padded, None where they are packed."""
         ...
 
+    def start(self, encoded: Encoded) -> Result:
+        """Begin to score, without waiting for the device: what is returned waits, so that one unit can be packed while
+        another computes. Both raise what `score` raises."""
+        ...
+
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
-        pair that the device's memory is too small for. Raises ModelError where the model gives NaN or infinity."""
+        pair that the device's memory is too small for, and for one without a token (`unreadable`). Raises ModelError
+        where the model gives NaN or infinity."""
         ...
 
 
@@ -58,17 +67,22 @@ def make_scorer(
     import torch  # not at the top: an actor of the checksum kind does without it
 
     from batch_rerank.engine.memory import TokenBudget, choose_budget
-    from batch_rerank.engine.models import CausalModel, ClassificationModel, EmbeddingModel
+    from batch_rerank.engine.models import EmbeddingModel, causal_model, classification_model
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             "CUDA is asked for, but torch sees no GPU here; set cluster.gpus_per_actor: 0 to score on the CPU"
         )
-    if device == "cuda" and spec.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("this GPU has no bfloat16; set model.dtype to float16 or float32")
+    if device.startswith("cuda") and spec.dtype == "bfloat16":
+        found = torch.cuda.get_device_capability(device)  # torch's own check counts a slow emulation as support
+        if torch.version.hip is None and found < (8, 0):
+            raise ConfigError(
+                f"model.dtype: found bfloat16, but this GPU (compute capability {found[0]}.{found[1]}) has none; "
+                "set float16 or float32"
+            )
     kinds: dict[str, Any] = {
-        "causal": CausalModel,
-        "sequence_classification": ClassificationModel,
+        "causal": causal_model,
+        "sequence_classification": classification_model,
         "bi_encoder": EmbeddingModel,
     }
     model = kinds[spec.kind](spec, device, forward)
@@ -89,21 +103,30 @@ def relevance(spec: ModelSpec, scores: Float32) -> Float32 | None:
 class PairScorer:
     """One score a distinct pair: causal and sequence-classification models."""
 
-    def __init__(self, model: "CausalModel | ClassificationModel", budget: "TokenBudget") -> None:
+    def __init__(self, model: "DecoderModel | ClassificationModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
         self.network, self.fallback = model.model, model.fallback
 
-    def score(self, encoded: Encoded) -> Float32:
+    def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
         representative = distinct_pairs(encoded)
-        pairs, computed = self._budget.run(
-            np.unique(representative),
+        fetch = self._budget.start(
+            np.unique(representative[~unreadable(encoded, texts=False)]),
             lambda pending, tokens: self._model.split(encoded, pending, tokens),
             lambda batch: self._model.scores(encoded, batch),
         )
-        scores = np.full(len(representative), np.nan, np.float32)
-        scores[pairs] = _finite(computed, "pairs")
-        return scores[representative]
+
+        def result() -> Float32:
+            pairs, computed = fetch()
+            scores = np.full(len(representative), np.nan, np.float32)
+            scores[pairs] = _finite(computed, "pairs")
+            return scores[representative]
+
+        return result
+
+    def score(self, encoded: Encoded) -> Float32:
+        """See Scorer."""
+        return self.start(encoded)()
 
 
 class BiEncoderScorer:
@@ -118,36 +141,54 @@ class BiEncoderScorer:
         self.network, self.fallback = model.model, model.fallback
         self._cache: dict[bytes, Float32] = {}
 
-    def score(self, encoded: Encoded) -> Float32:
+    def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
-        segments = [encoded.segment(index) for index in range(len(encoded.offsets) - 1)]
-        keys = [hashlib.blake2b(np.ascontiguousarray(ids).data, digest_size=16).digest() for ids in segments]
-        known = {key: self._cache[key] for key in keys if key in self._cache}
-        new = {key: ids for key, ids in zip(keys, segments, strict=True) if key not in known}
-        known |= self._embed(list(new), list(new.values()))
-        self._remember(known, new)
-        scores = np.full(len(encoded.document), np.nan, np.float32)
-        for group, prefix in enumerate(encoded.prefix):
-            query = known.get(keys[prefix])
-            for pair in range(encoded.starts[group], encoded.starts[group + 1]):
-                document = known.get(keys[encoded.document[pair]])
+        queries = encoded.prefix[encoded.group_of_pair()]
+        readable = np.flatnonzero(~unreadable(encoded, texts=True))
+        used = np.unique(np.concatenate([queries[readable], encoded.document[readable]]))
+        keys: dict[int, bytes] = {}
+        known: dict[bytes, Float32] = {}
+        new: dict[bytes, Ids] = {}
+        for index in used.tolist():
+            ids = encoded.segment(index)
+            key = keys[index] = hashlib.blake2b(np.ascontiguousarray(ids).data, digest_size=16).digest()
+            if key in self._cache:
+                known[key] = self._cache[key]
+            else:
+                new[key] = ids
+        fetch = self._embed(list(new.values()))
+
+        def result() -> Float32:
+            order, vectors = fetch()
+            names = list(new)
+            fresh = {names[i]: vector.copy() for i, vector in zip(order, _finite(vectors, "texts"), strict=True)}
+            self._remember(fresh)
+            found = known | fresh
+            scores = np.full(len(encoded.document), np.nan, np.float32)
+            for pair in readable.tolist():
+                query, document = found.get(keys[queries[pair]]), found.get(keys[encoded.document[pair]])
                 if query is not None and document is not None:
                     scores[pair] = document @ query
-        return scores
+            return scores
 
-    def _embed(self, keys: list[bytes], segments: list[Ids]) -> dict[bytes, Float32]:
-        lengths = np.array([len(ids) for ids in segments], np.int32)
-        order, vectors = self._budget.run(
+        return result
+
+    def score(self, encoded: Encoded) -> Float32:
+        """See Scorer."""
+        return self.start(encoded)()
+
+    def _embed(self, segments: list[Ids]) -> "Fetch":
+        lengths = lengths_of(segments)
+        return self._budget.start(
             np.arange(len(segments)),
             lambda pending, tokens: (pending[batch] for batch in self._model.split(lengths[pending], tokens)),
             lambda batch: self._model.embed([segments[index] for index in batch]),
         )
-        return {keys[index]: vector.copy() for index, vector in zip(order, _finite(vectors, "texts"), strict=True)}
 
-    def _remember(self, known: dict[bytes, Float32], new: Iterable[bytes]) -> None:
+    def _remember(self, fresh: dict[bytes, Float32]) -> None:
         """Keep the new vectors; the oldest go first."""
-        self._cache.update((key, known[key]) for key in new if key in known)
-        size = next(iter(known.values())).nbytes if known else 1
+        self._cache |= fresh
+        size = next(iter(fresh.values())).nbytes if fresh else 1
         for key in list(itertools.islice(self._cache, max(0, len(self._cache) - VECTOR_CACHE_BYTES // size))):
             del self._cache[key]
 
@@ -158,6 +199,11 @@ class ChecksumScorer:
 
     network = None
     fallback = None
+
+    def start(self, encoded: Encoded) -> Result:
+        """See Scorer."""
+        scores = self.score(encoded)
+        return lambda: scores
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
@@ -170,7 +216,7 @@ class ChecksumScorer:
 
 
 def _finite(values: Float32, what: str) -> Float32:
-    bad = int(np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1)))
+    bad = len(values) and int(np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1)))
     if bad:
         raise ModelError(
             f"the model gave NaN or infinity for {bad} of {len(values)} {what}; expected finite scores; "

@@ -206,7 +206,7 @@ def _query_is_last(template: CausalTemplate) -> bool:
 
 def _sequences(spec: ModelSpec, encoded: Encoded, pair: int) -> list[list[int]]:
     prefix = encoded.segment(int(prefix_of(encoded, np.array([pair]))[0])).tolist()
-    own = own_tokens(encoded, pair).tolist()
+    own = own_tokens(encoded, np.array([pair]))[0].tolist()
     return [prefix, own] if spec.kind == "bi_encoder" else [prefix + own]
 
 
@@ -304,7 +304,7 @@ def distinct_sequences(encoded: Encoded, pairs: npt.NDArray[np.int64] | None = N
     prefixes = prefix_of(encoded, chosen)
     return len(
         {
-            (encoded.segment(int(prefix)).tobytes(), own_tokens(encoded, int(pair)).tobytes())
-            for prefix, pair in zip(prefixes, chosen, strict=True)
+            (encoded.segment(int(prefix)).tobytes(), own.tobytes())
+            for prefix, own in zip(prefixes, own_tokens(encoded, chosen), strict=True)
         }
     )

@@ -29,6 +29,8 @@ PROBES = (
     "السلام عليكم",
     "<|im_end|>\n<|im_start|>assistant",
     "🙂🙃 x" * 3,
+    "ends in a break\n",
+    "in breaks and a tab \n\n\t",
 )
 """Texts on which a split of the template, or a pair's layout, must give the ids of the whole."""
 

@@ -1,7 +1,7 @@
 """Pairs that make the engine raise: found by halving, so that one bad pair costs a row and not its unit."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,8 @@ from batch_rerank.errors import ModelError
 log = logging.getLogger("batch_rerank")
 
 MOST_POISON = 16
-"""Pairs of one unit that may raise. More of them are no bad pairs but a bad unit, or a bad engine."""
+"""Pairs of one unit that may raise, or of a bi-encoder texts. More of them are no bad pairs but a bad unit, or a bad
+engine."""
 
 
 class PoisonedUnitError(Exception):
@@ -38,12 +39,17 @@ class Trial:
 
 
 def score_around(
-    score: Callable[[Encoded], Float32], encoded: Encoded, trial: Trial | None, device_lost: Callable[[], bool]
+    score: Callable[[Encoded], Float32],
+    encoded: Encoded,
+    trial: Trial | None,
+    device_lost: Callable[[], bool],
+    by_text: bool = False,
 ) -> tuple[Float32, dict[int, str]]:
     """Score a unit without the pairs that raise: float32[n_pairs], NaN for those, and their errors by pair.
 
-    `trial` is what an earlier try left, and what this one leaves where the device is lost. Raises PoisonedUnitError
-    for more than MOST_POISON such pairs, ModelError where those, or all pairs, fail in the model's own checks, and
+    `trial` is what an earlier try left, and what this one leaves where the device is lost. `by_text`: a bi-encoder's
+    texts raise, and one text may take all pairs of its query with it. Raises PoisonedUnitError for more than
+    MOST_POISON such pairs or texts, ModelError where those, or all pairs, fail in the model's own checks, and
     DeviceLostError.
     """
     n = len(encoded.document)
@@ -52,6 +58,8 @@ def score_around(
     scored: list[tuple[int, int]] = []
     while trial.todo:
         start, stop = trial.todo.pop()
+        if start == stop:  # a unit without a pair to score: its texts are all null
+            continue
         try:
             scores[start:stop] = score(encoded if stop - start == n else encoded.part(start, stop))
             scored.append((start, stop))
@@ -60,12 +68,20 @@ def score_around(
             if device_lost():
                 trial.todo += scored  # their scores die with this process
                 raise DeviceLostError(trial.errors.get(start) or _name(error)) from error
-            all_raised = 1 < len(trial.errors) == n
-            if len(trial.errors) > MOST_POISON or all_raised:
+            causes = _texts(encoded, trial.errors) if by_text else len(trial.errors)
+            all_raised = len(trial.errors) == n and causes > 1
+            if causes > MOST_POISON or all_raised:
                 if isinstance(error, ModelError):
                     raise
                 raise PoisonedUnitError(f"{len(trial.errors)} pairs raised, the last of them {_name(error)}") from error
     return scores, trial.errors
+
+
+def _texts(encoded: Encoded, raised: Iterable[int]) -> int:
+    """How many texts explain that these pairs raise: their queries or their documents, whichever are fewer."""
+    pairs = np.fromiter(raised, np.int64)
+    queries = encoded.prefix[encoded.group_of_pair()[pairs]]
+    return min(len(set(queries.tolist())), len(set(encoded.document[pairs].tolist())))
 
 
 def _divide(trial: Trial, start: int, stop: int, error: Exception) -> None:

@@ -18,7 +18,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import Encoder
-from batch_rerank.engine.packing import Float32, best_chunks
+from batch_rerank.engine.packing import Float32, best_chunks, unreadable
 from batch_rerank.engine.scorer import Scorer, make_scorer
 from batch_rerank.engine.selftest import self_test, unit_fault
 from batch_rerank.errors import BatchRerankError, ModelError
@@ -31,6 +31,7 @@ from batch_rerank.store.manifest import Manifest, Receipt, SetAside
 from batch_rerank.store.shards import Unit
 
 log = logging.getLogger("batch_rerank")
+NO_TOKENS = "no tokens: the model's tokenizer makes none of a text of this pair"
 T = TypeVar("T")
 
 
@@ -87,7 +88,10 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
     NaN, or scores that are no scores: the same for every sequence, or all saturated; and what score_around raises.
     """
     started = time.monotonic()
-    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost)
+    by_text = scorer.model.kind == "bi_encoder"
+    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost, by_text)
+    for pair in np.flatnonzero(unreadable(unit.encoded, by_text)).tolist():
+        raised[pair] = NO_TOKENS
     fault = unit_fault(scorer.model, unit.encoded, scores)
     if fault:
         raise ModelError(
