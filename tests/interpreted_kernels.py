@@ -83,19 +83,23 @@ def test_these_tests_run_the_kernels() -> None:
 @pytest.mark.parametrize("normed", [True, False], ids=["normed", "bare"])
 @pytest.mark.parametrize("shape", HEADS)
 def test_rotation_at_the_shapes_of_models(shape: str, normed: bool, dtype: torch.dtype) -> None:
-    assert_rotates(5, *HEADS[shape], 128, dtype, normed)
+    assert_rotates(3, *HEADS[shape], 128, dtype, normed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_rotation_of_other_heads(dim: int, dtype: torch.dtype) -> None:
-    for heads, kv_heads in ((14, 2), (7, 7), (3, 1), (5, 0), (0, 5)):
-        assert_rotates(3, heads, kv_heads, dim, dtype, True)
+    assert_rotates(2, 14, 2, dim, dtype, True)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 7), (3, 1), (5, 0), (0, 5)])
+def test_rotation_of_any_number_of_heads(heads: int, kv_heads: int) -> None:
+    assert_rotates(2, heads, kv_heads, 64, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_rotation_of_any_number_of_rows(rows: int) -> None:
-    assert_rotates(rows, 2, 1, 64, torch.bfloat16, True)
+    assert_rotates(rows, 1, 1, 64, torch.bfloat16, True)
 
 
 def assert_adds(rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:

@@ -24,8 +24,9 @@ SHARED = {80: 163, 89: 99, 90: 227, 100: 227}
 
 @needs_triton
 def test_kernels_equal_their_plain_forms() -> None:
-    tests = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", str(tests), "-p", "no:cacheprovider"]
+    """Each alone, and all in the decoder."""
+    tests = [str(Path(__file__).with_name(name)) for name in ("interpreted_kernels.py", "test_fused.py")]
+    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider", "-k", "interpreted or few"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout

@@ -47,19 +47,18 @@ def use(tensor: Tensor) -> bool:
 
 @functools.cache
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on a GPU in a dtype, None where they can; a reason is logged, once.
-
-    A launch is tried: Triton builds its launcher with the machine's C compiler, and there may be none.
-    """
+    """Why the kernels cannot run on a GPU in a dtype, None where they can; a reason is logged, once. One is launched to
+    see: Triton builds its launcher with the machine's C compiler, and there may be none."""
     if triton is None:
         reason = "Triton is not installed"
     else:
         try:
             sample = torch.linspace(-2, 2, 64, device=device).to(dtype).view(2, 32)
-            torch.testing.assert_close(_swiglu_triton(sample), plain_swiglu(sample))
-            return None
+            if torch.allclose(_swiglu_triton(sample), plain_swiglu(sample), rtol=0.01, atol=0.01):
+                return None
+            reason = "a kernel's result is wrong"
         except Exception as error:  # a driver, a compiler, an assembler: whatever it is, the plain forms remain
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     log.warning("Triton kernels do not run on %s in %s, plain operations do, slower: %s", device, dtype, reason)
     return reason
 
@@ -81,9 +80,6 @@ def _rows(*tensors: Tensor) -> list[int]:
     return [tensor.stride(0) for tensor in tensors]
 
 
-# Norm of queries and keys, and their rotary positions
-
-
 def rotate_(
     joined: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, query_norm: Norm | None, key_norm: Norm | None
 ) -> None:
@@ -97,13 +93,13 @@ def rotate_(
     if not use(joined):
         plain_rotate_(joined, heads, kv_heads, cos, sin, query_norm, key_norm)
         return
-    dim = cos.shape[1]
-    columns = triton.next_power_of_2(dim // 2)
+    half = cos.shape[1] // 2
+    columns = triton.next_power_of_2(half)
     query_weight, query_epsilon = query_norm or (None, 0.0)
     key_weight, key_epsilon = key_norm or (None, 0.0)
     strides = _rows(joined, cos, sin)
     norms = (query_weight, query_epsilon, key_weight, key_epsilon)
-    sizes = (heads, kv_heads, dim // 2, columns, max(512 // columns, 1))
+    sizes = (heads, kv_heads, half, columns, max(512 // columns, 1))
     _launch(_rotate_kernel, (len(joined),), joined, joined, cos, sin, *strides, *norms, *sizes, warps=2)
 
 
@@ -161,10 +157,10 @@ def _rotate_heads(
     """Heads FIRST to STOP of one token; each half of a head is HALF elements in COLUMNS, a power of 2."""
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < HALF
-    low_cos = tl.load(cos + column, inside, 0.0).to(tl.float32)
-    high_cos = tl.load(cos + HALF + column, inside, 0.0).to(tl.float32)
-    low_sin = tl.load(sin + column, inside, 0.0).to(tl.float32)
-    high_sin = tl.load(sin + HALF + column, inside, 0.0).to(tl.float32)
+    low_cos, high_cos = tl.load(cos + column, inside), tl.load(cos + HALF + column, inside)
+    low_sin, high_sin = tl.load(sin + column, inside), tl.load(sin + HALF + column, inside)
+    low_cos, high_cos = low_cos.to(tl.float32), high_cos.to(tl.float32)
+    low_sin, high_sin = low_sin.to(tl.float32), high_sin.to(tl.float32)
     for start in range(FIRST, STOP, TILE):
         head = start + tl.arange(0, TILE)[:, None]
         at = row + head * (2 * HALF) + column
@@ -172,19 +168,15 @@ def _rotate_heads(
         low = tl.load(at, kept, 0.0).to(tl.float32)
         high = tl.load(at + HALF, kept, 0.0).to(tl.float32)
         if weight is not None:
-            low_weight = tl.load(weight + column, inside, 0.0)
-            high_weight = tl.load(weight + HALF + column, inside, 0.0)
             squares = tl.sum(low * low, 1) + tl.sum(high * high, 1)
             scale = tl.rsqrt(squares / (2 * HALF) + epsilon)[:, None]
-            dtype = row.dtype.element_ty
-            low = ((low * scale).to(low_weight.dtype).to(tl.float32) * low_weight.to(tl.float32)).to(dtype)
-            high = ((high * scale).to(low_weight.dtype).to(tl.float32) * high_weight.to(tl.float32)).to(dtype)
-            low, high = low.to(tl.float32), high.to(tl.float32)
+            low_weight = tl.load(weight + column, inside, 0.0)
+            high_weight = tl.load(weight + HALF + column, inside, 0.0)
+            low = (low * scale).to(low_weight.dtype).to(tl.float32) * low_weight.to(tl.float32)
+            high = (high * scale).to(low_weight.dtype).to(tl.float32) * high_weight.to(tl.float32)
+            low, high = low.to(row.dtype.element_ty).to(tl.float32), high.to(row.dtype.element_ty).to(tl.float32)
         tl.store(at, low * low_cos - high * low_sin, kept)
         tl.store(at + HALF, high * high_cos + low * high_sin, kept)
-
-
-# The residual and its norm
 
 
 def add_norm_(residual: Tensor, added: Tensor | None, norm: Norm) -> Tensor:
@@ -246,14 +238,9 @@ def _add_norm_kernel(
     tl.store(out + row * width + column, exact.to(scale.dtype).to(tl.float32) * scale.to(tl.float32), inside)
 
 
-# The gated activation
-
-
 def swiglu(joined: Tensor) -> Tensor:
     """[n, 2 * inner], the gate's products then the up's, to silu(gate) * up, [n, inner] (Shazeer 2020)."""
-    if not joined.numel() or not use(joined):
-        return plain_swiglu(joined)
-    return _swiglu_triton(joined)
+    return _swiglu_triton(joined) if joined.numel() and use(joined) else plain_swiglu(joined)
 
 
 def plain_swiglu(joined: Tensor) -> Tensor:
@@ -283,16 +270,14 @@ def _swiglu_kernel(joined: tl.tensor, out: tl.tensor, stride: tl.tensor, inner: 
     tl.store(out + row * inner + column, active.to(tl.float32) * up.to(tl.float32), inside)
 
 
-# Two attentions as one
-
-
-def merge(own: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, into: Tensor) -> None:
-    """The attention over two sets of keys from the attentions over each, written to `into`, which may be `own`.
+def merge(own: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, into: Tensor | None = None) -> None:
+    """The attention over two sets of keys from the attentions over each, written to `into`; None is in place of `own`.
 
     own, other, into: [n, heads, dim]; lse, other_lse: float32[n, heads], the log-sum-exp of the scaled products over
     each set, infinite for a set without keys (FlashAttention-2 reports +inf there, arithmetic gives -inf): such a set
     counts for nothing, whatever its attention holds, and where both are without keys `own` stays.
     """
+    into = own if into is None else into
     if not own.numel():
         return
     if not use(own):
