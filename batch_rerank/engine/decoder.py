@@ -3,15 +3,18 @@
 The weights are those of the loaded transformers model, which stays whole beside this (its own forward is the slow
 path that the self-test compares with). What differs is the order of the work: projections of the same input are one
 matrix product, results land in place, and an answer needs only the last position of each document, so in the last
-layer only those positions are queried and go through the MLP.
+layer only those positions are queried and go through the MLP. Between the products a GPU computes with `kernels.py`,
+a CPU with what its own library fuses to them (`linear.py`).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from batch_rerank.engine import kernels
 from batch_rerank.engine.architecture import looks_both_ways
 from batch_rerank.engine.attention import Cuts, Tensor, attend, kernel_for, merge
 from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
@@ -47,22 +50,26 @@ class Pack:
 class Packed:
     """A decoder's body over packs."""
 
-    def __init__(self, body: Any, device: str) -> None:
+    def __init__(self, body: Any, device: str, fused: bool | None = None) -> None:
         """`body`: the transformers model without its head, e.g. Qwen3Model; `unsupported` must be None for it.
 
         Joins weights that multiply the same input; the model's own parameters become views of the joined ones.
+        fused: whether `kernels.py` computes what is between the products; None: on all devices but CPUs.
         """
+        self._fused = device != "cpu" if fused is None else fused
         self._embed, self._rotary = body.embed_tokens, body.rotary_emb
         config = body.config
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._kernel = kernel_for(device, body.dtype, self._dim)
         self.slower = self._kernel.reason
+        if self._fused and torch.cuda.is_available():
+            self.slower = self.slower or kernels.missing(torch.device(device), body.dtype)
         self._unit_offset = config.model_type == "gemma"  # its norms multiply by 1 + weight
         self._norm = self._norm_of(body.norm)
         self._blocks = [self._block(layer, config) for layer in body.layers]
 
-    def _norm_of(self, norm: Any) -> tuple[Tensor, float]:
+    def _norm_of(self, norm: Any) -> kernels.Norm:
         epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
         return (norm.weight.float() + 1 if self._unit_offset else norm.weight).detach(), float(epsilon)
 
@@ -76,6 +83,7 @@ class Packed:
             key_norm=self._norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
             scale=float(attention.scaling),
             output=weights_of(attention.o_proj),
+            gate_up=_join(mlp.gate_proj, mlp.up_proj) if self._fused and config.hidden_act == "silu" else None,
             gate=weights_of(mlp.gate_proj),
             up=weights_of(mlp.up_proj),
             down=weights_of(mlp.down_proj),
@@ -85,19 +93,48 @@ class Packed:
     def last_hidden(self, pack: Pack) -> Tensor:
         """[n_documents, hidden]: the normed hidden state at the last token of every document, in the pack's order."""
         hidden = self._embed(pack.ids)
-        cos, sin = (t[0].unsqueeze(1) for t in self._rotary(hidden, pack.positions[None]))
-        half = self._dim // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate_half's sign, once for all layers
-        for block in self._blocks[:-1]:
-            query, key, value = self._project(block, hidden, cos, sin)
-            hidden = block.after_attention(hidden, self._attend(block, query, key, value, pack))
-        return _rms_norm(self._last_layer(self._blocks[-1], hidden, cos, sin, pack), self._norm)
+        cos, sin = (t[0] for t in self._rotary(hidden, pack.positions[None]))
+        if not self._fused:
+            half = self._dim // 2
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate_half's sign, once for all layers
+        normed = self._normed(hidden, self._blocks[0].before)
+        for block, following in pairwise(self._blocks):
+            projected = linear(normed, block.query_key_value)
+            query, key, value = self._turned(block, projected, self._heads, self._kv_heads, cos, sin)
+            attended = self._attend(block, query, key, value, pack)
+            hidden, normed = self._after_attention(block, hidden, attended, following.before)
+        return self._last_layer(self._blocks[-1], hidden, normed, cos, sin, pack)
 
-    def _project(self, block: "_Block", hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = linear(_rms_norm(hidden, block.before), block.query_key_value)
-        heads = [self._heads, self._kv_heads, self._kv_heads]
-        query, key, value = torch.split(projected.view(len(hidden), -1, self._dim), heads, 1)
+    def _normed(self, hidden: Tensor, norm: kernels.Norm) -> Tensor:
+        return kernels.add_norm_(hidden, None, norm) if self._fused else _rms_norm(hidden, norm)
+
+    def _turned(
+        self, block: "_Block", projected: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads of [n, (heads + 2 * kv_heads) * dim], the first two normed and at their positions;
+        in place where that is fused."""
+        counts = [heads, kv_heads, kv_heads]
+        query, key, value = torch.split(projected.view(len(projected), sum(counts), self._dim), counts, 1)
+        if self._fused:
+            kernels.rotate_(projected, heads, kv_heads, cos, sin, block.query_norm, block.key_norm)
+            return query, key, value
         return _rotate(query, block.query_norm, cos, sin), _rotate(key, block.key_norm, cos, sin), value
+
+    def _after_attention(
+        self, block: "_Block", hidden: Tensor, attended: Tensor, following: kernels.Norm
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output from its input [n, hidden] and its attention [n, heads * dim], and that output under the
+        norm which follows."""
+        hidden, normed = self._added(hidden, attended, block.output, block.after)
+        return self._added(hidden, block.gated(normed), block.down, following)
+
+    def _added(self, hidden: Tensor, inputs: Tensor, weights: Weights, norm: kernels.Norm) -> tuple[Tensor, Tensor]:
+        """The residual with a product added, in place where that is fused, and its norm."""
+        if self._fused:
+            return hidden, kernels.add_norm_(hidden, linear(inputs, weights), norm)
+        hidden = linear_with(inputs, weights, "add", hidden)
+        return hidden, _rms_norm(hidden, norm)
 
     def _attend(self, block: "_Block", query: Tensor, key: Tensor, value: Tensor, pack: Pack) -> Tensor:
         """[total, heads * dim]."""
@@ -130,52 +167,53 @@ class Packed:
             across = torch.empty_like(query[:rows])
             keys = (key[:shared], value[:shared], groups, pack.prefixes)
             prefix_sums = attend(query[:rows], *keys, block.scale, False, across, self._kernel)
-            merge(out[:rows], sums[:rows], across, prefix_sums)
+            (kernels.merge if self._fused else merge)(out[:rows], sums[:rows], across, prefix_sums)
 
-    def _last_layer(self, block: "_Block", hidden: Tensor, cos: Tensor, sin: Tensor, pack: Pack) -> Tensor:
-        """The layer's output at the last rows only; keys and values are needed at all rows."""
+    def _last_layer(
+        self, block: "_Block", hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, pack: Pack
+    ) -> Tensor:
+        """The model's output at the last rows only; keys and values are needed at all rows."""
         shared, last = pack.prefixes.at[-1], pack.last
         split = self._heads * self._dim
         weight, bias = block.query_key_value
-        normed = _rms_norm(hidden, block.before)
         projected = linear(normed, (weight[split:], None if bias is None else bias[split:]))
-        key, value = projected.view(len(hidden), -1, self._dim).chunk(2, 1)
-        key = _rotate(key, block.key_norm, cos, sin)
-        query = linear(normed[last], (weight[:split], None if bias is None else bias[:split]))
-        query = _rotate(query.view(len(last), -1, self._dim), block.query_norm, cos[last], sin[last])
+        _, key, value = self._turned(block, projected, 0, self._kv_heads, cos, sin)
+        projected = linear(normed[last], (weight[:split], None if bias is None else bias[:split]))
+        query, _, _ = self._turned(block, projected, self._heads, 0, cos[last], sin[last])
         out = torch.empty_like(query)
         own = (query, key[shared:], value[shared:], pack.singles, pack.documents)
         sums = attend(*own, block.scale, False, out, self._kernel)
         self._add_prefix(block, query, key, value, pack.group_documents, pack, out, sums)
-        return block.after_attention(hidden[last], out.flatten(1))
+        return self._after_attention(block, hidden[last], out.flatten(1), self._norm)[1]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One layer's weights; norms as (weight, epsilon). `activation` None is SiLU."""
+    """One layer's weights; `gate_up`: both joined, where that is fused; `activation` None is SiLU."""
 
-    before: tuple[Tensor, float]
-    after: tuple[Tensor, float]
+    before: kernels.Norm
+    after: kernels.Norm
     query_key_value: Weights
-    query_norm: tuple[Tensor, float] | None
-    key_norm: tuple[Tensor, float] | None
+    query_norm: kernels.Norm | None
+    key_norm: kernels.Norm | None
     scale: float
     output: Weights
+    gate_up: Weights | None
     gate: Weights
     up: Weights
     down: Weights
     activation: Any
 
-    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output from its input [n, hidden] and its attention [n, heads * dim]."""
-        hidden = linear_with(attended, self.output, "add", hidden)
-        normed = _rms_norm(hidden, self.after)
+    def gated(self, normed: Tensor) -> Tensor:
+        """[n, hidden] to [n, inner]: the activated gate times the up projection."""
+        if self.gate_up is not None:
+            return kernels.swiglu(linear(normed, self.gate_up))
         gate = (
             linear(normed, self.gate, "swish")
             if self.activation is None
             else self.activation(linear(normed, self.gate))
         )
-        return linear_with(linear_with(normed, self.up, "mul", gate), self.down, "add", hidden)
+        return linear_with(normed, self.up, "mul", gate)
 
 
 def unsupported(body: Any) -> str | None:
@@ -204,7 +242,7 @@ def _join(*linears: Any) -> Weights:
     return weight, torch.cat([layer.bias.detach() for layer in linears])
 
 
-def _rms_norm(hidden: Tensor, norm: tuple[Tensor, float]) -> Tensor:
+def _rms_norm(hidden: Tensor, norm: kernels.Norm) -> Tensor:
     weight, epsilon = norm
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32:  # half the passes of torch's own there
         length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
@@ -214,7 +252,7 @@ def _rms_norm(hidden: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     return functional.rms_norm(hidden, (hidden.shape[-1],), weight, epsilon)
 
 
-def _rotate(heads: Tensor, norm: tuple[Tensor, float] | None, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(heads: Tensor, norm: kernels.Norm | None, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of [n, heads, dim], after the norm of each head where the model has one (Qwen3)."""
     if norm is not None:
         heads = _rms_norm(heads, norm)

@@ -296,7 +296,7 @@ def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forwar
     if reason is None:
         found = path.Packed(model, device)
         if found.slower:
-            log.warning("model %s: attention goes sequence by sequence, which is slower: %s", spec.name, found.slower)
+            log.warning("model %s: the packed forward does without its fastest kernels: %s", spec.name, found.slower)
         return found, found.slower
     if forward == "packed":
         raise ModelError(f"model.forward: found packed, but model {spec.name!r} has no such forward here: {reason}")
