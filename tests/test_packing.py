@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.memory import SMALLEST, TokenBudget, choose_budget
 from batch_rerank.engine.models import DecoderModel, causal_model, classification_model
-from batch_rerank.engine.packing import Index, distinct_pairs, filled, own_tokens, shared_packs
+from batch_rerank.engine.packing import LONG, Index, distinct_pairs, filled, long_apart, own_tokens, shared_packs
 from batch_rerank.engine.scorer import PairScorer, make_scorer
 from batch_rerank.job.steps import EncodedUnit, score_unit
 
@@ -71,6 +72,30 @@ def test_runs_without_padding_keep_the_order() -> None:
     lengths = np.array([5, 5, 20, 1, 1, 1], np.int32)
     assert [run.tolist() for run in filled(lengths, 10)] == [[0, 1], [2], [3, 4, 5]]
     assert list(filled(np.empty(0, np.int32), 10)) == []
+
+
+def test_long_sequences_are_packed_apart_from_short_ones() -> None:
+    assert [part.tolist() for part in long_apart(np.array([5, 8000, LONG, LONG + 1, 0]))] == [[0, 2, 4], [1, 3]]
+    assert [part.tolist() for part in long_apart(np.array([5, 1]))] == [[0, 1]]
+    assert [part.tolist() for part in long_apart(np.array([5000]))] == [[0]]
+    assert long_apart(np.array([], np.int32)) == []
+
+
+@pytest.mark.parametrize("build", [qwen3_reranker, xlmr_reranker])
+def test_a_gpus_kernel_gets_long_pairs_in_packs_of_their_own(tmp_path: Path, build: object) -> None:
+    spec = resolve_model(str(build(tmp_path)))  # type: ignore[operator]
+    documents = ["Paris " * n for n in (3, 990, 1600, 8, 2000, 1)]
+    groups = [Group("where?", documents), Group("what?", documents[:3])]
+    encoded = make_encoder(spec).encode(groups)
+    model = (causal_model if spec.kind == "causal" else classification_model)(spec, "cpu")
+    whole = PairScorer(model, TokenBudget(4096)).score(encoded)
+    path: Any = model._decoder if isinstance(model, DecoderModel) else model._encoder
+    path.long_apart = True
+    packs = list(model.split(encoded, np.arange(9), 4096))
+    assert sorted(np.concatenate(packs).tolist()) == list(range(9))
+    own = np.diff(encoded.offsets)[encoded.document]
+    assert all((own[pack] > 1024).all() or (own[pack] < 1024).all() for pack in packs)
+    np.testing.assert_allclose(PairScorer(model, TokenBudget(4096)).score(encoded), whole, atol=1e-5)
 
 
 class Device:

@@ -62,7 +62,7 @@ class Packed:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._kernel = kernel_for(device, body.dtype, self._dim)
-        self.slower = self._kernel.reason
+        self.slower, self.long_apart = self._kernel.reason, self._kernel.name == "varlen"
         if self._fused and torch.cuda.is_available():
             self.slower = self.slower or kernels.missing(torch.device(device), body.dtype)
         self._unit_offset = config.model_type == "gemma"  # its norms multiply by 1 + weight

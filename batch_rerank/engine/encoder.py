@@ -33,7 +33,7 @@ class Packed:
         head_dim = model.config.hidden_size // model.config.num_attention_heads
         dtype = model.get_input_embeddings().weight.dtype  # the head's is float32
         self._kernel = kernel_for(device, dtype, head_dim)
-        self.slower = self._kernel.reason
+        self.slower, self.long_apart = self._kernel.reason, self._kernel.name == "varlen"
         use_onednn(model)
         body = model.base_model
         pooler = getattr(body, "pooler", None)

@@ -29,7 +29,16 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import NONE, Encoded
 from batch_rerank.engine.encoding import PairEncoder
 from batch_rerank.engine.loading import load
-from batch_rerank.engine.packing import Ids, Index, batches, filled, own_tokens, prefix_of, shared_packs
+from batch_rerank.engine.packing import (
+    Ids,
+    Index,
+    batches,
+    filled,
+    long_apart,
+    own_tokens,
+    prefix_of,
+    shared_packs,
+)
 from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.errors import ModelError
 
@@ -51,6 +60,10 @@ class DecoderModel:
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
+        if self._decoder and self._decoder.long_apart:
+            own = encoded.n_tokens[pairs] - np.diff(encoded.offsets)[prefix_of(encoded, pairs)]
+            parts = (shared_packs(encoded, pairs[alike], token_budget) for alike in long_apart(own))
+            return itertools.chain.from_iterable(parts)
         if self._decoder:
             return shared_packs(encoded, pairs, token_budget)
         return (pairs[batch] for batch in self._padding.split(encoded.n_tokens[pairs], token_budget))
@@ -115,7 +128,7 @@ class ClassificationModel:
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
         lengths = encoded.n_tokens[pairs]
-        form = filled(lengths, token_budget) if self._encoder else batches(lengths, token_budget)
+        form = _filled(self._encoder, lengths, token_budget) if self._encoder else batches(lengths, token_budget)
         return (pairs[batch] for batch in form)
 
     def scores(self, encoded: Encoded, pairs: Index) -> Tensor:
@@ -158,7 +171,7 @@ class EmbeddingModel:
     def split(self, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
         """Texts of these lengths in batches of at most `token_budget` tokens; a longer text is alone."""
         if self._decoder or self._encoder:
-            return filled(lengths, token_budget)
+            return _filled(self._decoder or self._encoder, lengths, token_budget)
         return self._padding.split(lengths, token_budget)
 
     def embed(self, rows: Sequence[Ids]) -> Tensor:
@@ -179,6 +192,13 @@ class EmbeddingModel:
         if self._pooling == "last":
             return last(hidden, lengths)
         return (hidden * mask_of(hidden, lengths)[:, :, None]).sum(1) / lengths[:, None]
+
+
+def _filled(path: Any, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
+    """Indexes of sequences in evenly filled runs, long ones apart where the packed forward wants that."""
+    for alike in long_apart(lengths) if path.long_apart else [np.arange(len(lengths))]:
+        for run in filled(lengths[alike], token_budget):
+            yield alike[run]
 
 
 def sequences(encoded: Encoded, pairs: Index) -> list[Ids]:
