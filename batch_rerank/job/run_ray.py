@@ -9,7 +9,9 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,9 @@ T = TypeVar("T")
 
 LOCAL_TASK_CPUS = 4
 """CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
+
+HEAD_SECONDS = 40.0
+"""How long a head may be away: Ray ends the driver itself after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)."""
 
 UNIT_TRIES = 40
 """Starts of an actor for one unit. Attempts ends the tries of a unit sooner; units that wait behind it use theirs up
@@ -96,7 +101,7 @@ class Score(Scoring):
 
 def _payloads(dataset: "ray.data.Dataset") -> Iterator[bytes | SetAside]:
     """The rows of a dataset's blocks as they come. Raises their errors, and UnfinishedError where Ray gives up."""
-    with Watch(_waits) as watch:
+    with Watch(_waits, _Heartbeat().gone) as watch:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
@@ -109,9 +114,45 @@ def _payloads(dataset: "ray.data.Dataset") -> Iterator[bytes | SetAside]:
                         raise from_value(problem)
                     yield problem
         except ray.exceptions.RayError as error:
-            raise _given_up(error) from error
+            raise _given_up(watch.lost or error) from error
+        except KeyboardInterrupt:
+            if watch.lost:
+                raise _given_up(watch.lost) from None
+            raise
         finally:
             Execution.latest = None
+
+
+class _Heartbeat:
+    """Looks whether the Ray that this process hangs on is still there. Ray's own end for a driver whose node process
+    has died is to end the process: without a message, and with the job's status at "running" for ever."""
+
+    def __init__(self) -> None:
+        node: Any = ray._private.worker._global_node
+        host, _, port = node.gcs_address.rpartition(":")
+        self._raylet, self._head = node.raylet_socket_name, (host.strip("[]"), int(port))
+        self._head_seen = time.monotonic()
+
+    def gone(self) -> str | None:
+        """Why this process has no Ray any more, None while it has."""
+        if not _answers(socket.AF_UNIX, self._raylet) and not _answers(socket.AF_UNIX, self._raylet):
+            return "the Ray process of this node (raylet) has died"
+        now = time.monotonic()
+        if _answers(socket.AF_INET6 if ":" in self._head[0] else socket.AF_INET, self._head):
+            self._head_seen = now
+        if now - self._head_seen > HEAD_SECONDS:
+            return f"Ray's head {self._head[0]}:{self._head[1]} has not answered for {HEAD_SECONDS:g} s"
+        return None
+
+
+def _answers(family: int, address: Any) -> bool:
+    with socket.socket(family) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(address)
+        except OSError:
+            return False
+        return True
 
 
 class Execution(ExecutionCallback):
@@ -139,7 +180,7 @@ def _waits() -> str:
     return "; ".join([*said, f"{_machines()}, {unused}"])
 
 
-def _given_up(error: Exception) -> UnfinishedError:
+def _given_up(error: Exception | str) -> UnfinishedError:
     lines = str(error).strip().splitlines()
     return UnfinishedError(f"Ray ended the job: {lines[-1] if lines else type(error).__name__}; run it again to resume")
 
@@ -211,15 +252,30 @@ def _cluster(config: JobConfig) -> Iterator[Machines]:
     if ray.is_initialized():
         yield _machines()
         return
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = _address(config)
     try:
-        found = _join(address) if address else _start(config)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place: it exits with 15, no status
+        with _own_sigterm():
+            found = _join(address) if address else _start(config)
         yield found
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's way of ending: ray.init puts its own in place, which exits with 15 and leaves no status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, ours)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

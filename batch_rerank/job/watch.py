@@ -1,6 +1,7 @@
-"""A word on what is waited for, where nothing happens for a while: silence would look like a hang."""
+"""A word on what is waited for, where nothing happens for a while, and an end where that is gone."""
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,10 +13,22 @@ SILENCE_SECONDS = 60.0
 
 
 class Watch:
-    """Logs what `describe` says whenever `seconds` have passed without `progress`, inside a `with`."""
+    """Logs what `describe` says whenever `seconds` have passed without `progress`, inside a `with`.
 
-    def __init__(self, describe: Callable[[], str], seconds: float = SILENCE_SECONDS) -> None:
-        self._describe, self._seconds = describe, seconds
+    `gone` is asked every `poll` seconds whether what the block waits for will never come, and why. Then the main thread
+    is woken by a KeyboardInterrupt, and `lost` has the reason.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[[], str],
+        gone: Callable[[], str | None] = lambda: None,
+        seconds: float = SILENCE_SECONDS,
+        poll: float = 1.0,
+    ) -> None:
+        self._describe, self._gone, self._seconds, self._poll = describe, gone, seconds, poll
+        self._main = threading.current_thread() is threading.main_thread()
+        self.lost: str | None = None
         self._since = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -34,7 +47,12 @@ class Watch:
 
     def _watch(self) -> None:
         said = self._since
-        while not self._ended.wait(max(0.01, max(said, self._since) + self._seconds - time.monotonic())):
+        while not self._ended.wait(min(self._poll, self._seconds)):
+            self.lost = self._gone()
+            if self.lost:
+                if self._main and not self._ended.is_set():
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
             now = time.monotonic()
             if now < max(said, self._since) + self._seconds:
                 continue
