@@ -2,8 +2,11 @@
 
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from batch_rerank.job import run_ray
 from batch_rerank.job.plan import make_plan
 from batch_rerank.job.run import run
 from batch_rerank.job.verify import verify
+from batch_rerank.job.watch import Heartbeat, Watch
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest
 
@@ -232,7 +236,7 @@ def test_silence_is_broken_as_often_as_it_lasts(logged: list[str]) -> None:
         asked.release()
         return "Score: 0 actors alive, 1 waited for"
 
-    with run_ray.Watch(describe, 0.05):
+    with Watch(describe, seconds=0.05):
         assert all(asked.acquire(timeout=30) for _ in range(3))
     assert logged[1].endswith(" s: Score: 0 actors alive, 1 waited for")
     assert logged[1].startswith("nothing has finished for 0 s")
@@ -241,6 +245,46 @@ def test_silence_is_broken_as_often_as_it_lasts(logged: list[str]) -> None:
         asked.release()
         raise ConnectionError
 
-    with run_ray.Watch(gone, 0.05):
+    with Watch(gone, seconds=0.05):
         assert all(asked.acquire(timeout=30) for _ in range(2))
     assert any(line.endswith("its state cannot be read (ConnectionError)") for line in logged)
+
+
+def test_a_signal_while_ray_starts_is_the_jobs_own_and_not_rays_exit() -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), run_ray._own_sigterm():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_address_without_a_ray_ends_the_job_with_2(flat_shards: Path, tmp_path: Path) -> None:
+    raw = job(flat_shards, tmp_path / "out", cluster__address="127.0.0.1:1").model_dump(exclude={"limit"})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "batch_rerank.cli", "run", str(tmp_path / "job.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # Ray's own tries go on for longer
+    assert done.returncode == 2, done.stderr
+    assert "error: cluster.address '127.0.0.1:1': no Ray to join there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wait_for_what_is_gone_is_broken_off() -> None:
+    never = threading.Event()
+    watch = Watch(lambda: "", lambda: "the Ray process has died", poll=0.01)
+    with pytest.raises(KeyboardInterrupt), watch:
+        never.wait(60)
+    assert watch.lost == "the Ray process has died"
+
+
+def test_a_dead_ray_is_told_from_a_living_one() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with socket.socket(socket.AF_UNIX) as raylet:
+            raylet.bind(f"{short}/raylet")
+            raylet.listen()
+            heartbeat = Heartbeat(f"{short}/raylet", address)
+            assert heartbeat.gone() is None
+        assert heartbeat.gone() == "the Ray process of this node (raylet) has died"

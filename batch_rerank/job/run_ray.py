@@ -9,9 +9,7 @@ import logging
 import os
 import pickle
 import signal
-import socket
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ from batch_rerank.errors import ConfigError, UnfinishedError, from_value
 from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
 from batch_rerank.job.read_unit import read_ranges
 from batch_rerank.job.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
-from batch_rerank.job.watch import Watch
+from batch_rerank.job.watch import Heartbeat, Watch, head_answers
 from batch_rerank.store.manifest import Plan, Receipt, SetAside
 
 if TYPE_CHECKING:
@@ -42,8 +40,8 @@ T = TypeVar("T")
 LOCAL_TASK_CPUS = 4
 """CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
 
-HEAD_SECONDS = 40.0
-"""How long a head may be away: Ray ends the driver itself after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)."""
+JOIN_SECONDS = 10.0
+"""How long a head is looked for."""
 
 UNIT_TRIES = 40
 """Starts of an actor for one unit. Attempts ends the tries of a unit sooner; units that wait behind it use theirs up
@@ -101,7 +99,8 @@ class Score(Scoring):
 
 def _payloads(dataset: "ray.data.Dataset") -> Iterator[bytes | SetAside]:
     """The rows of a dataset's blocks as they come. Raises their errors, and UnfinishedError where Ray gives up."""
-    with Watch(_waits, _Heartbeat().gone) as watch:
+    node: Any = ray._private.worker._global_node
+    with Watch(_waits, Heartbeat(node.raylet_socket_name, node.gcs_address).gone) as watch:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
@@ -121,38 +120,6 @@ def _payloads(dataset: "ray.data.Dataset") -> Iterator[bytes | SetAside]:
             raise
         finally:
             Execution.latest = None
-
-
-class _Heartbeat:
-    """Looks whether the Ray that this process hangs on is still there. Ray's own end for a driver whose node process
-    has died is to end the process: without a message, and with the job's status at "running" for ever."""
-
-    def __init__(self) -> None:
-        node: Any = ray._private.worker._global_node
-        host, _, port = node.gcs_address.rpartition(":")
-        self._raylet, self._head = node.raylet_socket_name, (host.strip("[]"), int(port))
-        self._head_seen = time.monotonic()
-
-    def gone(self) -> str | None:
-        """Why this process has no Ray any more, None while it has."""
-        if not _answers(socket.AF_UNIX, self._raylet) and not _answers(socket.AF_UNIX, self._raylet):
-            return "the Ray process of this node (raylet) has died"
-        now = time.monotonic()
-        if _answers(socket.AF_INET6 if ":" in self._head[0] else socket.AF_INET, self._head):
-            self._head_seen = now
-        if now - self._head_seen > HEAD_SECONDS:
-            return f"Ray's head {self._head[0]}:{self._head[1]} has not answered for {HEAD_SECONDS:g} s"
-        return None
-
-
-def _answers(family: int, address: Any) -> bool:
-    with socket.socket(family) as connection:
-        connection.settimeout(5)
-        try:
-            connection.connect(address)
-        except OSError:
-            return False
-        return True
 
 
 class Execution(ExecutionCallback):
@@ -284,6 +251,8 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 def _join(address: str) -> Machines:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
+        if ":" in address.removeprefix("ray://") and not head_answers(address.removeprefix("ray://"), JOIN_SECONDS):
+            raise ConnectionError(f"nothing answered there for {JOIN_SECONDS:g} s")  # Ray tries for minutes
         ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

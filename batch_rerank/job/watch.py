@@ -2,14 +2,19 @@
 
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 log = logging.getLogger("batch_rerank")
 
 SILENCE_SECONDS = 60.0
+
+HEAD_SECONDS = 40.0
+"""How long a head may be away: Ray ends the driver itself after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)."""
 
 
 class Watch:
@@ -63,3 +68,48 @@ class Watch:
                 waits = f"its state cannot be read ({type(error).__name__})"
             if not self._ended.is_set():
                 log.warning("nothing has finished for %.0f s: %s", now - self._since, waits)
+
+
+class Heartbeat:
+    """Looks whether the Ray that a driver hangs on is still there: `raylet`, the socket of its node's process, and
+    `head`, HOST:PORT. Ray's own end for a driver whose node process has died is to end the process: without a message,
+    and with the job's status at "running" for ever."""
+
+    def __init__(self, raylet: str, head: str) -> None:
+        self._raylet, self._head = raylet, head
+        self._head_seen = time.monotonic()
+
+    def gone(self) -> str | None:
+        """Why this process has no Ray any more, None while it has."""
+        if not _answers(socket.AF_UNIX, self._raylet) and not _answers(socket.AF_UNIX, self._raylet):
+            return "the Ray process of this node (raylet) has died"
+        now = time.monotonic()
+        if head_answers(self._head):
+            self._head_seen = now
+        if now - self._head_seen > HEAD_SECONDS:
+            return f"Ray's head {self._head} has not answered for {HEAD_SECONDS:g} s"
+        return None
+
+
+def head_answers(address: str, seconds: float = 0) -> bool:
+    """Whether something listens at HOST:PORT, or comes to in so many seconds."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdecimal():
+        return False
+    deadline = time.monotonic() + seconds
+    while not _answers(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, int(port))):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _answers(family: int, address: Any) -> bool:
+    with socket.socket(family) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(address)
+        except (OSError, OverflowError):
+            return False
+        return True
