@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
@@ -25,6 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 log = logging.getLogger("batch_rerank")
+
+INTERRUPTED = "interrupted: finished units are kept; run the same command again to resume"
+ENDING_SECONDS = 60.0
+"""How long the end of an interrupted job may take: a status that storage does not take, a Ray that does not answer."""
+
 P = ParamSpec("P")
 
 Job = Annotated[str, typer.Argument(metavar="JOB.YAML", help="The job file.")]
@@ -45,13 +51,17 @@ def _verb(function: Callable[P, None]) -> Callable[P, None]:
         log.addHandler(handler)
         log.propagate = False
         log.setLevel(logging.INFO)
-        signal.signal(signal.SIGTERM, _interrupt)
+        signals = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+            signals.append(signal.SIGINT)
+        for number in signals:
+            signal.signal(number, _interrupt)
         try:
             function(*args, **kwargs)
         except BatchRerankError as error:
             _leave(error.exit_code, f"error: {error}")
         except KeyboardInterrupt:
-            _leave(130, "interrupted: finished units are kept; run the same command again to resume")
+            _leave(130, INTERRUPTED)
         finally:
             log.removeHandler(handler)
 
@@ -59,7 +69,24 @@ def _verb(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
+    """The first signal interrupts. What follows is the job's end, and no other signal cuts it short: its status would
+    say "running" for ever. It has ENDING_SECONDS."""
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, _ending)
+    end = threading.Timer(ENDING_SECONDS, _give_up)
+    end.daemon = True
+    end.start()
     raise KeyboardInterrupt
+
+
+def _ending(number: int, frame: object) -> None:
+    sys.stderr.write(f"ending; this takes up to {ENDING_SECONDS:g} s\n")
+
+
+def _give_up() -> None:
+    sys.stderr.write(f"{INTERRUPTED}\nexit code 130\n")
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def _leave(code: int, message: str) -> NoReturn:

@@ -182,21 +182,40 @@ class ActorRange(Section):
         return self
 
 
+def _countable(gpus: float) -> float:
+    if not (0.0001 <= gpus <= 1 or gpus == int(gpus)):
+        raise ValueError(f"{gpus:g} GPUs; expected 0, a share of one (0.0001 to 1), or a whole number")
+    return gpus
+
+
 class Cluster(Section):
-    """The actors. `gpus_per_actor: 0` scores on the CPU, with `cpus_per_actor` threads each. `lease_seconds`: how long
-    a job must be silent before another one takes its output over."""
+    """The actors. `gpus_per_actor`: auto is 1 where the cluster has GPUs or brings them, else 0; 0 scores on the CPU,
+    with `cpus_per_actor` threads each: auto divides a node's cores among its actors. `lease_seconds`: how long a job
+    must be silent before another one takes its output over."""
 
     actors: Annotated[int, Field(ge=1)] | ActorRange = 1
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 1
-    cpus_per_actor: Annotated[int, Field(ge=1)] = 1
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1000), AfterValidator(_countable)] = "auto"
+    cpus_per_actor: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     address: str | None = None
     prefetch_units: Annotated[int, Field(ge=1)] = 2
     lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
 
     @property
+    def gpus(self) -> float:
+        """GPUs of an actor, once `settle` has replaced auto."""
+        assert self.gpus_per_actor != "auto"
+        return self.gpus_per_actor
+
+    @property
+    def threads(self) -> int:
+        """Threads of an actor, once `settle` has replaced auto."""
+        assert self.cpus_per_actor != "auto"
+        return self.cpus_per_actor
+
+    @property
     def device(self) -> str:
-        """What an actor scores on."""
-        return "cuda" if self.gpus_per_actor > 0 else "cpu"
+        """What an actor scores on, once `settle` has replaced auto."""
+        return "cuda" if self.gpus > 0 else "cpu"
 
     @property
     def min_actors(self) -> int:

@@ -6,7 +6,9 @@ The head is ended by its process ids; `ray stop` would end every Ray on the mach
 
 import json
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -55,6 +57,10 @@ class Head:
         """`ray job submit --working-dir . -- python jobs/rerank.py ARGUMENTS` at the top of the repository."""
         command = ["ray", "job", "submit", "--submission-id", name, "--working-dir", "."]
         command += ["--", "python", "jobs/rerank.py", *map(str, arguments)]
+        return self.run(command, **environment)
+
+    def run(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command of Ray's at the top of the repository."""
         return subprocess.run(
             command,
             cwd=REPOSITORY,
@@ -224,6 +230,20 @@ def test_the_same_submission_again_has_nothing_to_do(head: Head, submitted: Subm
     again = head.submit(submitted.file, "--set", "output.top_k=20", name="again")
     assert again.returncode == 0, again.stderr
     assert "nothing to do: all 6 units were done already" in head.log("again")
+
+
+def test_the_readmes_line_resumes_as_it_is_written(head: Head, submitted: Submitted) -> None:
+    (line,) = re.findall(r"^ray job submit .*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert "jobs/rerank.yaml --set cluster.actors=8" in line
+    file = submitted.folder / "readme.yaml"
+    file.write_text(submitted.file.read_text().replace("/submitted", "/readme"))
+    logs = []
+    for _ in range(2):
+        done = head.run(shlex.split(line.replace("jobs/rerank.yaml", str(file)).replace("actors=8", "actors=2")))
+        assert done.returncode == 0, done.stdout + done.stderr
+        logs.append(done.stdout + done.stderr)
+    assert "nothing to do" not in logs[0]
+    assert "nothing to do: all 6 units were done already" in logs[1]
 
 
 def test_a_broken_job_file_fails_and_the_last_line_has_the_exit_code(head: Head, submitted: Submitted) -> None:

@@ -1,19 +1,32 @@
 """The Ray job: equal to the oracle, one load an actor, threads set on purpose, errors without tracebacks."""
 
 import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import yaml
 from checkpoints import qwen3_reranker
 from conftest import candidate_rows, job, rows_of, write
 from safetensors.torch import load_file, save_file
 
-from batch_rerank.errors import InputError, ModelError
+from batch_rerank.errors import ConfigError, InputError, ModelError
+from batch_rerank.job import run_ray
+from batch_rerank.job.plan import make_plan
 from batch_rerank.job.run import run
 from batch_rerank.job.verify import verify
+from batch_rerank.job.watch import Heartbeat, Watch
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -133,3 +146,145 @@ def test_an_error_of_the_input_comes_back_as_itself(tmp_path: Path) -> None:
 def test_growing_pools_of_actors_are_taken(flat_shards: Path, tmp_path: Path) -> None:
     run(job(flat_shards, tmp_path / "out", cluster__actors={"min": 1, "max": 2}))
     assert pc.sum(pc.is_valid(rows_of(tmp_path / "out")["score"])).as_py() == 300
+
+
+# ---- GPUs or CPUs
+
+
+def test_a_job_of_defaults_runs_on_the_cores_of_a_cluster_without_gpus(
+    flat_shards: Path, tmp_path: Path, logged: list[str]
+) -> None:
+    auto: dict[str, Any] = {"cluster__gpus_per_actor": "auto", "cluster__cpus_per_actor": "auto"}
+    summary = run(job(flat_shards, tmp_path / "out", **auto))
+    assert summary.totals.scored == 300
+    assert [line for line in logged if "no GPU" in line] == [
+        "the cluster (4 CPUs, 0 GPUs): 2 actors, 1 CPU thread each, no GPU"
+    ]
+
+
+def test_gpus_that_a_cluster_of_fixed_size_lacks_end_the_job_at_once(flat_shards: Path, tmp_path: Path) -> None:
+    for gpus in (1, 0.5):
+        with pytest.raises(ConfigError, match=rf"gpus_per_actor: found {gpus}, but the cluster \(4 CPUs, 0 GPUs\) has"):
+            run(job(flat_shards, tmp_path / "out", cluster__gpus_per_actor=gpus))
+    assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["exit_code"] == 2
+    assert run(job(flat_shards, tmp_path / "out")).totals.scored == 300, "the free scorer has no dtype"
+
+
+WITH_A_GPU = """
+import sys, warnings
+import ray
+from batch_rerank import load_config
+from batch_rerank.errors import ConfigError
+from batch_rerank.job.run import plan_job, run
+import logging
+
+warnings.simplefilter("ignore")
+log = logging.getLogger("batch_rerank")
+log.addHandler(logging.StreamHandler(sys.stdout))
+log.setLevel("INFO")
+ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+file, output = sys.argv[1:]
+for name, gpus in (("auto", "auto"), ("half", 0.5), ("two", 2)):
+    sets = [f"output.path={output}/{name}", f"cluster.gpus_per_actor={gpus}", "cluster.actors=3"]
+    try:
+        print(name, "planned", plan_job(load_config(file, sets))[0].config["cluster"]["gpus_per_actor"])
+        print(name, "scored", run(load_config(file, sets)).totals.scored)
+    except ConfigError as error:
+        print(name, "refused", error)
+"""
+
+
+def test_a_cluster_with_a_gpu_is_used_as_far_as_it_goes(flat_shards: Path, tmp_path: Path) -> None:
+    """Ray is told of a GPU, and the free scorer does not miss it."""
+    raw = job(flat_shards, tmp_path / "unused").model_dump(exclude={"limit"})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-c", WITH_A_GPU, str(tmp_path / "job.yaml"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "the cluster (4 CPUs, 1 GPUs): 3 actors, 1 GPU each" in lines
+    assert {"auto planned 1.0", "auto scored 300", "half planned 0.5", "half scored 300"} <= set(lines)
+    assert "cluster.actors asks for 3: the cluster (4 CPUs, 1 GPUs) has room for 1 of 1 GPUs" in lines
+    assert "cluster.actors asks for 3: the cluster (4 CPUs, 1 GPUs) has room for 2 of 0.5 GPUs" in lines
+    assert any(line.startswith("two refused cluster.gpus_per_actor: found 2, but the cluster (4") for line in lines)
+    for name in ("auto", "half"):
+        receipts = [json.loads(path.read_text()) for path in (tmp_path / name / "_manifest/receipts").iterdir()]
+        assert {receipt["scorer"].split()[1] for receipt in receipts} == {"cuda"}
+
+
+def test_what_is_waited_for_is_told_by_stage(flat_shards: Path, tmp_path: Path) -> None:
+    config = job(flat_shards, tmp_path / "out", cluster__cpus_per_actor=1)
+    plan, model = make_plan(config)
+    manifest = Manifest(locate(config.output.path))
+    manifest.write_plan(plan)
+    receipts = run_ray.run_ray(config, model, plan, frozenset())
+    next(receipts)
+    waits = run_ray._waits()
+    assert len(list(receipts)) == len(plan.units) - 1
+    pattern = r"read_and_encode: \d+ tasks; Score: (\d) actors alive, (\d) waited for, \d+ tasks; "
+    found = re.match(
+        pattern + r"rank_and_write: \d+ tasks; the cluster \(4 CPUs, 0 GPUs\), free: [\d.]+ CPUs, 0 GPUs", waits
+    )
+    assert found, waits
+    assert int(found[1]) + int(found[2]) == 2
+
+
+def test_silence_is_broken_as_often_as_it_lasts(logged: list[str]) -> None:
+    asked = threading.Semaphore(0)
+
+    def describe() -> str:
+        asked.release()
+        return "Score: 0 actors alive, 1 waited for"
+
+    with Watch(describe, seconds=0.05):
+        assert all(asked.acquire(timeout=30) for _ in range(3))
+    assert logged[1].endswith(" s: Score: 0 actors alive, 1 waited for")
+    assert logged[1].startswith("nothing has finished for 0 s")
+
+    def gone() -> str:
+        asked.release()
+        raise ConnectionError
+
+    with Watch(gone, seconds=0.05):
+        assert all(asked.acquire(timeout=30) for _ in range(2))
+    assert any(line.endswith("its state cannot be read (ConnectionError)") for line in logged)
+
+
+def test_a_signal_while_ray_starts_is_the_jobs_own_and_not_rays_exit() -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), run_ray._own_sigterm():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_address_without_a_ray_ends_the_job_with_2(flat_shards: Path, tmp_path: Path) -> None:
+    raw = job(flat_shards, tmp_path / "out", cluster__address="127.0.0.1:1").model_dump(exclude={"limit"})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "batch_rerank.cli", "run", str(tmp_path / "job.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # Ray's own tries go on for longer
+    assert done.returncode == 2, done.stderr
+    assert "error: cluster.address '127.0.0.1:1': no Ray to join there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wait_for_what_is_gone_is_broken_off() -> None:
+    never = threading.Event()
+    watch = Watch(lambda: "", lambda: "the Ray process has died", poll=0.01)
+    with pytest.raises(KeyboardInterrupt), watch:
+        never.wait(60)
+    assert watch.lost == "the Ray process has died"
+
+
+def test_a_dead_ray_is_told_from_a_living_one() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with socket.socket(socket.AF_UNIX) as raylet:
+            raylet.bind(f"{short}/raylet")
+            raylet.listen()
+            heartbeat = Heartbeat(f"{short}/raylet", address)
+            assert heartbeat.gone() is None
+        assert heartbeat.gone() == "the Ray process of this node (raylet) has died"

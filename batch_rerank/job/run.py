@@ -9,8 +9,9 @@ from typing import Any
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import ScatteredError, UnfinishedError
+from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
 from batch_rerank.job.bookkeeping import recording, resume, status_of
+from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
@@ -47,7 +48,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     output.
     """
     started = time.monotonic()
-    config, plan, model = ready(config, local=local)
+    config, plan, model = ready(settled(config, local=local), local=local)
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
     # absolute: workers may have another working directory
     output = config.output.model_copy(update={"path": str(manifest.root)})
@@ -76,6 +77,18 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     )
 
 
+def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
+    """The job with its device known, which decides the dtype and so the fingerprint. Threads may stay open until Ray
+    is there. Raises ConfigError."""
+    if local:
+        return settle(config, this_machine(), actors=1)
+    if config.cluster.gpus_per_actor != "auto":
+        return config
+    from batch_rerank.job.run_ray import look  # not at the top: --local does without ray
+
+    return settle(config, look(config))
+
+
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
     """The job as it will run, its plan and its model; an input that needs it is staged first, or found staged.
 
@@ -101,7 +114,8 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
 
 def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
-    Writes nothing."""
+    Writes nothing and starts nothing: without a cluster to join, the device is this machine's."""
+    config = _supposed(config)
     configured_model(config)
     found = find_stage(config) if needs_stage(config) or config.input.stage else None
     if found is None and not needs_stage(config):
@@ -115,6 +129,25 @@ def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
     return plan, None
+
+
+def _supposed(config: JobConfig) -> JobConfig:
+    """The job with the device that a run from here would find; where it is a guess, it says so."""
+    if config.cluster.gpus_per_actor != "auto":
+        return config
+    try:
+        found = settled(config)
+    except ConfigError as error:
+        log.warning("%s", error)
+        found = settle(config, Machines("supposed", (Node(1, 1),)))
+    if config.model.dtype == "auto" and config.model.kind != "checksum":
+        other = "bfloat16" if found.cluster.device == "cpu" else "float32"
+        log.info(
+            "where cluster.gpus_per_actor: auto finds %s, the job is another one, in %s; model.dtype fixes it",
+            "GPUs" if other == "bfloat16" else "none",
+            other,
+        )
+    return found
 
 
 def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:

@@ -4,6 +4,7 @@ The only file that imports ray, and wiring only. One unit is one row of one bloc
 Expected errors come back as values in the stream and are raised in the driver; Ray would wrap them in tracebacks.
 """
 
+import json
 import logging
 import os
 import pickle
@@ -12,62 +13,39 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import ActorPoolInfo
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from batch_rerank.config import JobConfig
-from batch_rerank.engine.checkpoint import ModelSpec, relocate
-from batch_rerank.engine.encoding import Encoder, make_encoder
-from batch_rerank.errors import BatchRerankError, ModelError, UnfinishedError, as_value, from_value
-from batch_rerank.job.attempts import Attempts
-from batch_rerank.job.poison import DeviceLostError, Trial
-from batch_rerank.job.read_unit import ReadRange, read_range, read_ranges
-from batch_rerank.job.steps import (
-    EncodedUnit,
-    LoadedScorer,
-    ScoredUnit,
-    commit_unit,
-    encode_unit,
-    or_set_aside,
-    score_unit,
-)
-from batch_rerank.store.filesystem import locate
-from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.errors import ConfigError, UnfinishedError, from_value
+from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
+from batch_rerank.job.read_unit import read_ranges
+from batch_rerank.job.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
+from batch_rerank.job.watch import Heartbeat, Watch, head_answers
+from batch_rerank.store.manifest import Plan, Receipt, SetAside
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
 
-READ_CPUS, WRITE_CPUS = 0.75, 0.25
-"""What a task reserves where the actors leave one CPU: a reading and a writing task at once. Where they leave two, a
-task reserves a whole one: Ray keeps as many idle workers as a node has CPUs, and with more tasks than that at once it
-kept starting processes of 1.1 CPU seconds each (10,000 pairs/s of a free scorer instead of 15,000)."""
-
 LOCAL_TASK_CPUS = 4
 """CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
+
+JOIN_SECONDS = 10.0
+"""How long a head is looked for."""
 
 UNIT_TRIES = 40
 """Starts of an actor for one unit. Attempts ends the tries of a unit sooner; units that wait behind it use theirs up
 with it."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every task needs. `environment` carries the store's credentials to the workers: as an argument, because a
-    runtime_env is shown on the dashboard and written to logs."""
-
-    config: JobConfig
-    model: ModelSpec
-    fingerprint: str
-    environment: dict[str, str]
-
-    def enter(self) -> None:
-        """Take on the driver's environment in a worker."""
-        os.environ.update(self.environment)
 
 
 def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
@@ -75,31 +53,25 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
     """
-    job = Job(config, model, plan.fingerprint, _environment())
     ranges = [{"range": pickle.dumps(work)} for work in read_ranges(plan, done)]
     if not ranges:
         return
-    with _cluster(config), warnings.catch_warnings():
+    with _cluster(config) as found, warnings.catch_warnings():
         # Ray's advice when an input error ends the reading early: nothing that a user can act on
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
-        dataset = _dataset(job, ranges, len(plan.units) - len(done))
+        config = settle(config, found)
+        actors = min(room(config.cluster, found), len(plan.units) - len(done))
+        dataset = _dataset(Job(config, model, plan.fingerprint, environment()), ranges, actors)
         logged = False
-        try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for row in cast(pa.Table, batch).to_pylist():
-                    if row["error"] is not None:
-                        problem = pickle.loads(row["error"])
-                        if not isinstance(problem, SetAside):
-                            raise from_value(problem)
-                        yield problem
-                        continue
-                    receipt = Receipt.from_json(row["payload"], "a worker's receipt")
-                    if receipt.self_test and not logged:  # of the first actor; the others' are in their receipts
-                        log.info("%s", receipt.self_test)
-                        logged = True
-                    yield receipt
-        except ray.exceptions.RayError as error:
-            raise _given_up(error) from error
+        for payload in _payloads(dataset):
+            if isinstance(payload, SetAside):
+                yield payload
+                continue
+            receipt = Receipt.from_json(payload, "a worker's receipt")
+            if receipt.self_test and not logged:  # of the first actor; the others' are in their receipts
+                log.info("%s", receipt.self_test)
+                logged = True
+            yield receipt
 
 
 def each_on_ray(config: JobConfig, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
@@ -107,48 +79,90 @@ def each_on_ray(config: JobConfig, calls: Sequence[Callable[[], T]]) -> Iterator
     UnfinishedError where Ray gives up."""
     if not calls:
         return
-    environment = _environment()
+    variables = environment()
     with _cluster(config), _data_context():
-        items = [{"call": pickle.dumps((call, environment))} for call in calls]
+        items = [{"call": pickle.dumps((function, variables))} for function in calls]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _call, batch_size=1, batch_format="pyarrow", num_cpus=1
+            call, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
+        for payload in _payloads(dataset):
+            yield pickle.loads(cast(bytes, payload))
+
+
+class Score(Scoring):
+    """An actor."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.get_runtime_context()
+        super().__init__(job, context.get_actor_id() or "", context.was_current_actor_reconstructed)
+
+
+def _payloads(dataset: "ray.data.Dataset") -> Iterator[bytes | SetAside]:
+    """The rows of a dataset's blocks as they come. Raises their errors, and UnfinishedError where Ray gives up."""
+    node: Any = ray._private.worker._global_node
+    with Watch(_waits, Heartbeat(node.raylet_socket_name, node.gcs_address).gone) as watch:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
-                    if row["error"] is not None:
-                        raise from_value(pickle.loads(row["error"]))
-                    yield pickle.loads(row["payload"])
+                    watch.progress()
+                    if row["error"] is None:
+                        yield row["payload"]
+                        continue
+                    problem = pickle.loads(row["error"])
+                    if not isinstance(problem, SetAside):
+                        raise from_value(problem)
+                    yield problem
         except ray.exceptions.RayError as error:
-            raise _given_up(error) from error
+            raise _given_up(watch.lost or error) from error
+        except KeyboardInterrupt:
+            if watch.lost:
+                raise _given_up(watch.lost) from None
+            raise
+        finally:
+            Execution.latest = None
 
 
-def _call(batch: pa.Table) -> pa.Table:
-    call, environment = pickle.loads(batch["call"][0].as_py())
-    os.environ.update(environment)
-    try:
-        return _row(pickle.dumps(call()), None)
-    except BatchRerankError as error:
-        return _failure(error)
+class Execution(ExecutionCallback):
+    """Keeps what Ray Data is executing within reach, for `_waits`."""
+
+    latest: ClassVar["StreamingExecutor | None"] = None
+
+    def before_execution_starts(self, executor: "StreamingExecutor") -> None:
+        """Called by Ray Data."""
+        Execution.latest = executor
 
 
-def _given_up(error: Exception) -> UnfinishedError:
+def _waits() -> str:
+    """What is at work, stage by stage, and what the cluster has free."""
+    executor = Execution.latest
+    stages = list((executor and executor._topology) or {})[1:]  # the first one is the list of ranges
+    said = []
+    for stage in stages:
+        actors = stage.get_actor_info()
+        pool = f"{actors.running} actors alive, {actors.pending + actors.restarting} waited for, "
+        at_work = f"{pool if actors != ActorPoolInfo(0, 0, 0) else ''}{stage.num_active_tasks()} tasks"
+        said.append(f"{stage.name.removeprefix('MapBatches(').removesuffix(')')}: {at_work}")
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    unused = f"free: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+    return "; ".join([*said, f"{_machines()}, {unused}"])
+
+
+def _given_up(error: Exception | str) -> UnfinishedError:
     lines = str(error).strip().splitlines()
     return UnfinishedError(f"Ray ended the job: {lines[-1] if lines else type(error).__name__}; run it again to resume")
 
 
-def _dataset(job: Job, ranges: list[dict[str, bytes]], units: int) -> "ray.data.Dataset":
+def _dataset(job: Job, ranges: list[dict[str, bytes]], actors: int) -> "ray.data.Dataset":
     cluster = job.config.cluster
-    most = min(cluster.max_actors, units)
     pool = ActorPoolStrategy(
-        min_size=min(cluster.min_actors, units),
-        max_size=most,
-        initial_size=most,  # no ramp: a nightly job wants its GPUs at once
+        min_size=min(cluster.min_actors, actors),
+        max_size=actors,
+        initial_size=actors,  # no ramp: a nightly job wants its GPUs at once
         max_tasks_in_flight_per_actor=cluster.prefetch_units,
     )
     unit: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     task: dict[str, Any] = {**unit, "fn_kwargs": {"job": job}}
-    actor_cpus, read_cpus, write_cpus = _reservations(cluster.cpus_per_actor, most)
+    actor_cpus, read_cpus, write_cpus = reservations(cluster.threads, cluster.gpus, actors, _machines())
     with _data_context():
         items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
         encoded = items.map_batches(read_and_encode, num_cpus=read_cpus, **task)  # type: ignore[arg-type]
@@ -157,37 +171,11 @@ def _dataset(job: Job, ranges: list[dict[str, bytes]], units: int) -> "ray.data.
             fn_constructor_args=(job,),
             compute=pool,
             num_cpus=actor_cpus,
-            num_gpus=cluster.gpus_per_actor,
+            num_gpus=cluster.gpus,
             max_task_retries=UNIT_TRIES,
             **unit,
         )
         return scored.map_batches(rank_and_write, num_cpus=write_cpus, **task)  # type: ignore[arg-type]
-
-
-def _reservations(threads: int, actors: int) -> tuple[float, float, float]:
-    """CPUs that an actor, a reading task and a writing task reserve.
-
-    An actor reserves its threads, or less where the actors would leave no CPU to read and write with: actors never give
-    theirs back, so on a cluster of fixed size a job that reserves them all waits for ever.
-    """
-    grows = ray._private.state.state.get_max_resources_from_cluster_config() is not None
-    total = float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    left = total - actors * threads
-    if grows or left >= 2:
-        return threads, 1, 1
-    if left >= READ_CPUS + WRITE_CPUS:
-        return threads, READ_CPUS, WRITE_CPUS
-    reserved = max(0.0, total - READ_CPUS - WRITE_CPUS) / actors
-    log.warning(
-        "the cluster has %g CPUs; %d actors of %d and reading and writing want %g: each actor reserves %.2g and keeps "
-        "its threads, so they share cores (cluster.actors, cluster.cpus_per_actor)",
-        total,
-        actors,
-        threads,
-        actors * threads + READ_CPUS + WRITE_CPUS,
-        reserved,
-    )
-    return reserved, READ_CPUS, WRITE_CPUS
 
 
 @contextmanager
@@ -200,150 +188,124 @@ def _data_context() -> Iterator[None]:
         context = DataContext.get_current().copy()
         context.target_max_block_size = 1  # a block ends after every unit, so units are spread and retried one by one
         context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = (
+            -1
+        )  # 30 minutes: a node, or a unit, may take longer, and _waits says so
+        context.custom_execution_callback_classes = [Execution]
         context.max_errored_blocks = -1  # the driver holds receipts against the plan: a lost unit is missed by name
         with DataContext.current(context):
             yield
 
 
-def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
-    """A read range to its units, one block each."""
-    job.enter()
-    work: ReadRange = pickle.loads(batch["range"][0].as_py())
-    try:
-        for read in read_range(work, job.config, job.model):
-            yield _block(or_set_aside(read.unit, lambda read=read: encode_unit(read, _encoder(job.model))))  # type: ignore[misc]
-    except BatchRerankError as error:
-        yield _failure(error)
+def look(config: JobConfig) -> Machines:
+    """What a job of this config would run on. Starts nothing: without a cluster to join it is this machine.
+
+    Raises ConfigError where no Ray answers at the address.
+    """
+    if not (ray.is_initialized() or _address(config)):
+        return this_machine()
+    with _cluster(config) as found:
+        return found
 
 
-class Score:
-    """An actor: one model copy. An error of the load is kept and returned with every unit."""
-
-    def __init__(self, job: Job) -> None:
-        job.enter()
-        context = ray.get_runtime_context()
-        manifest = Manifest(locate(job.config.output.path, job.config.output.storage_options, reached=True))
-        self._attempts = Attempts(
-            manifest.root / f"_manifest/attempts/{context.get_actor_id()}.json",
-            context.was_current_actor_reconstructed,
-        )
-        self._scorer = self._load(job)
-
-    def _load(self, job: Job) -> LoadedScorer | BatchRerankError:
-        refused = self._attempts.load()
-        if refused:
-            return ModelError(
-                f"model {job.model.name!r}: {refused}; give an actor more memory, or use fewer actors a node"
-            )
-        try:
-            return LoadedScorer(job.config, job.model)
-        except BatchRerankError as error:
-            return error
-        finally:
-            self._attempts.loaded()
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """An encoded unit to a scored one."""
-        if isinstance(self._scorer, BatchRerankError):
-            return _failure(self._scorer)
-        return _step(batch, self._score)
-
-    def _score(self, unit: EncodedUnit) -> ScoredUnit | SetAside:
-        assert isinstance(self._scorer, LoadedScorer)
-        name, attempts = unit.unit.id, self._attempts
-        refused = attempts.begin(name)
-        if refused:
-            return SetAside(name, attempts.tries(name) - 1, refused)
-        trial = attempts.trial(name) or Trial.of(unit.encoded)
-        try:
-            return score_unit(unit, self._scorer, trial)
-        except DeviceLostError as error:
-            attempts.leave(name, trial)
-            log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)
-            os._exit(1)
-        finally:
-            attempts.end()
-
-
-def rank_and_write(batch: pa.Table, job: Job) -> pa.Table:
-    """A scored unit to its receipt."""
-    job.enter()
-    return _step(batch, lambda unit: commit_unit(unit, job.config, job.model, job.fingerprint))
-
-
-def _step(batch: pa.Table, work: Callable[[Any], ScoredUnit | Receipt | SetAside]) -> pa.Table:
-    """Apply a step to the one unit of a block; errors and units set aside pass through."""
-    if batch["error"][0].is_valid:
-        return batch
-    try:
-        unit = _unpack(batch["payload"][0].as_buffer())
-        return _block(or_set_aside(unit.unit, lambda: work(unit)))
-    except BatchRerankError as error:
-        return _failure(error)
-
-
-def _block(value: EncodedUnit | ScoredUnit | Receipt | SetAside) -> pa.Table:
-    if isinstance(value, SetAside):
-        return _row(None, pickle.dumps(value))
-    return _row(value.to_json() if isinstance(value, Receipt) else _pack(value), None)
-
-
-def _failure(error: BatchRerankError) -> pa.Table:
-    return _row(None, pickle.dumps(as_value(error)))
-
-
-def _row(payload: bytes | None, error: bytes | None) -> pa.Table:
-    return pa.table({"payload": pa.array([payload], pa.large_binary()), "error": pa.array([error], pa.binary())})
-
-
-def _pack(unit: EncodedUnit | ScoredUnit) -> bytes:
-    """Pickle with the rows as Arrow IPC: a pickled slice of a table would carry the whole table's buffers."""
-    rows = unit.rows
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as writer:
-        writer.write_table(rows)
-    return pickle.dumps((replace(unit, rows=None), sink.getvalue().to_pybytes()))
-
-
-def _unpack(buffer: pa.Buffer) -> Any:
-    unit, rows = pickle.loads(buffer)
-    return replace(unit, rows=pa.ipc.open_stream(rows).read_all())
-
-
-@lru_cache(maxsize=2)
-def _encoder(model: ModelSpec) -> Encoder:
-    """One tokenizer a worker process: loading the 11 MB of Qwen's takes longer than encoding a unit."""
-    return make_encoder(relocate(model))
-
-
-def _environment() -> dict[str, str]:
-    """Credentials, endpoint and hub settings of the driver. Files, profiles and roles are a node's and stay there."""
-    local = ("_FILE", "_BUNDLE", "PROFILE", "CONTAINER", "ROLE")
-    names = [name for name in os.environ if name.startswith(("AWS_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"))]
-    return {name: os.environ[name] for name in names if not any(part in name for part in local)}
+def _address(config: JobConfig) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
-def _cluster(config: JobConfig) -> Iterator[None]:
-    """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own."""
+def _cluster(config: JobConfig) -> Iterator[Machines]:
+    """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own; and what
+    there is to compute on. Raises ConfigError where no Ray answers at the address."""
     if ray.is_initialized():
-        yield
+        yield _machines()
         return
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        # Ray Data's actors make Ray's C++ log a line at level error on every start; this Ray is ours and short-lived
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # a bare ray.init() would join whatever cluster this host last started
-        actors = config.cluster.max_actors * config.cluster.cpus_per_actor
-        ray.init(address="local", num_cpus=actors + LOCAL_TASK_CPUS, include_dashboard=False, **quiet)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place, which exits with 15 and no status
+    address = _address(config)
     try:
-        yield
+        with _own_sigterm():
+            found = _join(address) if address else _start(config)
+        yield found
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's way of ending: ray.init puts its own in place, which exits with 15 and leaves no status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, ours)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, ours)
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def _join(address: str) -> Machines:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        if ":" in address.removeprefix("ray://") and not head_answers(address.removeprefix("ray://"), JOIN_SECONDS):
+            raise ConnectionError(f"nothing answered there for {JOIN_SECONDS:g} s")  # Ray tries for minutes
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"cluster.address {address!r}: no Ray to join there ({lines[0][:200]}); expected HOST:PORT of a running "
+            "head; leave it and RAY_ADDRESS out to run on this machine"
+        ) from error
+    return _machines()
+
+
+def _start(config: JobConfig) -> Machines:
+    """A Ray of our own on this machine, with CPUs for the tasks beside the actors'."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray Data's actors make Ray's C++ log a line at level error on every start; this Ray is ours and short-lived
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    cluster = settle(config, this_machine()).cluster
+    # a bare ray.init() would join whatever cluster this host last started
+    cpus = cluster.max_actors * cluster.threads + LOCAL_TASK_CPUS
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+    return Machines("this machine", (Node(cores(), _machines().gpus),))
+
+
+def _machines() -> Machines:
+    """The nodes that live."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = tuple(Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
+    return Machines("the cluster", nodes, *_growth())
+
+
+def _growth() -> tuple[bool, float | None]:
+    """Whether an autoscaler adds nodes, and how many GPUs there may be then, None where that is not known.
+
+    Ray 2.60 tells neither (`get_max_resources_from_cluster_config` is None also on a cluster of `ray up`). But its
+    monitor gives the nodes of a cluster of fixed size types of their own, "node_<id>", and `ray up` leaves its config
+    on the head, where `ray job submit` runs drivers.
+    """
+    state = ray._private.state.state
+    most = state.get_max_resources_from_cluster_config()
+    if most is not None:
+        return True, most.get("GPU", 0)
+    types = _node_types()
+    if all(name.startswith("node_") for name in types):
+        return False, None
+    return True, gpus_of_types(Path("~/ray_bootstrap_config.yaml").expanduser(), types)
+
+
+def _node_types() -> set[str]:
+    """The types of the nodes by the monitor's report; none where there is no monitor."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)} - {""}
+    report = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
+    return set(((json.loads(report).get("autoscaler_report") if report else None) or {}).get("active_nodes") or {})

@@ -4,6 +4,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.selftest import SelfTest, not_loaded, self_test
 from batch_rerank.errors import ModelError
+from batch_rerank.job.devices import settle, this_machine
 from batch_rerank.job.plan import configured_model
 from batch_rerank.job.steps import load_scorer
 
@@ -13,6 +14,7 @@ def run_self_test(config: JobConfig) -> SelfTest:
 
     Raises ConfigError.
     """
+    config = settle(config, this_machine(), actors=1)
     try:
         model = configured_model(config)
         make_encoder(model)

@@ -174,7 +174,7 @@ def load_scorer(config: JobConfig, model: ModelSpec) -> tuple[ModelSpec, Scorer]
         import torch
 
         # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
-        torch.set_num_threads(config.cluster.cpus_per_actor)
+        torch.set_num_threads(config.cluster.threads)
         model = relocate(model)
     budget = None if config.scoring.token_budget == "auto" else config.scoring.token_budget
     return model, make_scorer(model, config.cluster.device, budget)

@@ -1,0 +1,150 @@
+"""What the tasks and actors of a Ray job do, one unit a block. Wiring them is `run_ray`'s work.
+
+Expected errors come back as values in the stream and are raised in the driver; Ray would wrap them in tracebacks.
+"""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec, relocate
+from batch_rerank.engine.encoding import Encoder, make_encoder
+from batch_rerank.errors import BatchRerankError, ModelError
+from batch_rerank.job.attempts import Attempts
+from batch_rerank.job.blocks import block, failure, row, unpack
+from batch_rerank.job.poison import DeviceLostError, Trial
+from batch_rerank.job.read_unit import ReadRange, read_range
+from batch_rerank.job.steps import (
+    EncodedUnit,
+    LoadedScorer,
+    ScoredUnit,
+    commit_unit,
+    encode_unit,
+    or_set_aside,
+    score_unit,
+)
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.manifest import Manifest, Receipt, SetAside
+
+log = logging.getLogger("batch_rerank")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task needs. `environment` carries the store's credentials to the workers: as an argument, because a
+    runtime_env is shown on the dashboard and written to logs."""
+
+    config: JobConfig
+    model: ModelSpec
+    fingerprint: str
+    environment: dict[str, str]
+
+    def enter(self) -> None:
+        """Take on the driver's environment in a worker."""
+        os.environ.update(self.environment)
+
+
+def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
+    """A read range to its units, one block each."""
+    job.enter()
+    work: ReadRange = pickle.loads(batch["range"][0].as_py())
+    try:
+        for read in read_range(work, job.config, job.model):
+            yield block(or_set_aside(read.unit, lambda read=read: encode_unit(read, _encoder(job.model))))  # type: ignore[misc]
+    except BatchRerankError as error:
+        yield failure(error)
+
+
+class Scoring:
+    """What an actor does: one model copy. An error of the load is kept and returned with every unit.
+
+    `actor` is the same in every life of it; `restarted`: this is not the first.
+    """
+
+    def __init__(self, job: Job, actor: str, restarted: bool) -> None:
+        job.enter()
+        manifest = Manifest(locate(job.config.output.path, job.config.output.storage_options, reached=True))
+        self._attempts = Attempts(manifest.root / f"_manifest/attempts/{actor}.json", restarted)
+        self._scorer = self._load(job)
+
+    def _load(self, job: Job) -> LoadedScorer | BatchRerankError:
+        refused = self._attempts.load()
+        if refused:
+            return ModelError(
+                f"model {job.model.name!r}: {refused}; give an actor more memory, or use fewer actors a node"
+            )
+        try:
+            return LoadedScorer(job.config, job.model)
+        except BatchRerankError as error:
+            return error
+        finally:
+            self._attempts.loaded()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """An encoded unit to a scored one."""
+        if isinstance(self._scorer, BatchRerankError):
+            return failure(self._scorer)
+        return _step(batch, self._score)
+
+    def _score(self, unit: EncodedUnit) -> ScoredUnit | SetAside:
+        assert isinstance(self._scorer, LoadedScorer)
+        name, attempts = unit.unit.id, self._attempts
+        refused = attempts.begin(name)
+        if refused:
+            return SetAside(name, attempts.tries(name) - 1, refused)
+        trial = attempts.trial(name) or Trial.of(unit.encoded)
+        try:
+            return score_unit(unit, self._scorer, trial)
+        except DeviceLostError as error:
+            attempts.leave(name, trial)
+            log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)
+            os._exit(1)
+        finally:
+            attempts.end()
+
+
+def rank_and_write(batch: pa.Table, job: Job) -> pa.Table:
+    """A scored unit to its receipt."""
+    job.enter()
+    return _step(batch, lambda unit: commit_unit(unit, job.config, job.model, job.fingerprint))
+
+
+def _step(batch: pa.Table, work: Callable[[Any], ScoredUnit | Receipt | SetAside]) -> pa.Table:
+    """Apply a step to the one unit of a block; errors and units set aside pass through."""
+    if batch["error"][0].is_valid:
+        return batch
+    try:
+        unit = unpack(batch["payload"][0].as_buffer())
+        return block(or_set_aside(unit.unit, lambda: work(unit)))
+    except BatchRerankError as error:
+        return failure(error)
+
+
+@lru_cache(maxsize=2)
+def _encoder(model: ModelSpec) -> Encoder:
+    """One tokenizer a worker process: loading the 11 MB of Qwen's takes longer than encoding a unit."""
+    return make_encoder(relocate(model))
+
+
+def environment() -> dict[str, str]:
+    """Credentials, endpoint and hub settings of the driver. Files, profiles and roles are a node's and stay there."""
+    local = ("_FILE", "_BUNDLE", "PROFILE", "CONTAINER", "ROLE")
+    names = [name for name in os.environ if name.startswith(("AWS_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"))]
+    return {name: os.environ[name] for name in names if not any(part in name for part in local)}
+
+
+def call(batch: pa.Table) -> pa.Table:
+    """What a pickled function returns, pickled."""
+    function, variables = pickle.loads(batch["call"][0].as_py())
+    os.environ.update(variables)
+    try:
+        return row(pickle.dumps(function()), None)
+    except BatchRerankError as error:
+        return failure(error)
