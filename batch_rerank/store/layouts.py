@@ -2,7 +2,7 @@
 
 Canonical rows of a unit: `query_index int32` (which query of the unit), `query_id`, `query`, `instruction`, `doc_id`,
 `text` (a dictionary in a staged shard), `first_stage_score float32`, `first_stage_rank int32`, then the passed-through
-columns.
+columns, each as `+` and its name.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
-from batch_rerank.schema import ALIASES
+from batch_rerank.schema import ALIASES, PASSED
 
 Int64 = npt.NDArray[np.int64]
 ONCE = pa.dictionary(pa.int32(), pa.large_string())
@@ -42,10 +42,12 @@ class Columns:
         """The same without some of our columns."""
         return replace(self, names={name: place for name, place in self.names.items() if name not in names})
 
-    def leaves(self, paths: Sequence[str], wanted: Sequence[str]) -> list[str]:
-        """Those Parquet leaf paths that hold the wanted columns (our names, and passed-through ones)."""
-        top = {self.names.get(name, name) for name in wanted if self._is_top(name)}
-        fields = {self.names.get(name, name) for name in wanted if not self._is_top(name)}
+    def leaves(self, paths: Sequence[str], wanted: Sequence[str], passed: bool = False) -> list[str]:
+        """Those Parquet leaf paths that hold the wanted columns (our names), and with `passed` those passed through."""
+        places = [(self.names[name], name not in OF_QUERY) for name in wanted]
+        places += self.passthrough.items() if passed else ()
+        fields = {name for name, of_candidate in places if of_candidate and self.layout == "nested"}
+        top = {name for name, of_candidate in places if not of_candidate or self.layout == "flat"}
         candidates = self.names.get("candidates")
 
         def holds(path: str) -> bool:
@@ -55,11 +57,6 @@ class Columns:
             return _within(path, top) or of_candidates
 
         return [path for path in paths if holds(path)]
-
-    def _is_top(self, name: str) -> bool:
-        if self.layout == "flat" or name in OF_QUERY:
-            return True
-        return name in self.passthrough and not self.passthrough[name]
 
 
 def _within(path: str, names: set[str]) -> bool:
@@ -96,6 +93,8 @@ def find_columns(
             carried[name] = False
         else:
             problems.append(f"output.passthrough names {name!r}, which is not there; found {sorted({*top, *fields})}")
+    if layout == "nested" and carried.get(names.get("candidates", "")) is False:
+        problems.append(f"output.passthrough names {names['candidates']!r}, the list of candidates; name its fields")
     for name in sorted({*names.values(), *carried} & _repeated(schema, names.get("candidates"))):
         problems.append(f"column {name!r} is there more than once, expected each name once; rename or drop one")
     if problems:
@@ -174,7 +173,7 @@ def queries_of(table: pa.Table, columns: Columns, where: str, for_trec: bool = F
         ids = _as_string(table[columns.names["query_id"]])
         lists = table[columns.names["candidates"]].combine_chunks()
         pairs = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        documents = pc.struct_field(pc.list_flatten(lists), columns.names["doc_id"])
+        documents = _field(pc.list_flatten(lists), columns.names["doc_id"])
         group = np.repeat(np.arange(len(ids)), pairs)
         rows = np.arange(len(ids) + 1)
         row_of_pair = group
@@ -273,7 +272,7 @@ def canonical(table: pa.Table, columns: Columns, where: str) -> pa.Table:
     def column(name: str, of_query: bool) -> pa.Array | None:
         if not nested:
             return table[name].combine_chunks()
-        return table[name].combine_chunks().take(pa.array(index)) if of_query else pc.struct_field(flat, name)
+        return table[name].combine_chunks().take(pa.array(index)) if of_query else _field(flat, name)
 
     def named(name: str) -> pa.Array | None:
         return column(columns.names[name], name in OF_QUERY) if name in columns.names else None
@@ -294,7 +293,7 @@ def canonical(table: pa.Table, columns: Columns, where: str) -> pa.Table:
         "first_stage_rank": position if rank is None else pc.coalesce(pc.cast(rank, pa.int32()), position),
     }
     for name, of_candidate in columns.passthrough.items():
-        data[name] = column(name, not of_candidate)
+        data[f"{PASSED}{name}"] = column(name, not of_candidate)
     rows = pa.table(data)
     for name in () if nested else ("query", "instruction"):
         _refuse_two(rows, name, where)
@@ -341,6 +340,11 @@ def with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:
         return text
     titles = pc.fill_null(_as_string(title, kind=pa.large_string()), "")
     return pc.utf8_trim_whitespace(pc.binary_join_element_wise(titles, text, pa.scalar(" ", pa.large_string())))
+
+
+def _field(structs: pa.StructArray, name: str) -> pa.Array:
+    """A field of structs, null where the struct is. By number: Arrow takes a dot in a name for a path."""
+    return pc.struct_field(structs, [[field.name for field in structs.type].index(name)])
 
 
 def _as_string(values: pa.Array | pa.ChunkedArray | None, size: int = 0, kind: pa.DataType | None = None) -> pa.Array:

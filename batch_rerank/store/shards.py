@@ -165,7 +165,7 @@ def read_units(
         if ids_only:
             columns = columns.without(TEXTS)
         wanted = [name for name in columns.names if name != "candidates"]
-        leaves = columns.leaves(leaf_paths(parquet), [*wanted, *passthrough])
+        leaves = columns.leaves(leaf_paths(parquet), wanted, passed=True)
         for unit, table in _slices(parquet, units, leaves, location):
             with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
                 rows = canonical(table, columns, str(location))
