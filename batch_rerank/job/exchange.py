@@ -22,10 +22,11 @@ from batch_rerank.errors import StorageError
 from batch_rerank.job.join import Int32, Int64, Ranked
 from batch_rerank.job.write_unit import commit
 from batch_rerank.schema import PASSED
+from batch_rerank.store.canonical import canonical, with_title
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.layouts import Columns, canonical, find_columns, with_title
+from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
-from batch_rerank.store.shards import Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
+from batch_rerank.store.shards import TEXT_ROWS, Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
 from batch_rerank.store.sources import Piece, Source, read_piece
 
 EXCHANGE = "_manifest/exchange"
@@ -139,7 +140,7 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
         passthrough = config.output.passthrough
         columns = find_columns(parquet.schema_arrow, "flat", config.input.columns, passthrough, str(location))
         leaves = columns.leaves(leaf_paths(parquet), list(columns.names), passed=True)
-        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location):
+        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location, TEXT_ROWS):
             ours = {name: batch.column(found) for name, found in columns.names.items()}
             table = pa.table({**ours, **{f"{PASSED}{name}": batch.column(name) for name in passthrough}})
             for name in ("query_id", "doc_id"):
@@ -258,8 +259,10 @@ def _of_flat(read: pa.Table, queries: pa.Array, config: JobConfig, where: str) -
     rows = canonical(read, Columns("flat", names, passthrough), where)
     absent = {"score": "first_stage_score", "instruction": "instruction"}
     rows = rows.drop_columns([ours for name, ours in absent.items() if name not in names])
-    rows = rows.rename_columns([name.replace(2 * PASSED, PASSED, 1) for name in rows.column_names])
-    return rows.set_column(rows.column_names.index("text"), "text", rows["text"].dictionary_encode())
+    for name in ("query", "instruction"):
+        if name in rows.column_names:
+            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(pa.string()))
+    return rows.rename_columns([name.replace(2 * PASSED, PASSED, 1) for name in rows.column_names])
 
 
 def nested(rows: pa.Table) -> pa.Table:

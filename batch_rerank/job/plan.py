@@ -32,7 +32,7 @@ class Seen:
     file: File
     columns: Columns
     queries: Queries
-    row_group_ends: list[int]
+    row_groups: tuple[tuple[int, int], ...]
     pair_bytes: float
     passthrough_types: dict[str, str]
 
@@ -48,7 +48,8 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
     _check_together(config, model, seen)
     _verdict(config, find_scattered([(str(shard.location), shard.queries) for shard in seen]))
     shards = [
-        Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1])) for index, shard in enumerate(seen)
+        Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1]), shard.row_groups)
+        for index, shard in enumerate(seen)
     ]
     units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, config)]
     if config.limit is not None:
@@ -160,7 +161,7 @@ def _units_of(index: int, shard: Seen, config: JobConfig) -> Iterator[Unit]:
     cuts = cut_units(
         shard.queries.pairs,
         shard.queries.rows,
-        shard.row_group_ends,
+        list(itertools.accumulate(rows for rows, _ in shard.row_groups)),
         min(config.input.unit_pairs, max(1, int(config.input.unit_bytes / max(1.0, shard.pair_bytes)))),
     )
     for number, (first, last) in enumerate(itertools.pairwise(cuts)):

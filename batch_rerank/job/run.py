@@ -54,7 +54,8 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     config = config.model_copy(update={"output": output})
     totals = Totals()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
-        plan = manifest.write_plan(plan)
+        # shards as they are now: the same content, but places, times and row groups are this run's
+        plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
         with recording(manifest, plan, totals, lease):
             done = resume(manifest, plan, totals, lease)
