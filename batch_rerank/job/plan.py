@@ -16,7 +16,7 @@ from batch_rerank.errors import ConfigError, InputError, ScatteredError
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
 from batch_rerank.store.layouts import Columns, Queries, Scattered, find_scattered
 from batch_rerank.store.manifest import Plan, fingerprint
-from batch_rerank.store.shards import Shard, Unit, read_queries
+from batch_rerank.store.shards import Shard, Unit, read_queries, with_content
 
 SCORING_VERSION = 1
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
@@ -26,10 +26,11 @@ PLANNING_THREADS = 8
 
 @dataclass(frozen=True)
 class Seen:
-    """What planning read of one shard."""
+    """What planning read of one shard. `file` has its content's version, `listed` its time's."""
 
     location: Location
     file: File
+    listed: File
     columns: Columns
     queries: Queries
     row_groups: tuple[tuple[int, int], ...]
@@ -48,7 +49,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
     _check_together(config, model, seen)
     _verdict(config, find_scattered([(str(shard.location), shard.queries) for shard in seen]))
     shards = [
-        Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1]), shard.row_groups)
+        Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1]), shard.row_groups, shard.listed)
         for index, shard in enumerate(seen)
     ]
     units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, config)]
@@ -126,9 +127,8 @@ def _read_shard(config: JobConfig, location: Location, file: File) -> Seen:
             f"{location}: the file has 0 bytes; expected Parquet (a table without rows has a footer); write it again"
         )
     given, output = config.input, config.output
-    return Seen(
-        location, file, *read_queries(location, given.layout, given.columns, output.passthrough, output.trec_run)
-    )
+    read = read_queries(location, given.layout, given.columns, output.passthrough, output.trec_run)
+    return Seen(location, with_content(location, file), file, *read)
 
 
 def _check_together(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -> None:
@@ -229,7 +229,7 @@ def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Seq
 
 def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -> dict[str, object]:
     """Everything that changes an output byte but timing: not the cluster, the token budget, or the failure limits."""
-    shards = [[str(shard.location), shard.file.size, shard.file.version] for shard in seen]
+    shards = [[shard.file.size, shard.file.version] for shard in seen]  # wherever they lie
     return {
         "scoring_version": SCORING_VERSION,
         "model.identity": model.identity,

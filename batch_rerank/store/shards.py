@@ -1,9 +1,11 @@
 """Reading shards: footers and id columns for the plan, and row groups, some MB at a time."""
 
+import hashlib
 import io
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,14 +43,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Shard:
-    """One input file as the plan saw it. row_groups: rows and bytes of each; known to the run that has planned, in no
-    plan's file."""
+    """One input file as the plan saw it: `file.version` says what is in it, the etag, or a hash of the footer where the
+    store has none. row_groups: rows and bytes of each; listed: the file with its mtime. Both are known to the run that
+    has planned, and in no plan's file."""
 
     index: int
     url: str
     file: File
     rows: int
     row_groups: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    listed: File | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -173,10 +177,50 @@ def other_rows(found: int, expected: int, location: Location) -> InputError:
     )
 
 
+def with_content(location: Location, file: File) -> File:
+    """A Parquet file whose version is its content's, not its time's: a copy of the same bytes is the same."""
+    if not file.version.startswith("mtime:"):
+        return file
+    with input_errors(location):
+        length = int.from_bytes(location.read_range(file.size - 8, file.size - 4), "little")
+        footer = location.read_range(max(0, file.size - 8 - length), file.size)
+    return replace(file, version=f"footer:{hashlib.sha256(footer).hexdigest()[:32]}")
+
+
+def check_planned(location: Location, shard: Shard) -> File:
+    """A shard's file as it is now. Raises InputError where it is not the one that was planned."""
+    with input_errors(location):
+        now = location.stat()
+    planned, found = shard.listed or shard.file, now
+    if planned.version.startswith("footer:"):  # a plan out of its file: times are not in it
+        found = with_content(location, now) if now.size == planned.size else now
+    _refuse_changed(location, planned, found)
+    return now
+
+
+def differing_shards(there: Sequence[Shard], here: Sequence[Shard]) -> str:
+    """Which shards of two plans are not the same, in a line; empty where all are."""
+    names = [posixpath.basename(shard.url) for shard in (*there, *here)]
+    contents = [{(shard.file.size, shard.file.version): shard for shard in shards} for shards in (there, here)]
+    only = [[shard for key, shard in one.items() if key not in other] for one, other in (contents, contents[::-1])]
+    if not any(only):
+        return "" if names[: len(there)] == names[len(there) :] else "the same shards in another order"
+    said = [
+        f"{len(shards)} only {place}, e.g. {shards[0].url} ({shards[0].file.size:,} bytes, {shards[0].file.version})"
+        for place, shards in zip(("there", "here"), only, strict=True)
+        if shards
+    ]
+    return "shards: " + "; ".join(said)
+
+
 def check_unchanged(location: Location, planned: File) -> None:
     """Raise InputError where a file is not the one that was planned."""
     with input_errors(location):
         now = location.stat()
+    _refuse_changed(location, planned, now)
+
+
+def _refuse_changed(location: Location, planned: File, now: File) -> None:
     if (now.size, now.version) != (planned.size, planned.version):
         raise InputError(
             f"{location}: changed since the plan (found {now.size:,} bytes {now.version}, expected "

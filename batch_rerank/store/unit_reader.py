@@ -13,6 +13,7 @@ from batch_rerank.store.layouts import TEXTS, Columns, find_columns
 from batch_rerank.store.shards import (
     Shard,
     Unit,
+    check_planned,
     check_unchanged,
     group_rows,
     holds_dictionary,
@@ -45,7 +46,7 @@ def read_units(
     Reads the row groups that hold them, each once. Raises InputError where the file is damaged, or is not the one that
     was planned, at open or after the last read.
     """
-    check_unchanged(location, shard.file)
+    opened = check_planned(location, shard)
     found: list[Columns] = []
 
     def texts(parquet: pq.ParquetFile) -> list[str]:
@@ -60,7 +61,7 @@ def read_units(
                 rows = whole(pieces, columns, str(location))
                 rows.validate(full=True)  # Parquet promises UTF-8 and does not check it
             yield unit, rows
-    check_unchanged(location, shard.file)
+    check_unchanged(location, opened)
 
 
 def _cut(
