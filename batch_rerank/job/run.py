@@ -10,7 +10,7 @@ from typing import Any
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ScatteredError, UnfinishedError
-from batch_rerank.job.bookkeeping import recording, resume, status_of
+from batch_rerank.job.bookkeeping import recording, refuse_strays, resume, status_of
 from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
@@ -102,20 +102,34 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
 
 def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
-    Writes nothing."""
+    Writes nothing. Raises what a run would raise before its first unit; a lease that has to be watched is said."""
     configured_model(config)
     found = find_stage(config) if needs_stage(config) or config.input.stage else None
     if found is None and not needs_stage(config):
         try:
-            return make_plan(config)
+            return _fitting(config)
         except ScatteredError as error:
             log.info("%s", error)
             found = find_stage(config)
     if found is not None:
-        return make_plan(found.config)
+        return _fitting(found.config)
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
     return plan, None
+
+
+def _fitting(config: JobConfig) -> tuple[Plan, ModelSpec]:
+    """The plan and model of a job whose output is free for it. Raises ConflictError where it is not."""
+    plan, model = make_plan(config)
+    manifest = Manifest(locate(config.output.path, config.output.storage_options))
+    existing = manifest.read_plan()
+    if existing is None:
+        manifest.refuse_foreign()
+    else:
+        manifest.refuse_other(existing, plan)
+        refuse_strays(manifest, manifest.list_files(), existing)
+    Lease(manifest.root, config.cluster.lease_seconds).look()
+    return plan, model
 
 
 def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:

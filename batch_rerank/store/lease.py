@@ -90,6 +90,25 @@ class Lease:
                 )
         self._beats.start()
 
+    def look(self) -> None:
+        """What `take` would meet, without taking or waiting: raises ConflictError where a process of this machine holds
+        the output, and says it where another machine's may."""
+        with storage_errors(self._at(0)):
+            latest = self._latest()
+        holder = latest and Holder.from_json(latest[1])
+        if latest is None or (holder and holder.released):
+            return
+        alive = holder and _is_alive(holder)
+        if alive:
+            raise self._held(latest[1])
+        if alive is None:
+            log.warning(
+                "%s: was held by %s; a run waits up to %g s to see whether it still is",
+                self._root,
+                holder or "an unknown holder",
+                self._seconds,
+            )
+
     def check(self) -> None:
         """Raise ConflictError where another job has taken the output over."""
         with storage_errors(self._at(self._epoch)):

@@ -243,7 +243,7 @@ class Manifest:
         """
         existing = self.read_plan()
         if existing is None:
-            self._refuse_foreign()
+            self.refuse_foreign()
             with storage_errors(self.root):
                 created = self.plan_location.create_exclusive(plan.to_json())
             if created:
@@ -270,7 +270,8 @@ class Manifest:
             "to replace it"
         )
 
-    def _refuse_foreign(self) -> None:
+    def refuse_foreign(self) -> None:
+        """Raise ConflictError where there are Parquet files and no plan."""
         with storage_errors(self.root):
             foreign = self.list_files().strays(())
         if foreign:
