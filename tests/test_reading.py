@@ -68,12 +68,12 @@ def own_pool() -> Iterator[pa.MemoryPool]:
         pa.set_memory_pool(before)
 
 
-def put(table: pa.Table, **options: Any) -> int:
-    """Write the shard counted://in/0.parquet; its size."""
+def put(table: pa.Table, number: int = 0, **options: Any) -> int:
+    """Write a shard, counted://in/0.parquet; its size."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **options)
     data = sink.getvalue().to_pybytes()
-    Counted(skip_instance_cache=True).pipe_file("/in/0.parquet", data)
+    Counted(skip_instance_cache=True).pipe_file(f"/in/{number}.parquet", data)
     return len(data)
 
 
@@ -230,3 +230,19 @@ def test_few_documents_for_many_queries_are_held_once(layout: str, counted: type
             assert len(rows) == 1000, unit
             assert len({id(text) for group in groups for text in group.documents}) <= 80
     assert pool.max_memory() < 24 * MIB
+
+
+def test_a_sample_reads_the_row_groups_that_it_needs(counted: type[Counted]) -> None:
+    table = shard("nested", 2000, 10, texts(20_000, 300))
+    for number in range(5):
+        ids = pa.array([f"{number}-{row}" for row in range(2000)])
+        size = put(table.set_column(0, "query_id", ids), number, row_group_size=100, compression="none")
+    counted.reads.clear()
+    config = config_of("nested").model_copy(update={"limit": 150})
+    plan, model = make_plan(config)
+    assert (plan.counts["queries"], plan.counts["shards"], plan.pairs) == (150, 1, 1500)
+    for work in read_ranges(plan, frozenset()):
+        assert sum(len(read.rows) for read in read_range(work, config, model)) == 1500
+    assert sum(counted.reads) < 0.25 * size
+    whole, _ = make_plan(config_of("nested"))
+    assert plan.units[0] == whole.units[0]

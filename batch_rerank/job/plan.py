@@ -22,6 +22,11 @@ SCORING_VERSION = 1
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
 
 PLANNING_THREADS = 8
+MOST_THREADS = 32
+"""Where shards are small and far away: 500 of them at 50 ms a request take 10 s with 8 threads, 3.7 s with 32."""
+
+PLANNED_BYTES = 4 * 2**30
+"""Of shards that may be planned at once by more than PLANNING_THREADS: their ids are a driver's memory."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,28 @@ def _read_shards(config: JobConfig) -> list[Seen]:
             )
         files.update({file.path: (location.at(file.path), file) for file in found})
     _refuse_own_output(config, files.values())
-    with ThreadPoolExecutor(PLANNING_THREADS) as pool:
+    if config.limit is not None and config.input.layout == "nested":  # flat: only all ids show a scattered query
+        return _read_first(config, config.limit, list(files.values()))
+    with ThreadPoolExecutor(_threads(list(files.values()))) as pool:
         return list(pool.map(lambda entry: _read_shard(config, *entry), files.values()))
+
+
+def _threads(files: Sequence[tuple[Location, File]]) -> int:
+    if any(location.is_local for location, _ in files):
+        return PLANNING_THREADS
+    mean = 1 + sum(file.size for _, file in files) // len(files)
+    return max(PLANNING_THREADS, min(MOST_THREADS, PLANNED_BYTES // mean))
+
+
+def _read_first(config: JobConfig, limit: int, files: Sequence[tuple[Location, File]]) -> list[Seen]:
+    """The first shards, up to the one with the last query of a sample."""
+    seen: list[Seen] = []
+    for location, file in files:
+        if limit <= 0:
+            break
+        seen.append(_read_shard(config, location, file, limit))
+        limit -= len(seen[-1].queries.ids)
+    return seen
 
 
 def _refuse_own_output(config: JobConfig, files: Iterable[tuple[Location, File]]) -> None:
@@ -121,13 +146,13 @@ def _refuse_own_output(config: JobConfig, files: Iterable[tuple[Location, File]]
         )
 
 
-def _read_shard(config: JobConfig, location: Location, file: File) -> Seen:
+def _read_shard(config: JobConfig, location: Location, file: File, rows: int | None = None) -> Seen:
     if file.size == 0:
         raise InputError(
             f"{location}: the file has 0 bytes; expected Parquet (a table without rows has a footer); write it again"
         )
     given, output = config.input, config.output
-    read = read_queries(location, given.layout, given.columns, output.passthrough, output.trec_run)
+    read = read_queries(location, given.layout, given.columns, output.passthrough, output.trec_run, rows)
     return Seen(location, with_content(location, file), file, *read)
 
 

@@ -52,6 +52,11 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     # absolute: workers may have another working directory
     output = config.output.model_copy(update={"path": str(manifest.root)})
     config = config.model_copy(update={"output": output})
+    totals = _finished(config, manifest, plan)
+    if totals:
+        described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
+        describe(plan, model)
+        return replace(described, seconds=time.monotonic() - started)
     totals = Totals()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
@@ -75,6 +80,28 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         steady_rate=rates and rates[0],
         counts=plan.counts,
     )
+
+
+def _finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None:
+    """The counts of a job that has nothing left to do: nothing is written then, and no model is loaded."""
+    with storage_errors(manifest.success):
+        if not manifest.success.exists():
+            return None
+    existing = manifest.read_plan()
+    if existing is None or manifest.read_status().get("state") != "done":
+        return None
+    manifest.refuse_other(existing, plan)
+    scan = manifest.scan(existing)
+    refuse_strays(manifest, scan.files, existing)
+    if not Lease(manifest.root, config.cluster.lease_seconds).look():
+        return None
+    totals = Totals()
+    for receipt in scan.committed:
+        totals.add(receipt)
+    absent = config.output.trec_run and "run.trec" not in scan.files.found
+    if absent or totals.units < len(existing.units) or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
+        return None
+    return totals
 
 
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:

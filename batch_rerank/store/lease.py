@@ -90,14 +90,14 @@ class Lease:
                 )
         self._beats.start()
 
-    def look(self) -> None:
-        """What `take` would meet, without taking or waiting: raises ConflictError where a process of this machine holds
-        the output, and says it where another machine's may."""
+    def look(self) -> bool:
+        """Whether the output is free, without taking it or waiting. Raises ConflictError where a process of this machine
+        holds it; where another machine's may, that is logged, and it is not free."""
         with storage_errors(self._at(0)):
             latest = self._latest()
         holder = latest and Holder.from_json(latest[1])
         if latest is None or (holder and holder.released):
-            return
+            return True
         alive = holder and _is_alive(holder)
         if alive:
             raise self._held(latest[1])
@@ -108,6 +108,7 @@ class Lease:
                 holder or "an unknown holder",
                 self._seconds,
             )
+        return alive is False
 
     def check(self) -> None:
         """Raise ConflictError where another job has taken the output over."""

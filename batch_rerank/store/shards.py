@@ -3,9 +3,11 @@
 import hashlib
 import io
 import posixpath
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,30 +105,42 @@ def _unreadable(location: Location, what: str, error: BaseException) -> str:
 
 
 def read_queries(
-    location: Location, layout: str, renamed: dict[str, str], passthrough: Sequence[str], for_trec: bool = False
+    location: Location,
+    layout: str,
+    renamed: dict[str, str],
+    passthrough: Sequence[str],
+    for_trec: bool = False,
+    rows: int | None = None,
 ) -> tuple[Columns, Queries, tuple[tuple[int, int], ...], float, dict[str, str]]:
     """What the plan needs of a shard: its columns, its queries, rows and bytes of its row groups, the mean bytes of
-    text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only."""
+    text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only; with
+    `rows`, of no more row groups than hold the first so many."""
     with open_parquet(location) as parquet:
         with reading(location, "the Parquet footer"):
             columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
             row_groups = tuple(zip(group_rows(parquet), _group_bytes(parquet), strict=True))
-            size = _text_bytes(parquet, columns)
+            groups = _first_groups(parquet, rows)
+            size = _text_bytes(parquet, columns, groups)
             types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
         with reading(location, "an id column"):
             leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
-            groups = range(parquet.metadata.num_row_groups)
             batches = list(read_groups(parquet, groups, leaves, location))
             table = pa.Table.from_batches(batches) if batches else parquet.read_row_groups([], columns=leaves)
             queries = queries_of(table, columns, str(location), for_trec)
     return columns, queries, row_groups, size / max(1, int(queries.pairs.sum())), types
 
 
-def _text_bytes(parquet: pq.ParquetFile, columns: Columns) -> int:
-    """Bytes of all texts after decompression, as the footer says."""
+def _first_groups(parquet: pq.ParquetFile, rows: int | None) -> range:
+    ends = list(accumulate(group_rows(parquet)))
+    enough = len(ends) if rows is None else bisect_left(ends, rows) + 1
+    return range(min(enough, len(ends)))
+
+
+def _text_bytes(parquet: pq.ParquetFile, columns: Columns, groups: range) -> int:
+    """Bytes of the texts of row groups after decompression, as the footer says."""
     texts = columns.leaves(leaf_paths(parquet), ["text"])
     size = 0
-    for group in range(parquet.metadata.num_row_groups):
+    for group in groups:
         for index, path in enumerate(leaf_paths(parquet)):
             if path in texts:
                 probe(parquet, group, path)
