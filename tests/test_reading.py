@@ -246,3 +246,26 @@ def test_a_sample_reads_the_row_groups_that_it_needs(counted: type[Counted]) -> 
     assert sum(counted.reads) < 0.25 * size
     whole, _ = make_plan(config_of("nested"))
     assert plan.units[0] == whole.units[0]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_ids_of_a_shard_may_have_more_than_2_gib(layout: str, counted: type[Counted]) -> None:
+    queries = 22_000
+    names = pa.array([f"{number:04d}" + "x" * 1020 for number in range(100)])
+    ids = pa.DictionaryArray.from_arrays(pa.array(np.arange(queries * 100) % 100, pa.int32()), names)
+    table = shard(layout, queries, 100, pa.array(["text"]).take(pa.array(np.zeros(queries * 100, np.int64))))
+    if layout == "flat":
+        table = table.set_column(2, "doc_id", ids)
+    else:
+        text = table["candidates"].chunk(0).values.field("text")
+        structs = pa.StructArray.from_arrays([ids, text], names=["doc_id", "text"])
+        offsets = table["candidates"].chunk(0).offsets
+        table = table.set_column(2, "candidates", pa.ListArray.from_arrays(offsets, structs))
+    put(table, store_schema=False)
+    del table
+    plan, model = make_plan(config_of(layout))
+    assert plan.pairs == 2_200_000
+    work = read_ranges(plan, frozenset())[0]
+    read = next(read_range(work, config_of(layout), model))
+    assert read.rows["doc_id"][99].as_py() == names[99].as_py()

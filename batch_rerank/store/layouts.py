@@ -213,16 +213,18 @@ def _refuse_spaced(ids: pa.Array, name: str, where: str) -> None:
 
 
 def _refuse_repeated(ids: pa.Array, group: Int64, documents: pa.Array, rows: Int64, where: str) -> None:
-    keys = pa.table({"group": group, "doc_id": documents})
-    counted = keys.group_by(["group", "doc_id"]).aggregate([([], "count_all")])
-    if len(counted) == len(keys):
+    # numbers, not the ids: Arrow's group_by ends the process (std::length_error) at 2 GiB of keys
+    numbers = pc.dictionary_encode(documents)
+    keys = group * max(1, len(numbers.dictionary)) + numbers.indices.to_numpy()
+    in_order = np.sort(keys)
+    repeated = in_order[1:][in_order[1:] == in_order[:-1]]
+    if not len(repeated):
         return
-    repeated = counted.filter(pc.greater(counted["count_all"], 1)).slice(0, 1).to_pylist()[0]
-    same = (group == repeated["group"]) & pc.equal(documents, repeated["doc_id"]).to_numpy(zero_copy_only=False)
-    at = rows[np.flatnonzero(same)][:2].tolist()
+    same = np.flatnonzero(keys == repeated[0])
+    at = rows[same][:2].tolist()
     raise InputError(
-        f"{where}: query_id {ids[repeated['group']].as_py()!r} has doc_id {repeated['doc_id']!r} "
-        f"{repeated['count_all']} times (rows {at[0]} and {at[1]}); expected each document once per query; drop one"
+        f"{where}: query_id {ids[int(group[same[0]])].as_py()!r} has doc_id {documents[int(same[0])].as_py()!r} "
+        f"{len(same)} times (rows {at[0]} and {at[1]}); expected each document once per query; drop one"
     )
 
 
@@ -230,18 +232,19 @@ def find_scattered(shards: Sequence[tuple[str, Queries]]) -> list[Scattered]:
     """Queries that stand in two places, in the order of their second place. What to do about them is the caller's."""
     if not shards:
         return []
+    ids = pa.chunked_array([queries.ids for _, queries in shards]).combine_chunks()
+    numbers = pc.dictionary_encode(ids).indices.to_numpy()
+    twice = np.flatnonzero(np.bincount(numbers)[numbers] > 1) if len(ids) else numbers
     places = pa.table(
         {
-            "query_id": pa.concat_arrays([queries.ids for _, queries in shards]),
-            "shard": np.repeat(np.arange(len(shards)), [len(queries.ids) for _, queries in shards]),
-            "row": np.concatenate([queries.rows[:-1] for _, queries in shards]),
+            "query_id": ids.take(pa.array(twice)),
+            "shard": np.repeat(np.arange(len(shards)), [len(queries.ids) for _, queries in shards])[twice],
+            "row": np.concatenate([queries.rows[:-1] for _, queries in shards])[twice],
         }
     )
-    counted = places.group_by("query_id").aggregate([([], "count_all")])
-    repeated = counted.filter(pc.greater(counted["count_all"], 1))["query_id"]
     found: dict[str, tuple[str, int]] = {}
     scattered = []
-    for place in places.filter(pc.is_in(places["query_id"], repeated.combine_chunks())).to_pylist():
+    for place in places.to_pylist():
         here = (shards[place["shard"]][0], place["row"])
         first = found.setdefault(place["query_id"], here)
         if first != here:

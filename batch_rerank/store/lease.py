@@ -91,8 +91,8 @@ class Lease:
         self._beats.start()
 
     def look(self) -> bool:
-        """Whether the output is free, without taking it or waiting. Raises ConflictError where a process of this machine
-        holds it; where another machine's may, that is logged, and it is not free."""
+        """Whether the output is free, without taking it or waiting. Raises ConflictError where a process of this
+        machine holds it; where another machine's may, that is logged, and it is not free."""
         with storage_errors(self._at(0)):
             latest = self._latest()
         holder = latest and Holder.from_json(latest[1])

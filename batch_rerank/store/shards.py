@@ -31,6 +31,13 @@ ID_ROWS, TEXT_ROWS = 65536, 2048
 """In a batch at most. What a dictionary in the file makes small is as large as its texts once it is decoded."""
 
 
+NESTED_ROWS = 8192
+"""Of ids in a batch at most, where a row has many: pyarrow cannot read 2 GiB of them at once."""
+
+ID_BYTES = 512 * 2**20
+"""Of rows whose ids alone are read at a time."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """A range of whole queries of one shard: rows `start` to `stop` of the file."""
@@ -124,7 +131,8 @@ def read_queries(
             types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
         with reading(location, "an id column"):
             leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
-            batches = list(read_groups(parquet, groups, leaves, location))
+            most = NESTED_ROWS if layout == "nested" else ID_ROWS
+            batches = list(read_groups(parquet, groups, leaves, location, most, ID_BYTES))
             table = pa.Table.from_batches(batches) if batches else parquet.read_row_groups([], columns=leaves)
             queries = queries_of(table, columns, str(location), for_trec)
     return columns, queries, row_groups, size / max(1, int(queries.pairs.sum())), types
@@ -243,13 +251,18 @@ def _refuse_changed(location: Location, planned: File, now: File) -> None:
 
 
 def read_groups(
-    parquet: pq.ParquetFile, groups: Sequence[int], leaves: list[str], location: Location, most_rows: int = ID_ROWS
+    parquet: pq.ParquetFile,
+    groups: Sequence[int],
+    leaves: list[str],
+    location: Location,
+    most_rows: int = ID_ROWS,
+    batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[pa.RecordBatch]:
-    """Whole row groups, some MB and at most `most_rows` at a time. Raises InputError for damage, and where rows are
-    missing."""
+    """Whole row groups, `batch_bytes` (of all columns) and at most `most_rows` at a time. Raises InputError for damage,
+    and where rows are missing."""
     for run in _runs(parquet, groups):
         expected = sum(parquet.metadata.row_group(group).num_rows for group in run)
-        rows = min(most_rows, _batch_rows(parquet, run))
+        rows = min(most_rows, _batch_rows(parquet, run, batch_bytes))
         batches = parquet.iter_batches(rows, row_groups=run, columns=leaves)
         found = 0
         while True:
@@ -294,11 +307,11 @@ def holds_dictionary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_dictionary(kind)) or any(holds_dictionary(one) for one in inside)
 
 
-def _batch_rows(parquet: pq.ParquetFile, groups: Sequence[int]) -> int:
-    """How many rows of these row groups are about BATCH_BYTES."""
+def _batch_rows(parquet: pq.ParquetFile, groups: Sequence[int], batch_bytes: int) -> int:
+    """How many rows of these row groups are about as many bytes."""
     size = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
     rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-    return max(1, int(BATCH_BYTES * rows / max(1, size)))
+    return max(1, int(batch_bytes * rows / max(1, size)))
 
 
 def _group_bytes(parquet: pq.ParquetFile) -> list[int]:
