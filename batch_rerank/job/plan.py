@@ -14,7 +14,7 @@ from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.errors import ConfigError, InputError, ScatteredError
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
-from batch_rerank.store.layouts import Columns, Queries, Scattered, find_scattered
+from batch_rerank.store.layouts import OPTIONAL, Columns, Queries, Scattered, find_scattered
 from batch_rerank.store.manifest import Plan, fingerprint
 from batch_rerank.store.shards import Shard, Unit, read_queries, with_content
 
@@ -244,6 +244,13 @@ def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Seq
         notes.append(
             f"the input's instruction column is not used: the template {model.template!r} has no place for one"
         )
+    for name in OPTIONAL:
+        having = [shard for shard in seen if name in shard.columns.names]
+        if 0 < len(having) < len(seen):
+            lacks = next(shard.location for shard in seen if name not in shard.columns.names)
+            notes.append(
+                f"column {name!r} is in {len(having)} of {len(seen)} shards, e.g. not in {lacks}: read without it"
+            )
     largest = max(units, key=lambda unit: unit.pairs, default=None)
     if largest is not None and largest.pairs > 4 * config.input.unit_pairs:
         notes.append(
