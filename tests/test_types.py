@@ -24,7 +24,8 @@ LISTS = [pa.large_list, lambda item: pa.list_(item, 3)]
 
 def output_of(table: pa.Table, folder: Path, layout: str, **keys: Any) -> pa.Table:
     folder.mkdir()
-    pq.write_table(table, folder / "in.parquet", row_group_size=2 if layout == "nested" else 5)
+    views = any("string_view" in str(field.type) for field in table.schema)  # pyarrow cannot write slices of those
+    pq.write_table(table, folder / "in.parquet", row_group_size=None if views else 2 if layout == "nested" else 5)
     run(job(folder / "in.parquet", folder / "out", input__layout=layout, **keys), local=True)
     assert verify(str(folder / "out")).problems == []
     return rows_of(folder / "out").replace_schema_metadata()
@@ -33,16 +34,14 @@ def output_of(table: pa.Table, folder: Path, layout: str, **keys: Any) -> pa.Tab
 @pytest.mark.parametrize("kind", TEXTS, ids=str)
 @pytest.mark.parametrize("layout", ["flat", "nested"])
 def test_every_kind_of_text_reads_like_a_string(layout: str, kind: pa.DataType, tmp_path: Path) -> None:
+    if layout == "nested" and kind == pa.string_view():
+        pytest.skip("pyarrow 26 cannot write string_view inside lists")
     rows = [{**row, "title": "t"} for row in candidate_rows(5, 3)]
     plain = pa.Table.from_pylist(nested(rows) if layout == "nested" else rows)
     fields = [field.with_type(of_kind(field.type, kind)) for field in plain.schema]
-    expected = output_of(plain, tmp_path / "plain", layout)
-    try:
-        table = plain.cast(pa.schema(fields))
-        pq.write_table(table, tmp_path / "x.parquet")
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        pytest.skip(f"pyarrow cannot write it: {error}")
-    assert output_of(table, tmp_path / "other", layout) == expected
+    expected = output_of(plain, tmp_path / "plain", layout, output__passthrough=["lang"])
+    found = output_of(plain.cast(pa.schema(fields)), tmp_path / "other", layout, output__passthrough=["lang"])
+    assert found.cast(expected.schema) == expected
 
 
 def of_kind(given: pa.DataType, kind: pa.DataType) -> pa.DataType:
@@ -58,11 +57,7 @@ def test_every_kind_of_list_reads_like_a_list(number: int, tmp_path: Path) -> No
     plain = pa.Table.from_pylist(nested(candidate_rows(5, 3)))
     expected = output_of(plain, tmp_path / "plain", "nested")
     kind = LISTS[number](plain.schema.field("candidates").type.value_type)
-    try:
-        table = plain.set_column(2, "candidates", plain["candidates"].cast(kind))
-        pq.write_table(table, tmp_path / "x.parquet")
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        pytest.skip(f"pyarrow cannot write it: {error}")
+    table = plain.set_column(2, "candidates", plain["candidates"].cast(kind))
     assert output_of(table, tmp_path / "other", "nested") == expected
 
 

@@ -43,10 +43,10 @@ def candidates(batch: pa.RecordBatch, columns: Columns, first: int) -> pa.Table:
 
     def column(name: str, of_query: bool, text: bool = False) -> pa.Array:
         if rows is None:
-            return batch.column(name)
+            return _without_view(batch.column(name))
         if of_query and text:  # held once however many candidates there are
             return pa.DictionaryArray.from_arrays(pc.cast(rows, pa.int32()), _plain(batch.column(name)))
-        return batch.column(name).take(rows) if of_query else field_of(structs, name)
+        return _without_view(batch.column(name)).take(rows) if of_query else _without_view(field_of(structs, name))
 
     def ours(name: str) -> pa.Array | None:
         return column(columns.names[name], name in OF_QUERY, name in TEXTS) if name in columns.names else None
@@ -109,6 +109,13 @@ def _number(values: pa.Array | None, size: int, kind: pa.DataType) -> pa.Array:
     if values is None:
         return pa.nulls(size, kind)
     return pc.cast(values, kind, safe=kind != pa.float32())
+
+
+def _without_view(values: pa.Array) -> pa.Array:
+    """Strings as strings: Arrow cannot select rows of string_view yet (pyarrow 26)."""
+    if pa.types.is_string_view(values.type):
+        return pc.cast(values, pa.large_string())
+    return pc.cast(values, pa.large_binary()) if pa.types.is_binary_view(values.type) else values
 
 
 def _plain(texts: pa.Array) -> pa.Array:
