@@ -25,6 +25,10 @@ ALIASES = {
 }
 """Names that other tools use: suggested where ours is missing, never taken silently."""
 
+PASSED = "+"
+"""Stands before the name of a passed-through column until its part is written. No name of ours begins so: an input's
+column may have any name, ours too."""
+
 CHUNK_OFFSET = "chunk_offset"
 """With scoring.long_documents: chunk, the first token of the best chunk within its document; null in an error row."""
 

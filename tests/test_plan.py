@@ -12,6 +12,8 @@ from conftest import candidate_rows, job, nested, write
 
 from batch_rerank.config import load_config
 from batch_rerank.job.plan import cut_units, make_plan
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.lease import Holder, hold
 from batch_rerank.store.manifest import Plan
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -115,3 +117,36 @@ def test_storage_options_are_in_no_plan(flat_shards: Path, tmp_path: Path) -> No
     config = load_config(tmp_path / "job.yaml")
     assert config.output.storage_options == {"auto_mkdir": True}
     assert b"auto_mkdir" not in make_plan(config)[0].to_json()
+
+
+def same_as_run(cli: Cli, config: Path, *more: str) -> str:
+    """What `plan` says where `run` ends with exit code 4."""
+    code, _, said = cli("plan", config, *more)
+    assert (code, cli("run", config, "--local", *more)[0]) == (4, 4)
+    return said
+
+
+def test_plan_says_what_run_would_say_of_the_output(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(job(flat_shards, tmp_path / "out").model_dump_json(exclude={"limit"}))
+    write(tmp_path / "out" / "mine.parquet", candidate_rows(1, 1))
+    assert "that no plan describes, e.g. mine.parquet" in same_as_run(cli, file)
+    (tmp_path / "out" / "mine.parquet").rename(tmp_path / "mine.parquet")
+    assert cli("run", file, "--local")[0] == 0
+    assert cli("plan", file)[0] == 0
+    assert "differs in output.top_k" in same_as_run(cli, file, "--set", "output.top_k=3")
+    (tmp_path / "mine.parquet").rename(tmp_path / "out" / "mine.parquet")
+    assert "not of this job, e.g. mine.parquet" in same_as_run(cli, file)
+    (tmp_path / "out" / "mine.parquet").unlink()
+    with hold(locate(str(tmp_path / "out"))):
+        assert "another job is at work on this output" in same_as_run(cli, file)
+
+
+def test_plan_says_that_a_lease_has_to_be_watched(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(job(flat_shards, tmp_path / "out").model_dump_json(exclude={"limit"}))
+    holder = Holder("x", "far", "another machine", 7, "1", "2026-01-01T00:00:00Z")
+    (locate(str(tmp_path / "out")) / "_manifest/lease/1").write_bytes(holder.to_json())
+    code, _, said = cli("plan", file)
+    assert code == 0
+    assert "was held by process 7 on far since 2026-01-01T00:00:00Z; a run waits up to 60 s" in said

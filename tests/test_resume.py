@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from checkpoints import bert_reranker
 from conftest import candidate_rows, job, rows_of, write
 
 import batch_rerank.job.write_unit as write_unit
@@ -26,6 +27,27 @@ def test_a_finished_job_has_nothing_to_do(flat_shards: Path, tmp_path: Path) -> 
     again = run(job(flat_shards, tmp_path / "out"), local=True)
     assert (again.units, again.resumed_units) == (0, 6)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")} == times
+
+
+def test_a_finished_job_loads_no_model_and_writes_nothing(flat_shards: Path, tmp_path: Path, logged: list[str]) -> None:
+    model = {"model__name": str(bert_reranker(tmp_path / "model")), "model__kind": "auto", "model__max_length": 128}
+    config = job(flat_shards, tmp_path / "out", **model)
+    first = run(config, local=True)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert any(message.startswith("self-test passed") for message in logged)
+    logged.clear()
+    again = run(config, local=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
+    assert not any(message.startswith("self-test") for message in logged)
+    assert (again.totals, again.units) == (first.totals, 0)
+
+
+def test_a_job_that_was_stopped_after_its_mark_puts_its_status_right(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    status = tmp_path / "out" / "_manifest" / "status.json"
+    status.write_text(status.read_text().replace('"done"', '"running"'))
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    assert json.loads(status.read_text())["state"] == "done"
 
 
 def test_settings_that_change_no_score_may_change_between_runs(flat_shards: Path, tmp_path: Path) -> None:

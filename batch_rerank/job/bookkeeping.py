@@ -10,7 +10,7 @@ from typing import Any
 from batch_rerank.errors import BatchRerankError, ConflictError
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.lease import Lease
-from batch_rerank.store.manifest import Manifest, Plan, Totals
+from batch_rerank.store.manifest import Files, Manifest, Plan, Totals
 
 log = logging.getLogger("batch_rerank")
 
@@ -19,12 +19,7 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> froz
     """What is done already. Units that are not as they should be are named and made not done, and so are those with
     pairs that the engine could not score: it may have been the engine. Under the lease."""
     scan = manifest.scan(plan)
-    strays = scan.files.strays(unit.id for unit in plan.units)
-    if strays:
-        raise ConflictError(
-            f"{manifest.root}: holds {len(strays)} Parquet file(s) that are not of this job, e.g. {strays[0]}; readers "
-            "would take them for output; move them away and run again"
-        )
+    refuse_strays(manifest, scan.files, plan)
     again = dict(scan.broken)
     if "_SUCCESS" not in scan.files.found:
         failed = (receipt for receipt in scan.committed if receipt.engine_failed)
@@ -48,6 +43,16 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> froz
     if done:
         log.info("resuming: %d of %d units are done", len(done), len(plan.units))
     return frozenset(receipt.unit for receipt in done)
+
+
+def refuse_strays(manifest: Manifest, files: Files, plan: Plan) -> None:
+    """Raise ConflictError where an output holds Parquet files that are not of this plan."""
+    strays = files.strays(unit.id for unit in plan.units)
+    if strays:
+        raise ConflictError(
+            f"{manifest.root}: holds {len(strays)} Parquet file(s) that are not of this job, e.g. {strays[0]}; readers "
+            "would take them for output; move them away and run again"
+        )
 
 
 @contextmanager

@@ -21,10 +21,12 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import StorageError
 from batch_rerank.job.join import Int32, Int64, Ranked
 from batch_rerank.job.write_unit import commit
+from batch_rerank.schema import PASSED
+from batch_rerank.store.canonical import canonical, with_title
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.layouts import Columns, canonical, find_columns, with_title
+from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
-from batch_rerank.store.shards import Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
+from batch_rerank.store.shards import TEXT_ROWS, Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
 from batch_rerank.store.sources import Piece, Source, read_piece
 
 EXCHANGE = "_manifest/exchange"
@@ -137,10 +139,10 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
     with open_parquet(location) as parquet:
         passthrough = config.output.passthrough
         columns = find_columns(parquet.schema_arrow, "flat", config.input.columns, passthrough, str(location))
-        leaves = columns.leaves(leaf_paths(parquet), [*columns.names, *passthrough])
-        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location):
+        leaves = columns.leaves(leaf_paths(parquet), list(columns.names), passed=True)
+        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location, TEXT_ROWS):
             ours = {name: batch.column(found) for name, found in columns.names.items()}
-            table = pa.table({**ours, **{f"+{name}": batch.column(name) for name in passthrough}})
+            table = pa.table({**ours, **{f"{PASSED}{name}": batch.column(name) for name in passthrough}})
             for name in ("query_id", "doc_id"):
                 table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
             with reading(location, f"row groups {piece.start} to {piece.stop}"):
@@ -252,12 +254,15 @@ def _of_flat(read: pa.Table, queries: pa.Array, config: JobConfig, where: str) -
     """Canonical rows of a shard's queries, each query's rows in the order of the input."""
     position = pc.index_in(read["query_id"], value_set=queries).to_numpy()
     read = read.take(np.lexsort((read["row"].to_numpy(), position)))
-    passthrough = {name: True for name in read.column_names if name.startswith("+")}
+    passthrough = {name: True for name in read.column_names if name.startswith(PASSED)}
     names = {name: name for name in OURS if name in read.column_names}
     rows = canonical(read, Columns("flat", names, passthrough), where)
     absent = {"score": "first_stage_score", "instruction": "instruction"}
     rows = rows.drop_columns([ours for name, ours in absent.items() if name not in names])
-    return rows.set_column(rows.column_names.index("text"), "text", rows["text"].dictionary_encode())
+    for name in ("query", "instruction"):
+        if name in rows.column_names:
+            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(pa.string()))
+    return rows.rename_columns([name.replace(2 * PASSED, PASSED, 1) for name in rows.column_names])
 
 
 def nested(rows: pa.Table) -> pa.Table:
@@ -266,7 +271,7 @@ def nested(rows: pa.Table) -> pa.Table:
     index = rows["query_index"].to_numpy()
     starts = np.flatnonzero(np.diff(index, prepend=-1))
     names = {"doc_id": "doc_id", "text": "text", "first_stage_score": "score", "first_stage_rank": "rank"}
-    names |= {name: name.removeprefix("+") for name in rows.column_names if name.startswith("+")}
+    names |= {name: name.removeprefix(PASSED) for name in rows.column_names if name.startswith(PASSED)}
     fields = {ours: rows[name].combine_chunks() for name, ours in names.items() if name in rows.column_names}
     candidates = pa.StructArray.from_arrays([_one(array) for array in fields.values()], names=list(fields))
     offsets = pa.array(np.append(starts, len(rows)), pa.int32())

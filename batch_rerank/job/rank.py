@@ -27,7 +27,7 @@ def rank(
     top_k: int | None,
     offset: npt.NDArray[np.int32] | None = None,
 ) -> pa.Table:
-    """The output rows of a unit, sorted by query in input order, then rank.
+    """The output rows of a unit, sorted by query in input order, then rank; `query_index` last.
 
     `scores`, `n_tokens`, `truncated` and `offset` are of the rows without an error, in row order; the others get null,
     0 and False.

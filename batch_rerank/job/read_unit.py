@@ -1,9 +1,9 @@
 """A unit's canonical rows to what is scored: groups of texts, and the rows that wait for their scores."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from typing import cast
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,8 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Group
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Plan
-from batch_rerank.store.shards import Shard, Unit, read_units
+from batch_rerank.store.shards import Shard, Unit, twice_read
+from batch_rerank.store.unit_reader import read_units
 
 NULL_QUERY = "query is null"
 NULL_TEXT = "text is null"
@@ -34,35 +35,53 @@ class ReadUnit:
 
 @dataclass(frozen=True)
 class ReadRange:
-    """Units of one shard whose row groups are read together: one read task."""
+    """Units of one shard that are read one after the other: one read task."""
 
     shard: Shard
     units: list[Unit]
 
 
-def read_ranges(plan: Plan, done: frozenset[str]) -> list[ReadRange]:
-    """The units that are not done, as ranges of at most RANGE_UNITS units of one shard, in order.
-
-    A unit that is much larger than the others is a range of its own, and such ranges come first: nothing waits behind
-    it, and it is not the last one running.
-    """
-    wanted = [unit for unit in plan.units if unit.id not in done]
-    large = LARGE_UNITS * max(1, sum(unit.pairs for unit in wanted)) / max(1, len(wanted))
-    first = [ReadRange(plan.shards[unit.shard], [unit]) for unit in wanted if unit.pairs > large]
-    ranges = []
-    for shard, units in groupby((unit for unit in wanted if unit.pairs <= large), key=lambda unit: unit.shard):
-        pending = list(units)
-        for start in range(0, len(pending), RANGE_UNITS):
-            ranges.append(ReadRange(plan.shards[shard], pending[start : start + RANGE_UNITS]))
-    return first + ranges
-
-
 RANGE_UNITS = 8
-"""Units of a read task: enough to decode a row group for several units, few enough to spread a large shard."""
+"""Units of a read task at least, where its shard has as many: a task costs Ray some 10 ms."""
 
+TWICE = 0.1
+"""Of what a read task reads, the share that the next task may read again to begin inside a row group."""
 
 LARGE_UNITS = 4
 """Times the mean of the units that are left, above which one is large."""
+
+
+def read_ranges(plan: Plan, done: frozenset[str]) -> list[ReadRange]:
+    """The units that are not done, in ranges of one shard, cut where little is read twice: between row groups. Units
+    are given on as they are read, so a row group of any size feeds many actors.
+
+    Ranges with a unit that is much larger than the others come first: it is not the last one running.
+    """
+    wanted = [unit for unit in plan.units if unit.id not in done]
+    large = LARGE_UNITS * max(1, sum(unit.pairs for unit in wanted)) / max(1, len(wanted))
+    ranges = []
+    for index, units in groupby(wanted, key=lambda unit: unit.shard):
+        shard = plan.shards[index]
+        ranges += [ReadRange(replace(shard, row_groups=()), cut) for cut in _cut(list(units), shard)]
+    return sorted(ranges, key=lambda work: all(unit.pairs <= large for unit in work.units))
+
+
+def _cut(units: list[Unit], shard: Shard) -> Iterator[list[Unit]]:
+    borders = list(accumulate((rows for rows, _ in shard.row_groups), initial=0))
+    pending: list[Unit] = []
+    for unit in units:
+        if len(pending) >= RANGE_UNITS and shard.row_groups:
+            group = bisect_right(borders, unit.start) - 1
+            rows, size = shard.row_groups[group]
+            shared = pending[-1].stop > borders[group]
+            twice = twice_read(unit.start - borders[group], rows, size) if shared else 0
+            first = bisect_right(borders, pending[0].start) - 1
+            if twice <= TWICE * sum(size for _, size in shard.row_groups[first:group]):
+                yield pending
+                pending = []
+        pending.append(unit)
+    if pending:
+        yield pending
 
 
 def read_range(work: ReadRange, config: JobConfig, model: ModelSpec) -> Iterator[ReadUnit]:
@@ -103,13 +122,10 @@ def _groups(rows: pa.Table, takes_instruction: bool) -> list[Group]:
 
 def _texts(column: pa.ChunkedArray) -> list[str]:
     """One string for each row; the rows of one dictionary value share it."""
-    if not pa.types.is_dictionary(column.type):
-        return cast(list[str], column.to_pylist())
     texts: list[str] = []
-    for chunk in column.chunks:  # a unit's own values: the dictionary is that of its whole row group
-        used, index = np.unique(chunk.indices.to_numpy(), return_inverse=True)
-        values = chunk.dictionary.take(pa.array(used)).to_pylist()
-        texts += [values[one] for one in index.tolist()]
+    for chunk in column.chunks:
+        values = chunk.dictionary.to_pylist()
+        texts += [values[one] for one in chunk.indices.to_pylist()]
     return texts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
-from batch_rerank.job.bookkeeping import recording, resume, status_of
+from batch_rerank.job.bookkeeping import recording, refuse_strays, resume, status_of
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
@@ -53,9 +53,15 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     # absolute: workers may have another working directory
     output = config.output.model_copy(update={"path": str(manifest.root)})
     config = config.model_copy(update={"output": output})
+    totals = _finished(config, manifest, plan)
+    if totals:
+        described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
+        describe(plan, model)
+        return replace(described, seconds=time.monotonic() - started)
     totals = Totals()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
-        plan = manifest.write_plan(plan)
+        # shards as they are now: the same content, but places, times and row groups are this run's
+        plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
         with recording(manifest, plan, totals, lease):
             done = resume(manifest, plan, totals, lease)
@@ -89,6 +95,28 @@ def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
     return settle(config, look(config))
 
 
+def _finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None:
+    """The counts of a job that has nothing left to do: nothing is written then, and no model is loaded."""
+    with storage_errors(manifest.success):
+        if not manifest.success.exists():
+            return None
+    existing = manifest.read_plan()
+    if existing is None or manifest.read_status().get("state") != "done":
+        return None
+    manifest.refuse_other(existing, plan)
+    scan = manifest.scan(existing)
+    refuse_strays(manifest, scan.files, existing)
+    if not Lease(manifest.root, config.cluster.lease_seconds).look():
+        return None
+    totals = Totals()
+    for receipt in scan.committed:
+        totals.add(receipt)
+    absent = config.output.trec_run and "run.trec" not in scan.files.found
+    if absent or totals.units < len(existing.units) or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
+        return None
+    return totals
+
+
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
     """The job as it will run, its plan and its model; an input that needs it is staged first, or found staged.
 
@@ -114,18 +142,19 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
 
 def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
-    Writes nothing and starts nothing: without a cluster to join, the device is this machine's."""
+    Writes nothing and starts nothing: without a cluster to join, the device is this machine's. Raises what a run would
+    raise before its first unit; a lease that has to be watched is said."""
     config = _supposed(config)
     configured_model(config)
     found = find_stage(config) if needs_stage(config) or config.input.stage else None
     if found is None and not needs_stage(config):
         try:
-            return make_plan(config)
+            return _fitting(config)
         except ScatteredError as error:
             log.info("%s", error)
             found = find_stage(config)
     if found is not None:
-        return make_plan(found.config)
+        return _fitting(found.config)
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
     return plan, None
@@ -148,6 +177,20 @@ def _supposed(config: JobConfig) -> JobConfig:
             other,
         )
     return found
+
+
+def _fitting(config: JobConfig) -> tuple[Plan, ModelSpec]:
+    """The plan and model of a job whose output is free for it. Raises ConflictError where it is not."""
+    plan, model = make_plan(config)
+    manifest = Manifest(locate(config.output.path, config.output.storage_options))
+    existing = manifest.read_plan()
+    if existing is None:
+        manifest.refuse_foreign()
+    else:
+        manifest.refuse_other(existing, plan)
+        refuse_strays(manifest, manifest.list_files(), existing)
+    Lease(manifest.root, config.cluster.lease_seconds).look()
+    return plan, model
 
 
 def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 def run_local(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done, one after the other. Raises the errors of every step."""
+    if len(done) == len(plan.units):
+        return
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
     if scorer.self_test:
         log.info("%s", scorer.self_test)

@@ -24,7 +24,8 @@ from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.layouts import run_starts
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import SUMMED, Manifest, Plan, Receipt, sha256
-from batch_rerank.store.shards import Unit, read_units
+from batch_rerank.store.shards import Unit
+from batch_rerank.store.unit_reader import read_units
 
 VERIFY_THREADS = 4
 COMPARED = ["query_id", "doc_id", "first_stage_rank"]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import batch_rerank
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import StorageError
+from batch_rerank.schema import PASSED
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt, part_name, sha256
 from batch_rerank.store.shards import Unit
@@ -57,7 +58,8 @@ def serialise(rows: pa.Table, unit: Unit, model: ModelSpec, receipt: Receipt) ->
     """A part's bytes: zstd Parquet, row groups of whole queries, what made it and its counts in the schema's
     metadata."""
     index = rows["query_index"].to_numpy()
-    rows = rows.drop_columns(["query_index"]).replace_schema_metadata(
+    rows = rows.drop_columns(["query_index"])
+    rows = rows.rename_columns([name.removeprefix(PASSED) for name in rows.column_names]).replace_schema_metadata(
         {
             "batch_rerank.version": batch_rerank.__version__,
             "batch_rerank.fingerprint": receipt.fingerprint,

@@ -1,13 +1,8 @@
-"""The input layouts: nested (a row per query) and flat (a row per candidate) become the same canonical rows.
-
-Canonical rows of a unit: `query_index int32` (which query of the unit), `query_id`, `query`, `instruction`, `doc_id`,
-`text` (a dictionary in a staged shard), `first_stage_score float32`, `first_stage_rank int32`, then the passed-through
-columns.
-"""
+"""The input layouts: which columns of a shard are ours, nested (a row per query) or flat (a row per candidate), and
+which queries and candidates its id columns hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +13,6 @@ from batch_rerank.errors import InputError
 from batch_rerank.schema import ALIASES
 
 Int64 = npt.NDArray[np.int64]
-ONCE = pa.dictionary(pa.int32(), pa.large_string())
-"""The type of a staged shard's texts."""
-
 OPTIONAL = ("instruction", "title", "score", "rank")
 OF_QUERY = ("query_id", "query", "instruction")
 TEXTS = ("query", "instruction", "text", "title")
@@ -42,10 +34,12 @@ class Columns:
         """The same without some of our columns."""
         return replace(self, names={name: place for name, place in self.names.items() if name not in names})
 
-    def leaves(self, paths: Sequence[str], wanted: Sequence[str]) -> list[str]:
-        """Those Parquet leaf paths that hold the wanted columns (our names, and passed-through ones)."""
-        top = {self.names.get(name, name) for name in wanted if self._is_top(name)}
-        fields = {self.names.get(name, name) for name in wanted if not self._is_top(name)}
+    def leaves(self, paths: Sequence[str], wanted: Sequence[str], passed: bool = False) -> list[str]:
+        """Those Parquet leaf paths that hold the wanted columns (our names), and with `passed` those passed through."""
+        places = [(self.names[name], name not in OF_QUERY) for name in wanted]
+        places += self.passthrough.items() if passed else ()
+        fields = {name for name, of_candidate in places if of_candidate and self.layout == "nested"}
+        top = {name for name, of_candidate in places if not of_candidate or self.layout == "flat"}
         candidates = self.names.get("candidates")
 
         def holds(path: str) -> bool:
@@ -55,11 +49,6 @@ class Columns:
             return _within(path, top) or of_candidates
 
         return [path for path in paths if holds(path)]
-
-    def _is_top(self, name: str) -> bool:
-        if self.layout == "flat" or name in OF_QUERY:
-            return True
-        return name in self.passthrough and not self.passthrough[name]
 
 
 def _within(path: str, names: set[str]) -> bool:
@@ -96,6 +85,8 @@ def find_columns(
             carried[name] = False
         else:
             problems.append(f"output.passthrough names {name!r}, which is not there; found {sorted({*top, *fields})}")
+    if layout == "nested" and carried.get(names.get("candidates", "")) is False:
+        problems.append(f"output.passthrough names {names['candidates']!r}, the list of candidates; name its fields")
     for name in sorted({*names.values(), *carried} & _repeated(schema, names.get("candidates"))):
         problems.append(f"column {name!r} is there more than once, expected each name once; rename or drop one")
     if problems:
@@ -151,7 +142,8 @@ def _is_list(kind: pa.DataType) -> bool:
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries of a shard in input order: ids string[n]; rows int64[n + 1], where each begins; pairs int64[n]."""
+    """The queries of a shard in input order: ids large_string[n]; rows int64[n + 1], where each
+    begins; pairs int64[n]."""
 
     ids: pa.Array
     rows: Int64
@@ -170,24 +162,23 @@ class Scattered:
 def queries_of(table: pa.Table, columns: Columns, where: str, for_trec: bool = False) -> Queries:
     """The queries of a shard's id columns. Raises InputError for a null id or a document twice under one query, and
     `for_trec` for an id that a TREC run cannot hold."""
+    ids = _ids(table[columns.names["query_id"]])
     if columns.layout == "nested":
-        ids = _as_string(table[columns.names["query_id"]])
-        lists = table[columns.names["candidates"]].combine_chunks()
-        pairs = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        documents = pc.struct_field(pc.list_flatten(lists), columns.names["doc_id"])
+        lists = table[columns.names["candidates"]]
+        pairs = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
+        documents = _ids(field_of(pc.list_flatten(lists), columns.names["doc_id"]))
         group = np.repeat(np.arange(len(ids)), pairs)
         rows = np.arange(len(ids) + 1)
         row_of_pair = group
     else:
-        every = _as_string(table[columns.names["query_id"]])
-        _refuse_null(every, "query_id", where, np.arange(len(every)))
-        starts = run_starts(every)
-        rows = np.append(starts, len(every))
-        ids, pairs = every.take(pa.array(starts)), np.diff(rows)
-        documents = table[columns.names["doc_id"]].combine_chunks()
-        group, row_of_pair = np.repeat(np.arange(len(starts)), pairs), np.arange(len(every))
+        _refuse_null(ids, "query_id", where, np.arange(len(ids)))
+        row_of_pair = np.arange(len(ids))
+        starts = run_starts(ids)
+        rows = np.append(starts, len(ids))
+        ids, pairs = ids.take(pa.array(starts)), np.diff(rows)
+        documents = _ids(table[columns.names["doc_id"]])
+        group = np.repeat(np.arange(len(starts)), pairs)
     _refuse_null(ids, "query_id", where, rows)
-    documents = _as_string(documents)
     _refuse_null(documents, "doc_id", where, row_of_pair)
     _refuse_repeated(ids, group, documents, row_of_pair, where)
     if for_trec:
@@ -222,16 +213,18 @@ def _refuse_spaced(ids: pa.Array, name: str, where: str) -> None:
 
 
 def _refuse_repeated(ids: pa.Array, group: Int64, documents: pa.Array, rows: Int64, where: str) -> None:
-    keys = pa.table({"group": group, "doc_id": documents})
-    counted = keys.group_by(["group", "doc_id"]).aggregate([([], "count_all")])
-    if len(counted) == len(keys):
+    # numbers, not the ids: Arrow's group_by ends the process (std::length_error) at 2 GiB of keys
+    numbers = pc.dictionary_encode(documents)
+    keys = group * max(1, len(numbers.dictionary)) + numbers.indices.to_numpy()
+    in_order = np.sort(keys)
+    repeated = in_order[1:][in_order[1:] == in_order[:-1]]
+    if not len(repeated):
         return
-    repeated = counted.filter(pc.greater(counted["count_all"], 1)).slice(0, 1).to_pylist()[0]
-    same = (group == repeated["group"]) & pc.equal(documents, repeated["doc_id"]).to_numpy(zero_copy_only=False)
-    at = rows[np.flatnonzero(same)][:2].tolist()
+    same = np.flatnonzero(keys == repeated[0])
+    at = rows[same][:2].tolist()
     raise InputError(
-        f"{where}: query_id {ids[repeated['group']].as_py()!r} has doc_id {repeated['doc_id']!r} "
-        f"{repeated['count_all']} times (rows {at[0]} and {at[1]}); expected each document once per query; drop one"
+        f"{where}: query_id {ids[int(group[same[0]])].as_py()!r} has doc_id {documents[int(same[0])].as_py()!r} "
+        f"{len(same)} times (rows {at[0]} and {at[1]}); expected each document once per query; drop one"
     )
 
 
@@ -239,18 +232,19 @@ def find_scattered(shards: Sequence[tuple[str, Queries]]) -> list[Scattered]:
     """Queries that stand in two places, in the order of their second place. What to do about them is the caller's."""
     if not shards:
         return []
+    ids = pa.chunked_array([queries.ids for _, queries in shards]).combine_chunks()
+    numbers = pc.dictionary_encode(ids).indices.to_numpy()
+    twice = np.flatnonzero(np.bincount(numbers)[numbers] > 1) if len(ids) else numbers
     places = pa.table(
         {
-            "query_id": pa.concat_arrays([queries.ids for _, queries in shards]),
-            "shard": np.repeat(np.arange(len(shards)), [len(queries.ids) for _, queries in shards]),
-            "row": np.concatenate([queries.rows[:-1] for _, queries in shards]),
+            "query_id": ids.take(pa.array(twice)),
+            "shard": np.repeat(np.arange(len(shards)), [len(queries.ids) for _, queries in shards])[twice],
+            "row": np.concatenate([queries.rows[:-1] for _, queries in shards])[twice],
         }
     )
-    counted = places.group_by("query_id").aggregate([([], "count_all")])
-    repeated = counted.filter(pc.greater(counted["count_all"], 1))["query_id"]
     found: dict[str, tuple[str, int]] = {}
     scattered = []
-    for place in places.filter(pc.is_in(places["query_id"], repeated.combine_chunks())).to_pylist():
+    for place in places.to_pylist():
         here = (shards[place["shard"]][0], place["row"])
         first = found.setdefault(place["query_id"], here)
         if first != here:
@@ -258,95 +252,11 @@ def find_scattered(shards: Sequence[tuple[str, Queries]]) -> list[Scattered]:
     return scattered
 
 
-def canonical(table: pa.Table, columns: Columns, where: str) -> pa.Table:
-    """A unit's rows in canonical form. Raises InputError where one query_id has two queries or instructions."""
-    nested = columns.layout == "nested"
-    if nested:
-        lists = table[columns.names["candidates"]].combine_chunks()
-        index = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-        flat = pc.list_flatten(lists)
-        ids = _as_string(table[columns.names["query_id"]]).take(pa.array(index))
-    else:
-        ids = _as_string(table[columns.names["query_id"]])
-        index = np.repeat(np.arange(len(run_starts(ids))), np.diff(np.append(run_starts(ids), len(ids))))
-
-    def column(name: str, of_query: bool) -> pa.Array | None:
-        if not nested:
-            return table[name].combine_chunks()
-        return table[name].combine_chunks().take(pa.array(index)) if of_query else pc.struct_field(flat, name)
-
-    def named(name: str) -> pa.Array | None:
-        return column(columns.names[name], name in OF_QUERY) if name in columns.names else None
-
-    size = len(index)
-    score, rank = named("score"), named("rank")
-    position = _positions(index)
-    data: dict[str, Any] = {
-        "query_index": pa.array(index, pa.int32()),
-        "query_id": ids,
-        "query": _as_string(named("query"), size),
-        "instruction": _as_string(named("instruction"), size),
-        "doc_id": _as_string(named("doc_id")),
-        "text": _text(named("text"), named("title"), size),
-        "first_stage_score": pa.nulls(size, pa.float32())
-        if score is None
-        else pc.cast(score, pa.float32(), safe=False),
-        "first_stage_rank": position if rank is None else pc.coalesce(pc.cast(rank, pa.int32()), position),
-    }
-    for name, of_candidate in columns.passthrough.items():
-        data[name] = column(name, not of_candidate)
-    rows = pa.table(data)
-    for name in () if nested else ("query", "instruction"):
-        _refuse_two(rows, name, where)
-    return rows
+def field_of(structs: pa.StructArray | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
+    """A field of structs, null where the struct is. By number: Arrow takes a dot in a name for a path."""
+    return pc.struct_field(structs, [[field.name for field in structs.type].index(name)])
 
 
-def _positions(index: Int64) -> pa.Array:
-    """First-stage ranks from the order of the input: 1, 2, … within each query."""
-    if len(index) == 0:
-        return pa.array([], pa.int32())
-    starts = np.flatnonzero(np.diff(index, prepend=index[0] - 1))
-    lengths = np.diff(np.append(starts, len(index)))
-    return pa.array(np.arange(len(index)) - np.repeat(starts, lengths) + 1, pa.int32())
-
-
-def _refuse_two(rows: pa.Table, name: str, where: str) -> None:
-    codes = rows[name].combine_chunks().dictionary_encode()
-    numbers = pc.fill_null(codes.indices, -1).to_numpy(zero_copy_only=False)
-    index = rows["query_index"].to_numpy()
-    if not len(index):
-        return
-    starts = np.flatnonzero(np.diff(index, prepend=-1))
-    highest = np.maximum.reduceat(numbers, starts)
-    lowest = np.minimum.reduceat(np.where(numbers < 0, highest[index], numbers), starts)
-    for group in np.flatnonzero(highest != lowest):
-        query_id = rows["query_id"][int(starts[group])].as_py()
-        both = sorted(codes.dictionary[int(code)].as_py() for code in (lowest[group], highest[group]))
-        raise InputError(
-            f"{where}: query_id {query_id!r} has two values of {name}: {both[0][:80]!r} and {both[1][:80]!r}; "
-            "expected one; give them different ids"
-        )
-
-
-def _text(text: pa.Array | None, title: pa.Array | None, size: int) -> pa.Array:
-    """Texts; in a staged shard each stands once, and stays so."""
-    if text is not None and title is None and text.type == ONCE:
-        return text
-    return with_title(title, _as_string(text, size, pa.large_string()))
-
-
-def with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:
-    """BEIR's text of a document: (title + " " + text).strip(); a null text stays null."""
-    if title is None:
-        return text
-    titles = pc.fill_null(_as_string(title, kind=pa.large_string()), "")
-    return pc.utf8_trim_whitespace(pc.binary_join_element_wise(titles, text, pa.scalar(" ", pa.large_string())))
-
-
-def _as_string(values: pa.Array | pa.ChunkedArray | None, size: int = 0, kind: pa.DataType | None = None) -> pa.Array:
-    kind = kind or pa.string()
-    if values is None:
-        return pa.nulls(size, kind)
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    return values if values.type == kind else pc.cast(values, kind)
+def _ids(values: pa.ChunkedArray) -> pa.Array:
+    """Ids as one large_string array: those of a shard may have more than 2 GiB."""
+    return pc.cast(values, pa.large_string()).combine_chunks()

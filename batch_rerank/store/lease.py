@@ -90,6 +90,26 @@ class Lease:
                 )
         self._beats.start()
 
+    def look(self) -> bool:
+        """Whether the output is free, without taking it or waiting. Raises ConflictError where a process of this
+        machine holds it; where another machine's may, that is logged, and it is not free."""
+        with storage_errors(self._at(0)):
+            latest = self._latest()
+        holder = latest and Holder.from_json(latest[1])
+        if latest is None or (holder and holder.released):
+            return True
+        alive = holder and _is_alive(holder)
+        if alive:
+            raise self._held(latest[1])
+        if alive is None:
+            log.warning(
+                "%s: was held by %s; a run waits up to %g s to see whether it still is",
+                self._root,
+                holder or "an unknown holder",
+                self._seconds,
+            )
+        return alive is False
+
     def check(self) -> None:
         """Raise ConflictError where another job has taken the output over."""
         with storage_errors(self._at(self._epoch)):

@@ -13,7 +13,7 @@ from typing import Any
 
 from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.store.filesystem import TEMPORARY, File, Location, storage_errors
-from batch_rerank.store.shards import Shard, Unit
+from batch_rerank.store.shards import Shard, Unit, differing_shards
 
 MANIFEST_VERSION = 1
 
@@ -243,7 +243,7 @@ class Manifest:
         """
         existing = self.read_plan()
         if existing is None:
-            self._refuse_foreign()
+            self.refuse_foreign()
             with storage_errors(self.root):
                 created = self.plan_location.create_exclusive(plan.to_json())
             if created:
@@ -262,13 +262,16 @@ class Manifest:
         ours, theirs = plan.fingerprint_fields, existing.fingerprint_fields
         differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
         lines = [f"  {key}: there {_short(theirs.get(key))}, here {_short(ours.get(key))}" for key in differing]
+        shards = differing_shards(existing.shards, plan.shards)
+        lines += [f"  {shards}"] if shards else []
         return (
             f"{self.root}: belongs to another job, which differs in {', '.join(differing)}:\n" + "\n".join(lines) + "\n"
             "expected the same job or an empty output; use another output.path (or input.stage), or delete this one "
             "to replace it"
         )
 
-    def _refuse_foreign(self) -> None:
+    def refuse_foreign(self) -> None:
+        """Raise ConflictError where there are Parquet files and no plan."""
         with storage_errors(self.root):
             foreign = self.list_files().strays(())
         if foreign:

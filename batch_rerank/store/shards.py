@@ -1,9 +1,12 @@
-"""Reading shards: footers and id columns for the plan, then whole units, row groups decoded once and streamed."""
+"""Reading shards: footers and id columns for the plan, and row groups, some MB at a time."""
 
+import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import posixpath
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import pyarrow as pa
@@ -11,9 +14,28 @@ import pyarrow.parquet as pq
 
 from batch_rerank.errors import InputError
 from batch_rerank.store.filesystem import File, Location, input_errors
-from batch_rerank.store.layouts import TEXTS, Columns, Queries, canonical, find_columns, queries_of
+from batch_rerank.store.layouts import Columns, Queries, find_columns, queries_of
 
 BATCH_BYTES = 8 * 2**20
+"""Of decoded rows, at a time."""
+
+STREAM_BYTES = 32 * 2**20
+"""Of a row group, above which it is streamed: below, its columns are fetched at once, above some MB of each at a time,
+so that a row group of any size takes little memory."""
+
+BUFFER_BYTES = 2 * 2**20
+"""Of a column, fetched at once from a row group that is streamed."""
+
+
+ID_ROWS, TEXT_ROWS = 65536, 2048
+"""In a batch at most. What a dictionary in the file makes small is as large as its texts once it is decoded."""
+
+
+NESTED_ROWS = 8192
+"""Of ids in a batch at most, where a row has many: pyarrow cannot read 2 GiB of them at once."""
+
+ID_BYTES = 512 * 2**20
+"""Of rows whose ids alone are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +52,39 @@ class Unit:
 
 @dataclass(frozen=True)
 class Shard:
-    """One input file as the plan saw it."""
+    """One input file as the plan saw it: `file.version` says what is in it, the etag, or a hash of the footer where the
+    store has none. row_groups: rows and bytes of each; listed: the file with its mtime. Both are known to the run that
+    has planned, and in no plan's file."""
 
     index: int
     url: str
     file: File
     rows: int
+    row_groups: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    listed: File | None = field(default=None, compare=False)
 
 
 @contextmanager
-def open_parquet(location: Location) -> Iterator[pq.ParquetFile]:
-    """A Parquet file. Raises InputError where it is absent, empty or not Parquet."""
+def open_parquet(
+    location: Location, dictionaries: Callable[[pq.ParquetFile], Sequence[str]] | None = None
+) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, in whose leaves `dictionaries` dictionaries stay. Raises InputError where it is absent, empty or
+    not Parquet."""
     with input_errors(location):
         file = location.open()
     with file:
         with reading(location, "the Parquet footer"):
-            parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+            footer = pq.ParquetFile(file)
+            groups = [footer.metadata.row_group(index) for index in range(footer.metadata.num_row_groups)]
+            large = any(group.total_byte_size > STREAM_BYTES for group in groups)
+            parquet = pq.ParquetFile(
+                file,
+                metadata=footer.metadata,
+                read_dictionary=list(dictionaries(footer)) if dictionaries else None,
+                pre_buffer=not large,
+                buffer_size=BUFFER_BYTES if large else 0,
+                page_checksum_verification=True,
+            )
         yield parquet
 
 
@@ -73,37 +112,51 @@ def _unreadable(location: Location, what: str, error: BaseException) -> str:
 
 
 def read_queries(
-    location: Location, layout: str, renamed: dict[str, str], passthrough: Sequence[str], for_trec: bool = False
-) -> tuple[Columns, Queries, list[int], float, dict[str, str]]:
-    """What the plan needs of a shard: its columns, its queries, the rows at which row groups end, the mean bytes of
-    text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only."""
+    location: Location,
+    layout: str,
+    renamed: dict[str, str],
+    passthrough: Sequence[str],
+    for_trec: bool = False,
+    rows: int | None = None,
+) -> tuple[Columns, Queries, tuple[tuple[int, int], ...], float, dict[str, str]]:
+    """What the plan needs of a shard: its columns, its queries, rows and bytes of its row groups, the mean bytes of
+    text of a pair, and the types of the passed-through columns. Reads the footer and the id columns only; with
+    `rows`, of no more row groups than hold the first so many."""
     with open_parquet(location) as parquet:
         with reading(location, "the Parquet footer"):
             columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
-            ends = list(accumulate(_group_rows(parquet)))
-            size = _text_bytes(parquet, columns)
+            row_groups = tuple(zip(group_rows(parquet), _group_bytes(parquet), strict=True))
+            groups = _first_groups(parquet, rows)
+            size = _text_bytes(parquet, columns, groups)
             types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
         with reading(location, "an id column"):
-            table = parquet.read(columns=columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"]))
-            if len(table) != sum(_group_rows(parquet)):
-                raise other_rows(len(table), sum(_group_rows(parquet)), location)
+            leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
+            most = NESTED_ROWS if layout == "nested" else ID_ROWS
+            batches = list(read_groups(parquet, groups, leaves, location, most, ID_BYTES))
+            table = pa.Table.from_batches(batches) if batches else parquet.read_row_groups([], columns=leaves)
             queries = queries_of(table, columns, str(location), for_trec)
-    return columns, queries, ends, size / max(1, int(queries.pairs.sum())), types
+    return columns, queries, row_groups, size / max(1, int(queries.pairs.sum())), types
 
 
-def _text_bytes(parquet: pq.ParquetFile, columns: Columns) -> int:
-    """Bytes of all texts after decompression, as the footer says."""
+def _first_groups(parquet: pq.ParquetFile, rows: int | None) -> range:
+    ends = list(accumulate(group_rows(parquet)))
+    enough = len(ends) if rows is None else bisect_left(ends, rows) + 1
+    return range(min(enough, len(ends)))
+
+
+def _text_bytes(parquet: pq.ParquetFile, columns: Columns, groups: range) -> int:
+    """Bytes of the texts of row groups after decompression, as the footer says."""
     texts = columns.leaves(leaf_paths(parquet), ["text"])
     size = 0
-    for group in range(parquet.metadata.num_row_groups):
+    for group in groups:
         for index, path in enumerate(leaf_paths(parquet)):
             if path in texts:
-                _probe(parquet, group, path)
+                probe(parquet, group, path)
                 size += parquet.metadata.row_group(group).column(index).total_uncompressed_size
     return size
 
 
-def _probe(parquet: pq.ParquetFile, group: int, path: str) -> None:
+def probe(parquet: pq.ParquetFile, group: int, path: str) -> None:
     """Raise where the footer's description of a column chunk is damaged, without reading the chunk.
 
     pyarrow checks some of it only when the description is asked for, and `column()` then ends the process
@@ -146,38 +199,50 @@ def other_rows(found: int, expected: int, location: Location) -> InputError:
     )
 
 
-def read_units(
-    location: Location,
-    shard: Shard,
-    units: Sequence[Unit],
-    layout: str,
-    renamed: dict[str, str],
-    passthrough: Sequence[str],
-    ids_only: bool = False,
-) -> Iterator[tuple[Unit, pa.Table]]:
-    """Canonical rows of units of a shard in file order, one unit at a time; with `ids_only`, the texts are null.
+def with_content(location: Location, file: File) -> File:
+    """A Parquet file whose version is its content's, not its time's: a copy of the same bytes is the same."""
+    if not file.version.startswith("mtime:"):
+        return file
+    with input_errors(location):
+        length = int.from_bytes(location.read_range(file.size - 8, file.size - 4), "little")
+        footer = location.read_range(max(0, file.size - 8 - length), file.size)
+    return replace(file, version=f"footer:{hashlib.sha256(footer).hexdigest()[:32]}")
 
-    Raises InputError where the file is damaged, or is not the one that was planned, at open or after the last read.
-    """
-    check_unchanged(location, shard.file)
-    with open_parquet(location) as parquet:
-        columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
-        if ids_only:
-            columns = columns.without(TEXTS)
-        wanted = [name for name in columns.names if name != "candidates"]
-        leaves = columns.leaves(leaf_paths(parquet), [*wanted, *passthrough])
-        for unit, table in _slices(parquet, units, leaves, location):
-            with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
-                rows = canonical(table, columns, str(location))
-                rows.validate(full=True)  # Parquet promises UTF-8 and does not check it
-            yield unit, rows
-    check_unchanged(location, shard.file)
+
+def check_planned(location: Location, shard: Shard) -> File:
+    """A shard's file as it is now. Raises InputError where it is not the one that was planned."""
+    with input_errors(location):
+        now = location.stat()
+    planned, found = shard.listed or shard.file, now
+    if planned.version.startswith("footer:"):  # a plan out of its file: times are not in it
+        found = with_content(location, now) if now.size == planned.size else now
+    _refuse_changed(location, planned, found)
+    return now
+
+
+def differing_shards(there: Sequence[Shard], here: Sequence[Shard]) -> str:
+    """Which shards of two plans are not the same, in a line; empty where all are."""
+    names = [posixpath.basename(shard.url) for shard in (*there, *here)]
+    contents = [{(shard.file.size, shard.file.version): shard for shard in shards} for shards in (there, here)]
+    only = [[shard for key, shard in one.items() if key not in other] for one, other in (contents, contents[::-1])]
+    if not any(only):
+        return "" if names[: len(there)] == names[len(there) :] else "the same shards in another order"
+    said = [
+        f"{len(shards)} only {place}, e.g. {shards[0].url} ({shards[0].file.size:,} bytes, {shards[0].file.version})"
+        for place, shards in zip(("there", "here"), only, strict=True)
+        if shards
+    ]
+    return "shards: " + "; ".join(said)
 
 
 def check_unchanged(location: Location, planned: File) -> None:
     """Raise InputError where a file is not the one that was planned."""
     with input_errors(location):
         now = location.stat()
+    _refuse_changed(location, planned, now)
+
+
+def _refuse_changed(location: Location, planned: File, now: File) -> None:
     if (now.size, now.version) != (planned.size, planned.version):
         raise InputError(
             f"{location}: changed since the plan (found {now.size:,} bytes {now.version}, expected "
@@ -185,66 +250,76 @@ def check_unchanged(location: Location, planned: File) -> None:
         )
 
 
-def _slices(
-    parquet: pq.ParquetFile, units: Sequence[Unit], leaves: list[str], location: Location
-) -> Iterator[tuple[Unit, pa.Table]]:
-    """Cut the row groups that the units touch into units; stops decoding after the last one."""
-    groups, position = _row_groups(parquet, units[0].start, units[-1].stop)
-    batches = parquet.iter_batches(_batch_rows(parquet, groups), row_groups=groups, columns=leaves)
-    pending: list[pa.RecordBatch] = []
-    end = position
-    for unit in units:
-        while end < unit.stop:
-            with reading(location, f"unit {unit.id} (rows {unit.start} to {unit.stop})"):
+def read_groups(
+    parquet: pq.ParquetFile,
+    groups: Sequence[int],
+    leaves: list[str],
+    location: Location,
+    most_rows: int = ID_ROWS,
+    batch_bytes: int = BATCH_BYTES,
+) -> Iterator[pa.RecordBatch]:
+    """Whole row groups, `batch_bytes` (of all columns) and at most `most_rows` at a time. Raises InputError for damage,
+    and where rows are missing."""
+    for run in _runs(parquet, groups):
+        expected = sum(parquet.metadata.row_group(group).num_rows for group in run)
+        rows = min(most_rows, _batch_rows(parquet, run, batch_bytes))
+        batches = parquet.iter_batches(rows, row_groups=run, columns=leaves)
+        found = 0
+        while True:
+            with reading(location, f"row groups {run[0]} to {run[-1]}"):
                 batch = next(batches, None)
             if batch is None:
-                raise other_rows(end, unit.stop, location)
-            pending.append(batch)
-            end += batch.num_rows
-        table = pa.Table.from_batches(pending)
-        yield unit, table.slice(unit.start - position, unit.stop - unit.start)
-        pending = table.slice(unit.stop - position).to_batches()
-        position = unit.stop
+                break
+            found += batch.num_rows
+            yield batch
+        if found != expected:
+            raise other_rows(found, expected, location)
 
 
-def read_groups(
-    parquet: pq.ParquetFile, groups: Sequence[int], leaves: list[str], location: Location
-) -> Iterator[pa.RecordBatch]:
-    """Whole row groups, some MB at a time. Raises InputError for damage, and where rows are missing."""
-    expected = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-    batches = parquet.iter_batches(_batch_rows(parquet, groups), row_groups=list(groups), columns=leaves)
-    found = 0
-    while True:
-        with reading(location, f"row groups {groups[0]} to {groups[-1]}"):
-            batch = next(batches, None)
-        if batch is None:
-            break
-        found += batch.num_rows
-        yield batch
-    if found != expected:
-        raise other_rows(found, expected, location)
+def _runs(parquet: pq.ParquetFile, groups: Sequence[int]) -> Iterator[list[int]]:
+    """Row groups that are read together: small ones, side by side. pyarrow holds what it has fetched of a run until its
+    end, and cannot put dictionaries of two row groups together inside a struct."""
+    run: list[int] = []
+    size = 0
+    alone = any(holds_dictionary(field.type) for field in parquet.schema_arrow)
+    for group in groups:
+        bytes_of = parquet.metadata.row_group(group).total_byte_size
+        if run and (alone or size + bytes_of > STREAM_BYTES or group != run[-1] + 1):
+            yield run
+            run, size = [], 0
+        run.append(group)
+        size += bytes_of
+    if run:
+        yield run
 
 
-def _batch_rows(parquet: pq.ParquetFile, groups: Sequence[int]) -> int:
-    """How many rows of these row groups are about BATCH_BYTES."""
+def twice_read(row: int, rows: int, size: int) -> float:
+    """Bytes of a row group of `rows` rows and `size` bytes that are read again where one task reads up to `row` and
+    another from it on: what comes before, and what is fetched at once."""
+    if size <= STREAM_BYTES:
+        return size
+    return min(size, size * row / rows + STREAM_BYTES / 2)
+
+
+def holds_dictionary(kind: pa.DataType) -> bool:
+    """Whether values of a type, or any inside them, are of a dictionary."""
+    inside = (kind.field(index).type for index in range(kind.num_fields))
+    return bool(pa.types.is_dictionary(kind)) or any(holds_dictionary(one) for one in inside)
+
+
+def _batch_rows(parquet: pq.ParquetFile, groups: Sequence[int], batch_bytes: int) -> int:
+    """How many rows of these row groups are about as many bytes."""
     size = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
     rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-    return max(1, min(65536, int(BATCH_BYTES * rows / max(1, size))))
+    return max(1, int(batch_bytes * rows / max(1, size)))
 
 
-def _row_groups(parquet: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
-    """Row groups that overlap rows start to stop, and the first row of the first of them."""
-    groups: list[int] = []
-    first = row = 0
-    for index, rows in enumerate(_group_rows(parquet)):
-        if row < stop and row + rows > start:
-            first = first if groups else row
-            groups.append(index)
-        row += rows
-    return groups, first
+def _group_bytes(parquet: pq.ParquetFile) -> list[int]:
+    return [parquet.metadata.row_group(index).total_byte_size for index in range(parquet.metadata.num_row_groups)]
 
 
-def _group_rows(parquet: pq.ParquetFile) -> list[int]:
+def group_rows(parquet: pq.ParquetFile) -> list[int]:
+    """Rows of each row group."""
     return [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
 
 

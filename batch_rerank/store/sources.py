@@ -22,7 +22,7 @@ from batch_rerank.errors import InputError
 from batch_rerank.schema import ALIASES
 from batch_rerank.store.filesystem import File, Location, Options, input_errors, list_files, locate
 from batch_rerank.store.layouts import wrong_type
-from batch_rerank.store.shards import check_unchanged, open_parquet, read_groups, reading
+from batch_rerank.store.shards import ID_ROWS, TEXT_ROWS, check_unchanged, open_parquet, read_groups, reading
 
 BLOCK_BYTES = 16 * 2**20
 """Of a text file, parsed at once."""
@@ -224,7 +224,8 @@ def _parquet_rows(source: Source, piece: Piece, wanted: Sequence[str], location:
             _refuse_type(name, column, types, location)
         read = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
         leaves = list(dict.fromkeys(names.values()))
-        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location):
+        most = TEXT_ROWS if {"query", "text"} & names.keys() else ID_ROWS
+        for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location, most):
             with reading(location, f"rows from {read} on"):
                 table = pa.table({name: batch.column(found) for name, found in names.items()})
                 for index, name in enumerate(table.column_names):

@@ -1,0 +1,104 @@
+"""Arrow types that writers use: read like plain ones, or refused by name."""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import candidate_rows, job, nested, rows_of
+
+from batch_rerank.errors import InputError
+from batch_rerank.job.run import run
+from batch_rerank.job.verify import verify
+
+TEXTS = [
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.dictionary(pa.int8(), pa.large_string()),
+]
+LISTS = [pa.large_list, lambda item: pa.list_(item, 3)]
+
+
+def output_of(table: pa.Table, folder: Path, layout: str, **keys: Any) -> pa.Table:
+    folder.mkdir()
+    views = any("string_view" in str(field.type) for field in table.schema)  # pyarrow cannot write slices of those
+    pq.write_table(table, folder / "in.parquet", row_group_size=None if views else 2 if layout == "nested" else 5)
+    run(job(folder / "in.parquet", folder / "out", input__layout=layout, **keys), local=True)
+    assert verify(str(folder / "out")).problems == []
+    return rows_of(folder / "out").replace_schema_metadata()
+
+
+@pytest.mark.parametrize("kind", TEXTS, ids=str)
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_every_kind_of_text_reads_like_a_string(layout: str, kind: pa.DataType, tmp_path: Path) -> None:
+    if layout == "nested" and kind == pa.string_view():
+        pytest.skip("pyarrow 26 cannot write string_view inside lists")
+    rows = [{**row, "title": "t"} for row in candidate_rows(5, 3)]
+    plain = pa.Table.from_pylist(nested(rows) if layout == "nested" else rows)
+    fields = [field.with_type(of_kind(field.type, kind)) for field in plain.schema]
+    expected = output_of(plain, tmp_path / "plain", layout, output__passthrough=["lang"])
+    found = output_of(plain.cast(pa.schema(fields)), tmp_path / "other", layout, output__passthrough=["lang"])
+    assert found.cast(expected.schema) == expected
+
+
+def of_kind(given: pa.DataType, kind: pa.DataType) -> pa.DataType:
+    """A type with each string in it replaced."""
+    if pa.types.is_list(given):
+        item = given.value_type
+        return pa.list_(pa.struct([field.with_type(of_kind(field.type, kind)) for field in item]))
+    return kind if pa.types.is_string(given) else given
+
+
+@pytest.mark.parametrize("number", range(len(LISTS)))
+def test_every_kind_of_list_reads_like_a_list(number: int, tmp_path: Path) -> None:
+    plain = pa.Table.from_pylist(nested(candidate_rows(5, 3)))
+    expected = output_of(plain, tmp_path / "plain", "nested")
+    kind = LISTS[number](plain.schema.field("candidates").type.value_type)
+    table = plain.set_column(2, "candidates", plain["candidates"].cast(kind))
+    assert output_of(table, tmp_path / "other", "nested") == expected
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[Decimal(7)] * 4, [1.5] * 4, [b"q"] * 4, [True] * 4, [["q"]] * 4],
+    ids=["decimal", "float", "binary", "bool", "list"],
+)
+def test_ids_that_are_no_ids_are_refused(ids: list[Any], tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(candidate_rows(1, 4)).set_column(0, "query_id", pa.array(ids))
+    with pytest.raises(InputError, match=r"column 'query_id' is .*, expected a string or an integer"):
+        output_of(table, tmp_path / "out", "flat")
+
+
+def test_a_null_candidate_is_named_by_its_row(tmp_path: Path) -> None:
+    rows = nested(candidate_rows(3, 2))
+    rows[1]["candidates"][1] = None
+    with pytest.raises(InputError, match="row 1: doc_id is null"):
+        output_of(pa.Table.from_pylist(rows), tmp_path / "out", "nested")
+
+
+def test_null_lists_and_empty_row_groups_are_passed_over(tmp_path: Path) -> None:
+    rows = nested(candidate_rows(3, 2))
+    rows[1]["candidates"] = None
+    table = pa.Table.from_pylist(rows)
+    with pq.ParquetWriter(tmp_path / "in.parquet", table.schema) as writer:
+        for part in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1), table.slice(0, 0)):
+            writer.write_table(part)
+    run(job(tmp_path / "in.parquet", tmp_path / "out", input__layout="nested"), local=True)
+    assert rows_of(tmp_path / "out")["query_id"].to_pylist() == ["q0", "q0", "q2", "q2"]
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+@pytest.mark.parametrize("column", ["instruction", "title", "rank", "score"])
+def test_an_optional_column_that_comes_and_goes_is_said(column: str, tmp_path: Path, logged: list[str]) -> None:
+    value: Any = {"instruction": "judge", "title": "t", "rank": 5, "score": 1.0}[column]
+    plain = [{key: row[key] for key in ("query_id", "query", "doc_id", "text")} for row in candidate_rows(4, 3)]
+    with_it = [{**row, column: value} for row in plain[6:]]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(plain[:6]), tmp_path / "in" / "0.parquet")
+    pq.write_table(pa.Table.from_pylist(with_it), tmp_path / "in" / "1.parquet")
+    run(job(tmp_path / "in", tmp_path / "out"), local=True)
+    assert f"column {column!r} is in 1 of 2 shards, e.g. not in {tmp_path}/in/0.parquet: read without it" in logged
+    assert verify(str(tmp_path / "out")).problems == []
