@@ -26,7 +26,7 @@ from batch_rerank.job.stage import stage as stage_input
 from batch_rerank.job.trec import falling
 from batch_rerank.job.verify import verify
 from batch_rerank.store import sources
-from batch_rerank.store.filesystem import locate
+from batch_rerank.store.filesystem import Location, locate
 from batch_rerank.store.lease import hold
 
 QUERIES, DOCUMENTS, DEPTH = 12, 40, 9
@@ -350,6 +350,70 @@ def test_a_staged_shard_that_is_lost_is_staged_again(tmp_path: Path, small_tasks
     assert verify(str(place), repair=True).damaged == ["00001"]
     stage_input(job_of(given, tmp_path / "out"), local=True)
     assert {part.name: part.read_bytes() for part in place.glob("part-*")} == before
+
+
+@pytest.mark.parametrize("layout", ["scattered flat", "beir"])
+@pytest.mark.parametrize("removals", [1, 3, 8])
+def test_a_stage_killed_while_it_cleans_its_exchange_makes_a_lost_shard_again(
+    removals: int, layout: str, tmp_path: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_of(given_as(layout, tmp_path / "in"), tmp_path / "out")
+    place, exchange_files = tmp_path / "out-stage", tmp_path / "out-stage" / "_manifest" / "exchange"
+    removed: list[str] = []
+    remove = Location.remove
+
+    def dies(location: Location) -> None:
+        if "/exchange/" in location.path:
+            if len(removed) == removals:
+                raise KeyboardInterrupt
+            removed.append(location.path)
+        remove(location)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Location, "remove", dies)
+        stage_input(config, local=True)
+    assert (place / "_SUCCESS").exists()
+    assert list(exchange_files.iterdir())
+    before = {part.name: part.read_bytes() for part in place.glob("part-*")}
+    (place / "part-00002.parquet").unlink()
+    stage_input(config, local=True)
+    assert {part.name: part.read_bytes() for part in place.glob("part-*")} == before
+    assert not list(exchange_files.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["lost", "cut short", "no note", "no leftovers"])
+def test_an_exchange_that_is_not_whole_is_made_again(
+    harm: str, tmp_path: Path, expected: pa.Table, small_tasks: None, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    exchange_files = tmp_path / "out-stage" / "_manifest" / "exchange"
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "gather", dies)
+        run(config, local=True)
+    data, note = sorted(exchange_files.glob("*.arrows"))[2], sorted(exchange_files.glob("*.json"))[3]
+    if harm == "lost":
+        data.unlink()
+    elif harm == "cut short":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif harm == "no note":
+        note.write_text('{"files": [["00003-0000.arrows", []]], "rows": 3, "retries": 0}')
+    run(config, local=True)
+    assert rows_of(tmp_path / "out").equals(expected)
+    assert sum("the exchange is not whole there" in message for message in logged) == (harm != "no leftovers")
+
+
+def test_an_exchange_left_by_a_finished_stage_is_removed(tmp_path: Path) -> None:
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    stage_input(config, local=True)
+    left = tmp_path / "out-stage" / "_manifest" / "exchange" / "00000-0000.arrows"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"left")
+    assert stage_input(config, local=True).reused
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("stop_at", range(0, 10, 3))

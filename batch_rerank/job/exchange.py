@@ -81,13 +81,17 @@ class Note:
     retries: int = 0
 
     @staticmethod
-    def from_json(data: bytes, where: object) -> "Note":
-        """Raises StorageError."""
+    def from_json(data: bytes) -> "Note | None":
+        """None where the content is no note."""
         try:
             value = json.loads(data)
-            return Note([(name, portions) for name, portions in value["files"]], value["rows"], value["retries"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{where}: not a note of the exchange ({error}); delete it and run again") from None
+            files = [
+                (str(name), [[int(shard), int(start), int(stop)] for shard, start, stop in portions])
+                for name, portions in value["files"]
+            ]
+            return Note(files, int(value["rows"]), int(value["retries"])) if all(found for _, found in files) else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
 
 def spread(work: Spread, config: JobConfig, stage: str) -> Note:
@@ -187,12 +191,20 @@ def gather(work: Gather, config: JobConfig, stage: str, fingerprint: str) -> Rec
         location = root / EXCHANGE / portion.file
         with storage_errors(location):
             data = location.read_range(portion.start, portion.stop)
-        tables.append(pa.ipc.open_stream(data).read_all())
+        try:
+            tables.append(pa.ipc.open_stream(data).read_all())
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(f"{location}: damaged ({error}); delete it and its .json, and run again") from None
     read = pa.concat_tables(tables).combine_chunks()
     if isinstance(work.details, Ranked):
         rows = _of_run(read, work.details)
     else:
         rows = _of_flat(read, work.details, config, str(root))
+    if len(rows) != work.unit.pairs:
+        raise StorageError(
+            f"{root}: found {len(rows):,} rows of shard {work.unit.id} in {EXCHANGE}, expected {work.unit.pairs:,}; "
+            "delete that folder and run again"
+        )
     table = nested(rows)
     receipt = Receipt(
         unit=work.unit.id,
@@ -224,7 +236,7 @@ def _of_run(read: pa.Table, ranked: Ranked) -> pa.Table:
     texts = read["text"].combine_chunks().take(pa.array(order))
     documents = np.searchsorted(numbers[order], ranked.documents)
     if not np.array_equal(numbers[order][np.minimum(documents, len(order) - 1)], ranked.documents):
-        raise StorageError("the exchange lacks documents of this shard; delete the staged input and stage it again")
+        raise StorageError(f"{EXCHANGE} lacks documents of this shard; delete that folder and run again")
     index = np.repeat(np.arange(len(ranked.pairs), dtype=np.int32), ranked.pairs)
     queries = ranked.queries.take(pa.array(index))
     data: dict[str, Any] = {

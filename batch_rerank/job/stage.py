@@ -21,7 +21,7 @@ from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.job.bookkeeping import recording, resume, status_of
 from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
 from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
-from batch_rerank.store.filesystem import Location, input_errors, list_files, locate, storage_errors
+from batch_rerank.store.filesystem import input_errors, list_files, locate, storage_errors
 from batch_rerank.store.layouts import find_columns
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Totals, fingerprint
@@ -70,6 +70,9 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
         manifest.refuse_other(existing, plan)
         if _finished(manifest, existing):
             _check_missing(config, existing)
+            if manifest.list_files().within(EXCHANGE):  # killed while it was removed
+                with hold(manifest.root, config.cluster.lease_seconds):
+                    _clean(manifest)
             return _staged(config, manifest, existing, True, started)
     join = join_sources(config, sources)
     plan = replace(plan, units=join.units, counts=_counts(plan, join))
@@ -297,13 +300,16 @@ def _run_passes(
         for index, piece in enumerate(join.pieces)
     ]
     works = [work for work in works if len(work.rows)]
-    noted = {name.rsplit("/", 1)[-1] for name in manifest.list_files().within(EXCHANGE)}
-    pending = [work for work in works if f"{work.name}.json" not in noted]
+    notes = _whole(manifest, works)
+    pending = [work for work in works if work.name not in notes]
     progress = _Progress(manifest, plan, totals, lease)
+    portions: list[list[Portion]] = [[] for _ in plan.units]
+    for note in notes.values():
+        _add_portions(portions, note)
     for note in calls([partial(spread, work, config, str(root)) for work in pending]):
         progress.count("pieces of the sources read", len(pending), note.rows)
         totals.storage_retries += note.retries
-    portions = _portions(root, works, len(plan.units))
+        _add_portions(portions, note)
     progress = _Progress(manifest, plan, totals, lease)
     gathers = [
         partial(
@@ -320,17 +326,28 @@ def _run_passes(
         progress.count("shards written", len(units), receipt.rows_in)
 
 
-def _portions(root: Location, works: Sequence[Spread], shards: int) -> list[list[Portion]]:
-    """Where each shard's rows lie in the exchange."""
-    found: list[list[Portion]] = [[] for _ in range(shards)]
+def _whole(manifest: Manifest, works: Sequence[Spread]) -> dict[str, Note]:
+    """The notes of the pieces that are in the exchange already, by piece; one whose files are not all there as it says
+    is spread again."""
+    files = manifest.list_files()
+    found = {}
     for work in works:
-        location = root / f"{EXCHANGE}/{work.name}.json"
+        location = manifest.root / f"{EXCHANGE}/{work.name}.json"
+        if files.size(f"{EXCHANGE}/{work.name}.json") is None:
+            continue
         with storage_errors(location):
-            note = Note.from_json(location.read_bytes(), location)
-        for name, portions in note.files:
-            for shard, start, stop in portions:
-                found[shard].append(Portion(name, start, stop))
+            note = Note.from_json(location.read_bytes())
+        if note and all(files.size(f"{EXCHANGE}/{name}") == portions[-1][2] for name, portions in note.files):
+            found[work.name] = note
+        else:
+            log.warning("%s: the exchange is not whole there; the piece is spread again", location)
     return found
+
+
+def _add_portions(portions: list[list[Portion]], note: Note) -> None:
+    for name, found in note.files:
+        for shard, start, stop in found:
+            portions[shard].append(Portion(name, start, stop))
 
 
 class _Progress:
@@ -358,5 +375,11 @@ def _finalise(manifest: Manifest, plan: Plan, join: Join, lease: Lease) -> None:
         if any(join.missing.values()):
             (manifest.root / "_manifest/missing.json").write_bytes(json.dumps(join.missing, indent=1).encode())
         manifest.success.create_exclusive(json.dumps(mark).encode())
-        for name in manifest.list_files().within(EXCHANGE):
+    _clean(manifest)
+
+
+def _clean(manifest: Manifest) -> None:
+    """Remove the exchange: notes first, so that none is left that promises what is gone."""
+    with storage_errors(manifest.root):
+        for name in sorted(manifest.list_files().within(EXCHANGE), key=lambda name: not name.endswith(".json")):
             (manifest.root / name).remove()
