@@ -764,7 +764,7 @@ def test_keys_that_do_not_fit_the_layout_are_refused(keys: dict[str, Any], messa
     [
         ({"output__passthrough": ["lang"]}, "passthrough: layout beir has no further columns"),
         ({"input__stage": "{out}/stage"}, "lie in each other"),
-        ({"input__stage": "{in}"}, "holds files of the input"),
+        ({"input__stage": "{in}"}, "lies in input.stage"),
     ],
 )
 def test_places_and_columns_that_cannot_be_staged(keys: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ScatteredError, UnfinishedError
 from batch_rerank.job.bookkeeping import recording, resume, status_of
+from batch_rerank.job.places import refuse_overlap
 from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
@@ -81,40 +82,46 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
 
     Raises what `make_plan` and `stage` raise.
     """
+    found = _input_of(config, lambda config: stage(config, local=local))
+    assert found is not None, "stage() makes what it does not find"
+    return found
+
+
+def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
+    """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
+    Writes nothing."""
+    found = _input_of(config, find_stage)
+    if found is not None:
+        return found[1:]
+    plan = plan_stage(config)
+    log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
+    return plan, None
+
+
+def _input_of(
+    config: JobConfig, staged: Callable[[JobConfig], Staged | None]
+) -> tuple[JobConfig, Plan, ModelSpec] | None:
+    """The job as it will run, its plan and its model; an input that needs a stage is read from what `staged` returns,
+    and None where that is nothing."""
     configured_model(config)  # a stage may take long: what is wrong with the model comes before it
+    refuse_overlap(config)
     found: Staged | None = None
     if needs_stage(config):
-        found = stage(config, local=local)
+        if (found := staged(config)) is None:
+            return None
     elif config.input.stage:  # named: its ids need not be read to see that they are scattered
         found = find_stage(config)
     try:
         plan, model = make_plan(found.config if found else config)
     except ScatteredError as error:
         log.info("%s", error)
-        found = stage(config, local=local)
+        if (found := staged(config)) is None:
+            return None
         plan, model = make_plan(found.config)
     if found is None:
         return config, plan, model
     missing = {name: count for name, count in found.counts.items() if name.startswith("missing_")}
     return found.config, replace(plan, counts={**plan.counts, **missing}), model
-
-
-def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
-    """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
-    Writes nothing."""
-    configured_model(config)
-    found = find_stage(config) if needs_stage(config) or config.input.stage else None
-    if found is None and not needs_stage(config):
-        try:
-            return make_plan(config)
-        except ScatteredError as error:
-            log.info("%s", error)
-            found = find_stage(config)
-    if found is not None:
-        return make_plan(found.config)
-    plan = plan_stage(config)
-    log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
-    return plan, None
 
 
 def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:

@@ -21,6 +21,7 @@ from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.job.bookkeeping import recording, resume, status_of
 from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
 from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
+from batch_rerank.job.places import is_within, refuse_overlap, same_store
 from batch_rerank.store.filesystem import input_errors, list_files, locate, storage_errors
 from batch_rerank.store.layouts import find_columns
 from batch_rerank.store.lease import Lease, hold
@@ -128,6 +129,7 @@ def describe_stage(plan: Plan) -> str:
 def find_sources(config: JobConfig) -> list[Source]:
     """The files of the input, listed. Raises ConfigError and InputError."""
     given, options = config.input, config.input.storage_options
+    refuse_overlap(config, staging=True)
     if "title" in config.output.passthrough:
         raise ConfigError(
             "output.passthrough: a staged input has each title in its text; pass a copy under another name through"
@@ -190,15 +192,13 @@ def join_sources(config: JobConfig, sources: Sequence[Source]) -> Join:
 def _skeleton(config: JobConfig, sources: Sequence[Source]) -> tuple[Manifest, Plan]:
     """The plan of a stage as far as listings show it: its fingerprint, without units."""
     manifest = Manifest(locate(config.stage, config.output.storage_options))
-    root = f"{manifest.root.path.rstrip('/')}/"
-    output = locate(config.output.path, config.output.storage_options).path.rstrip("/") + "/"
-    if output.startswith(root) or root.startswith(output):
-        raise ConfigError(
-            f"input.stage {config.stage!r} and output.path {config.output.path!r} lie in each other; use two places"
-        )
-    inside = [url for source in sources for url, file in source.files if file.path.startswith(root)]
-    if inside:
-        raise ConfigError(f"input.stage {config.stage!r} holds files of the input, e.g. {inside[0]}; use another place")
+    for source in sources:
+        for url, file in source.files:
+            found = locate(url, config.input.storage_options).at(file.path)
+            if same_store(found, manifest.root) and is_within(found, manifest.root):
+                raise ConfigError(
+                    f"input.stage {config.stage!r} holds files of the input, e.g. {url}; use another place"
+                )
     fields: dict[str, Any] = {"staging_version": STAGING_VERSION, "shard_pairs": SHARD_PAIRS}
     fields["input.layout"] = "flat" if config.input.layout == "flat" else "run"
     for source in sources:
