@@ -25,7 +25,7 @@ from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.layouts import Columns, canonical, find_columns, with_title
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
 from batch_rerank.store.shards import Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
-from batch_rerank.store.sources import Piece, Source, read_piece
+from batch_rerank.store.sources import NUMBERS, Piece, Source, read_piece
 
 EXCHANGE = "_manifest/exchange"
 FLUSH_BYTES = 64 * 2**20
@@ -34,7 +34,7 @@ FLUSH_BYTES = 64 * 2**20
 DICTIONARY_BYTES = 2**30
 """Of a staged shard's column, up to which a value that repeats is written once."""
 
-OURS = ("query_id", "query", "instruction", "doc_id", "text", "title", "score", "rank")
+OURS = ("query_id", "query", "instruction", "doc_id", "text", "score", "rank")
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,21 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
         columns = find_columns(parquet.schema_arrow, "flat", config.input.columns, passthrough, str(location))
         leaves = columns.leaves(leaf_paths(parquet), [*columns.names, *passthrough])
         for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location):
-            ours = {name: batch.column(found) for name, found in columns.names.items()}
-            table = pa.table({**ours, **{f"+{name}": batch.column(name) for name in passthrough}})
-            for name in ("query_id", "doc_id"):
-                table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
             with reading(location, f"row groups {piece.start} to {piece.stop}"):
+                ours = {name: _as_ours(name, batch, columns) for name in columns.names}
+                ours["text"] = with_title(ours.pop("title", None), ours["text"])
+                ours.setdefault("instruction", pa.nulls(batch.num_rows, pa.large_string()))
+                passed = {f"+{name}": batch.column(name) for name in passthrough}
+                table = pa.table({**{name: ours[name] for name in OURS if name in ours}, **passed})
                 table.validate(full=True)
             yield table
     check_unchanged(location, piece.file)
+
+
+def _as_ours(name: str, batch: pa.RecordBatch, columns: Columns) -> pa.Array:
+    """A column in the type that it has in every shard."""
+    kind = NUMBERS.get(name, pa.large_string())
+    return batch.column(columns.names[name]).cast(kind, safe=kind != pa.float32())
 
 
 def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -267,8 +274,9 @@ def _of_flat(read: pa.Table, queries: pa.Array, config: JobConfig, where: str) -
     passthrough = {name: True for name in read.column_names if name.startswith("+")}
     names = {name: name for name in OURS if name in read.column_names}
     rows = canonical(read, Columns("flat", names, passthrough), where)
-    absent = {"score": "first_stage_score", "instruction": "instruction"}
-    rows = rows.drop_columns([ours for name, ours in absent.items() if name not in names])
+    absent = ["first_stage_score"] if "score" not in names else []
+    absent += ["instruction"] if rows["instruction"].null_count == len(rows) else []
+    rows = rows.drop_columns(absent)
     return rows.set_column(rows.column_names.index("text"), "text", rows["text"].dictionary_encode())
 
 

@@ -79,13 +79,14 @@ def join_run(
         raise InputError(f"input.run: {_files(run)} has no candidates; expected at least one; check the first stage")
     known = pa.concat_tables(_each(queries, ("query_id", "query", "instruction"), options))
     known = known.combine_chunks()
-    corpus_pieces = pieces(corpus, options)
+    corpus_pieces = pieces(corpus)
     ids, starts = _ids_of(corpus, corpus_pieces, "doc_id", options)
     _refuse_repeated_ids(known["query_id"].combine_chunks(), queries)
     _refuse_repeated_ids(ids, corpus)
     _refuse_spaces("query_id", found.queries, known["query_id"].combine_chunks(), run, queries)
     _refuse_spaces("doc_id", found.documents, ids, run, corpus)
     _refuse_repeated(found, run, options)
+    _refuse_unranked(found, run)
 
     query_row, document_row = _rows_of(found.queries, known["query_id"]), _rows_of(found.documents, ids)
     order, pairs = _ranked(found, depth)
@@ -183,7 +184,7 @@ class _Run:
 
 
 def _read_run(source: Source, options: Options) -> _Run:
-    every = pieces(source, options)
+    every = pieces(source)
     tables: list[pa.Table] = []
     starts = [0]
     for read in _read(source, every, ("query_id", "doc_id", "score", "rank"), options, _compact):
@@ -197,7 +198,7 @@ def _read_run(source: Source, options: Options) -> _Run:
     return _Run(queries, documents, query, document, score, rank, every, np.array(starts, np.int64))
 
 
-_EMPTY = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), pa.array([], pa.string()))
+_EMPTY = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), pa.array([], pa.large_string()))
 
 
 def _compact(table: pa.Table) -> pa.Table:
@@ -211,7 +212,7 @@ def _compact(table: pa.Table) -> pa.Table:
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int32]:
     chunks = column.unify_dictionaries().chunks
     if not chunks:
-        return pa.array([], pa.string()), np.empty(0, np.int32)
+        return pa.array([], pa.large_string()), np.empty(0, np.int32)
     return chunks[0].dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in chunks]).astype(np.int32)
 
 
@@ -236,7 +237,7 @@ def _read(
 
 
 def _each(source: Source, wanted: Sequence[str], options: Options) -> list[pa.Table]:
-    return [table for read in _read(source, pieces(source, options), wanted, options) for table in read]
+    return [table for read in _read(source, pieces(source), wanted, options) for table in read]
 
 
 def _ids_of(source: Source, every: Sequence[Piece], name: str, options: Options) -> tuple[pa.Array, Int64]:
@@ -246,7 +247,7 @@ def _ids_of(source: Source, every: Sequence[Piece], name: str, options: Options)
     for read in _read(source, every, (name,), options):
         chunks += [chunk for table in read for chunk in table[name].chunks]
         starts.append(starts[-1] + sum(len(table) for table in read))
-    ids = pa.chunked_array(chunks, pa.string()).combine_chunks() if chunks else pa.array([], pa.string())
+    ids = pa.chunked_array(chunks, pa.large_string()).combine_chunks() if chunks else pa.array([], pa.large_string())
     return ids, np.array(starts, np.int64)
 
 
@@ -337,6 +338,20 @@ def _refuse_repeated(run: _Run, source: Source, options: Options) -> None:
     )
 
 
+def _refuse_unranked(run: _Run, source: Source) -> None:
+    """A Parquet run's score may be null or NaN where ranks say the order; alone it has to say it."""
+    if run.rank is not None or run.score is None:
+        return
+    unknown = np.flatnonzero(np.isnan(run.score))
+    if len(unknown):
+        row = int(unknown[0])
+        raise InputError(
+            f"query_id {run.queries[int(run.query[row])].as_py()!r} has doc_id "
+            f"{run.documents[int(run.document[row])].as_py()!r} ({_place(run, source, row)}; {len(unknown)} such rows) "
+            "without a score, and the run has no rank; expected one of them in every row; fill or drop it"
+        )
+
+
 def _place(run: _Run, source: Source, row: int) -> str:
     """A row's file and its place there: a line from 1, a Parquet row from 0 as elsewhere."""
     piece = int(np.searchsorted(run.starts, row, side="right")) - 1
@@ -365,15 +380,16 @@ def _refuse_missing(
                 f"no {name} of the run is in input.{source.kind} ({_files(source)}): the run "
                 f"has {_some(ours)}, {source.kind} has {_some(known)}; expected the same ids; do they belong together?"
             )
-    if lost > max_missing * total:
+    if lost > max_missing * total or lost == total:
         parts = [
             f"{len(missing[kind]):,} {kind} that {_files(source)} lacks, e.g. {_some(missing[kind])}"
             for kind, source in zip(("queries", "documents"), sources, strict=True)
             if missing[kind]
         ]
+        allowed = f"expected at most input.max_missing = {max_missing:g} of them; mend the run, or raise it to go on"
         raise InputError(
-            f"{lost:,} of {total:,} candidates name {' and '.join(parts)}; expected at most "
-            f"input.max_missing = {max_missing:g} of them; mend the run, or raise it to go on without them"
+            f"{lost:,} of {total:,} candidates name {' and '.join(parts)}; "
+            + ("nothing is left; do they belong together?" if lost == total else f"{allowed} without them")
         )
 
 

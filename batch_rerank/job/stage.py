@@ -23,11 +23,11 @@ from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, g
 from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.job.places import is_within, refuse_overlap, same_store
 from batch_rerank.store.filesystem import input_errors, list_files, locate, storage_errors
-from batch_rerank.store.layouts import find_columns
+from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Totals, fingerprint
-from batch_rerank.store.shards import Shard, open_parquet
-from batch_rerank.store.sources import Source, find_files, find_source
+from batch_rerank.store.shards import Shard
+from batch_rerank.store.sources import Source, find_files, find_source, footers
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
                     _clean(manifest)
             return _staged(config, manifest, existing, True, started)
     join = join_sources(config, sources)
-    plan = replace(plan, units=join.units, counts=_counts(plan, join))
+    plan = replace(plan, units=join.units, counts=_counts(plan, sources, join))
     totals = Totals()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         plan = manifest.write_plan(plan)
@@ -108,7 +108,7 @@ def plan_stage(config: JobConfig) -> Plan:
     sources = find_sources(config)
     _, plan = _skeleton(config, sources)
     join = join_sources(config, sources)
-    return replace(plan, units=join.units, counts=_counts(plan, join))
+    return replace(plan, units=join.units, counts=_counts(plan, sources, join))
 
 
 def describe_stage(plan: Plan) -> str:
@@ -120,6 +120,8 @@ def describe_stage(plan: Plan) -> str:
         "documents missing from the corpus": counts.get("missing_documents", 0),
         "queries missing from the queries file": counts.get("missing_queries", 0),
         "queries without candidates": counts["queries_without_candidates"],
+        "files of the corpus without a title": counts.get("corpus_files_without_title", 0),
+        "files of queries without an instruction": counts.get("queries_files_without_instruction", 0),
     }
     parts = [f"{count:,} {name}" for name, count in odd.items() if count]
     whole = f"{counts['candidates']:,} candidates of {counts['queries']:,} queries in {len(plan.units)} shards"
@@ -165,19 +167,32 @@ def _beir_file(given: Input, name: str) -> list[str]:
 def _flat_source(config: JobConfig) -> Source:
     options, renamed, passthrough = config.input.storage_options, config.input.columns, config.output.passthrough
     files = find_files("path", config.input.patterns, options)
-    kinds: dict[str, tuple[str, str]] = {}
-    for url, _ in files:
-        with open_parquet(locate(url, options)) as parquet:
-            names = find_columns(parquet.schema_arrow, "flat", renamed, passthrough, url).names
-            for name in ("query_id", "doc_id"):
-                kind = "an integer" if pa.types.is_integer(parquet.schema_arrow.field(names[name]).type) else "a string"
-                first = kinds.setdefault(name, (kind, url))
-                if kind != first[0]:
-                    raise InputError(
-                        f"{url}: {name} is {kind}, but {first[0]} in {first[1]}: 7 and '7' may be two ids or one; "
-                        "expected one type in all shards of a scattered input; cast it"
-                    )
-    return Source("flat", "parquet", files, {name: names[name] for name in ("query_id", "doc_id")})
+    every = footers(files, options)
+    first: dict[str, tuple[str, str]] = {}
+    for (url, _), footer in zip(files, every, strict=True):
+        columns = find_columns(footer.schema, "flat", renamed, passthrough, url)
+        for name, (kind, reason) in _kinds(columns, footer.schema).items():
+            there, where = first.setdefault(name, (kind, url))
+            if kind != there:
+                raise InputError(
+                    f"{url}: {name} is {kind}, but {there} in {where}: {reason}; expected one type in all shards of a "
+                    "scattered input; cast it"
+                )
+    names = {name: renamed.get(name, name) for name in ("query_id", "doc_id")}
+    return Source("flat", "parquet", files, names, groups=[footer.groups for footer in every])
+
+
+def _kinds(columns: Columns, schema: pa.Schema) -> dict[str, tuple[str, str]]:
+    """What must be alike in all shards, whose rows will stand side by side: of each column, what it is, and why."""
+    kinds = {}
+    for name in ("query_id", "doc_id"):
+        is_integer = pa.types.is_integer(schema.field(columns.names[name]).type)
+        kinds[name] = ("an integer" if is_integer else "a string", "7 and '7' may be two ids or one")
+    for name in ("score", "rank"):
+        kinds[name] = ("there" if name in columns.names else "missing", "a query's candidates are told apart by it")
+    for name in columns.passthrough:
+        kinds[name] = (str(schema.field(name).type), "it is passed through")
+    return kinds
 
 
 def join_sources(config: JobConfig, sources: Sequence[Source]) -> Join:
@@ -224,8 +239,11 @@ def _skeleton(config: JobConfig, sources: Sequence[Source]) -> tuple[Manifest, P
     return manifest, plan
 
 
-def _counts(plan: Plan, join: Join) -> dict[str, int]:
-    return {**plan.counts, "queries_without_candidates": 0, **join.counts}
+def _counts(plan: Plan, sources: Sequence[Source], join: Join) -> dict[str, int]:
+    lacking = {
+        f"{source.kind}_files_without_{name}": count for source in sources for name, count in source.lacking.items()
+    }
+    return {**plan.counts, "queries_without_candidates": 0, **lacking, **join.counts}
 
 
 def _finished(manifest: Manifest, plan: Plan) -> bool:
@@ -295,8 +313,9 @@ def _run_passes(
     if not units:
         return
     root = manifest.root
+    source = replace(sources[-1], files=[], groups=[])  # goes along with every task
     works = [
-        Spread(index, sources[-1], piece, int(join.starts[index]), *join.wanted(index))
+        Spread(index, source, piece, int(join.starts[index]), *join.wanted(index))
         for index, piece in enumerate(join.pieces)
     ]
     works = [work for work in works if len(work.rows)]
