@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -333,6 +334,38 @@ def test_a_staged_input_is_used_again_until_its_sources_change(tmp_path: Path, l
     jsonl(tmp_path / "in" / "corpus.jsonl", [*corpus(), {"_id": "new", "text": "more"}])
     with pytest.raises(ConflictError, match=r"staged: belongs to another job, which differs in input\.corpus"):
         run(job_of(given, tmp_path / "three"), local=True)
+
+
+@pytest.mark.parametrize("layout", ["run of Parquet", "beir", "scattered flat"])
+def test_fresh_copies_of_the_sources_are_not_staged_again(layout: str, tmp_path: Path) -> None:
+    """cp -r to another place, and touch."""
+    given = given_as(layout, tmp_path / "in") | {"stage": str(tmp_path / "staged")}
+    stage_input(job_of(given, tmp_path / "out"), local=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").rglob("*")}
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")
+    copied = {key: value.replace(f"{tmp_path}/in", f"{tmp_path}/copy") for key, value in given.items()}
+    assert copied != given
+    assert stage_input(job_of(copied, tmp_path / "out"), local=True).reused
+    for path in (tmp_path / "in").rglob("*"):
+        os.utime(path, (1, 1))
+    assert stage_input(job_of(given, tmp_path / "out"), local=True).reused
+    run(job_of(copied, tmp_path / "out"), local=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "bm25.run"])
+def test_a_source_with_another_letter_of_the_same_size_is_named(name: str, tmp_path: Path) -> None:
+    given = given_as("beir", tmp_path / "in")
+    stage_input(job_of(given, tmp_path / "out"), local=True)
+    path = tmp_path / "in" / name
+    data = path.read_bytes()
+    at = data.rindex(b"d") if name == "bm25.run" else data.rindex(b"e")
+    path.write_bytes(data[:at] + (b"D" if name == "bm25.run" else b"E") + data[at + 1 :])
+    with pytest.raises(ConflictError) as caught:
+        stage_input(job_of(given, tmp_path / "out"), local=True)
+    assert f"{path} ({len(data):,} bytes)" in str(caught.value)
+    assert "here, and not what was staged" in str(caught.value)
+    assert [other for other in ("corpus.jsonl", "queries.jsonl", "bm25.run") if other in str(caught.value)] == [name]
 
 
 def test_a_staged_shard_that_is_lost_is_staged_again(tmp_path: Path, small_tasks: None, logged: list[str]) -> None:

@@ -17,11 +17,12 @@ import pyarrow as pa
 
 import batch_rerank
 from batch_rerank.config import Input, JobConfig, as_list
-from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.errors import ConfigError, ConflictError, InputError
 from batch_rerank.job.bookkeeping import recording, resume, status_of
 from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
 from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.job.places import is_within, refuse_overlap, same_store
+from batch_rerank.store.contents import contents
 from batch_rerank.store.filesystem import input_errors, list_files, locate, storage_errors
 from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.lease import Lease, hold
@@ -31,7 +32,7 @@ from batch_rerank.store.sources import Source, find_files, find_source, footers
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
-STAGING_VERSION = 1
+STAGING_VERSION = 2
 """Raised when the same sources would be staged differently."""
 
 SMALL = 8
@@ -65,10 +66,11 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
     """
     started = time.monotonic()
     sources = find_sources(config)
-    manifest, plan = _skeleton(config, sources)
+    manifest = Manifest(locate(config.stage, config.output.storage_options))
     existing = manifest.read_plan()
+    plan = _skeleton(config, manifest, existing, sources)
     if existing is not None:
-        manifest.refuse_other(existing, plan)
+        _refuse_other(manifest, existing, plan)
         if _finished(manifest, existing):
             _check_missing(config, existing)
             if manifest.list_files().within(EXCHANGE):  # killed while it was removed
@@ -93,10 +95,11 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
 def find_stage(config: JobConfig) -> Staged | None:
     """The finished stage of exactly this input, where there is one."""
     started = time.monotonic()
-    existing = Manifest(locate(config.stage, config.output.storage_options)).read_plan()
+    manifest = Manifest(locate(config.stage, config.output.storage_options))
+    existing = manifest.read_plan()
     if existing is None:
         return None
-    manifest, plan = _skeleton(config, find_sources(config))
+    plan = _skeleton(config, manifest, existing, find_sources(config))
     if existing.fingerprint != plan.fingerprint or not _finished(manifest, existing):
         return None
     _check_missing(config, existing)
@@ -106,7 +109,8 @@ def find_stage(config: JobConfig) -> Staged | None:
 def plan_stage(config: JobConfig) -> Plan:
     """What staging would do. Reads ids, writes nothing. Raises ConfigError and InputError."""
     sources = find_sources(config)
-    _, plan = _skeleton(config, sources)
+    manifest = Manifest(locate(config.stage, config.output.storage_options))
+    plan = _skeleton(config, manifest, manifest.read_plan(), sources)
     join = join_sources(config, sources)
     return replace(plan, units=join.units, counts=_counts(plan, sources, join))
 
@@ -204,9 +208,9 @@ def join_sources(config: JobConfig, sources: Sequence[Source]) -> Join:
     return join_run(run, queries, corpus, config.input.candidates_per_query, config.input.max_missing, options)
 
 
-def _skeleton(config: JobConfig, sources: Sequence[Source]) -> tuple[Manifest, Plan]:
-    """The plan of a stage as far as listings show it: its fingerprint, without units."""
-    manifest = Manifest(locate(config.stage, config.output.storage_options))
+def _skeleton(config: JobConfig, manifest: Manifest, existing: Plan | None, sources: Sequence[Source]) -> Plan:
+    """The plan of a stage as far as the files' contents show it: its fingerprint, without units. What the plan that is
+    there says of files that are untouched since need not be read again."""
     for source in sources:
         for url, file in source.files:
             found = locate(url, config.input.storage_options).at(file.path)
@@ -214,21 +218,27 @@ def _skeleton(config: JobConfig, sources: Sequence[Source]) -> tuple[Manifest, P
                 raise ConfigError(
                     f"input.stage {config.stage!r} holds files of the input, e.g. {url}; use another place"
                 )
+    known = {}
+    if existing is not None:
+        for shard, (_, content) in zip(existing.shards, _held(existing), strict=False):
+            known[shard.url, shard.file.size, shard.file.version] = content
     fields: dict[str, Any] = {"staging_version": STAGING_VERSION, "shard_pairs": SHARD_PAIRS}
     fields["input.layout"] = "flat" if config.input.layout == "flat" else "run"
+    held = []
     for source in sources:
-        files = [[url, file.size, file.version] for url, file in source.files]
-        fields[f"input.{source.kind}"] = fingerprint({"files": files})
+        found_contents = contents(source.files, known, config.input.storage_options)
+        held += [[source.kind, content] for content in found_contents]
+        fields[f"input.{source.kind}"] = fingerprint({"contents": found_contents})
         fields[f"input.columns of {source.kind}"] = source.names
     fields["input.candidates_per_query"] = config.input.candidates_per_query
     if config.input.layout == "flat":
         fields["input.columns"] = config.input.columns
         fields["output.passthrough"] = config.output.passthrough
     files_of_all = [entry for source in sources for entry in source.files]
-    plan = Plan(
+    return Plan(
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
-        config={"stage": True, "cluster": {"lease_seconds": config.cluster.lease_seconds}},
+        config={"stage": True, "cluster": {"lease_seconds": config.cluster.lease_seconds}, "sources": held},
         model={},
         version=batch_rerank.__version__,
         counts={"files": len(files_of_all)},
@@ -236,7 +246,35 @@ def _skeleton(config: JobConfig, sources: Sequence[Source]) -> tuple[Manifest, P
         shards=[Shard(index, url, file, 0) for index, (url, file) in enumerate(files_of_all)],
         units=[],
     )
-    return manifest, plan
+
+
+def _held(plan: Plan) -> list[tuple[str, str]]:
+    """The kind and the content of each file of a stage's sources; nothing in plans of older versions."""
+    return [(str(kind), str(content)) for kind, content in plan.config.get("sources", [])]
+
+
+def _refuse_other(manifest: Manifest, existing: Plan, plan: Plan) -> None:
+    """Raise ConflictError where the place holds the stage of other sources; it names the files."""
+    try:
+        manifest.refuse_other(existing, plan)
+    except ConflictError as error:
+        lines = [
+            _other_files("here, and not what was staged", plan, existing),
+            _other_files("staged, and not here", existing, plan),
+        ]
+        raise ConflictError("\n".join([str(error), *filter(None, lines)])) from None
+
+
+def _other_files(what: str, plan: Plan, other: Plan) -> str:
+    """The files of one plan whose content is not in another, or nothing."""
+    there = set(_held(other))
+    files = [
+        f"input.{kind} {shard.url} ({shard.file.size:,} bytes)"
+        for shard, (kind, content) in zip(plan.shards, _held(plan), strict=False)
+        if (kind, content) not in there
+    ]
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{what}: {', '.join(files[:3])}{more}" if files else ""
 
 
 def _counts(plan: Plan, sources: Sequence[Source], join: Join) -> dict[str, int]:
