@@ -181,6 +181,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "BLOCK_BYTES", 150)
     monkeypatch.setattr(exchange, "FLUSH_BYTES", 300)
     monkeypatch.setattr(join, "SHARD_PAIRS", 25)
+    monkeypatch.setattr(join, "MERGE_VALUES", 5)
 
 
 @pytest.mark.parametrize("tasks", ["large", "small"])

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 import batch_rerank
 from batch_rerank.config import JobConfig
-from batch_rerank.errors import StorageError
+from batch_rerank.errors import InputError, StorageError
 from batch_rerank.job.join import Int32, Int64, Ranked
 from batch_rerank.job.write_unit import commit
 from batch_rerank.store.filesystem import locate, storage_errors
@@ -39,13 +39,13 @@ OURS = ("query_id", "query", "instruction", "doc_id", "text", "score", "rank")
 
 @dataclass(frozen=True)
 class Spread:
-    """One piece of a source: its first row's number, and which rows go to which shards (`Join.wanted`)."""
+    """One piece of a source: its first row's number, and which of its rows go to which shards (`Join.wanted`)."""
 
     index: int
     source: Source
     piece: Piece
     start: int
-    rows: Int64
+    rows: Int32
     shards: Int32
 
     @property
@@ -114,12 +114,12 @@ def spread(work: Spread, config: JobConfig, stage: str) -> Note:
 
 def _needed(work: Spread, config: JobConfig) -> Iterator[pa.Table]:
     """The rows of a piece that some shard needs, each once, with their number in the column `row`."""
-    distinct = np.unique(work.rows)
-    first = work.start
+    distinct = work.rows[np.diff(work.rows, prepend=-1) > 0]
+    first = 0
     for table in _read(work, config):
         here = distinct[np.searchsorted(distinct, first) : np.searchsorted(distinct, first + len(table))]
         if len(here):
-            yield table.take(here - first).append_column("row", pa.array(here))
+            yield table.take(here - first).append_column("row", pa.array(work.start + here.astype(np.int64)))
         first += len(table)
 
 
@@ -174,8 +174,8 @@ def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 def _by_shard(table: pa.Table, work: Spread) -> tuple[bytes, list[list[int]]]:
     """A file's bytes and its portions."""
     numbers = table["row"].to_numpy()
-    first, last = np.searchsorted(work.rows, [numbers[0], numbers[-1] + 1])
-    rows, shards = work.rows[first:last], work.shards[first:last]
+    first, last = np.searchsorted(work.rows, np.array([numbers[0], numbers[-1] + 1]) - work.start)
+    rows, shards = work.rows[first:last] + np.int64(work.start), work.shards[first:last]
     order = np.argsort(shards, kind="stable")
     rows, shards = np.searchsorted(numbers, rows[order]), shards[order]
     borders = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
@@ -206,7 +206,13 @@ def gather(work: Gather, config: JobConfig, stage: str, fingerprint: str) -> Rec
     if isinstance(work.details, Ranked):
         rows = _of_run(read, work.details)
     else:
-        rows = _of_flat(read, work.details, config, str(root))
+        try:
+            rows = _of_flat(read, work.details, config, str(root))
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{root}: shard {work.unit.id} cannot be built ({error}); expected less than 2 GiB of queries, and of "
+                "each passed-through column, for its candidates; leave the column out of output.passthrough"
+            ) from None
     if len(rows) != work.unit.pairs:
         raise StorageError(
             f"{root}: found {len(rows):,} rows of shard {work.unit.id} in {EXCHANGE}, expected {work.unit.pairs:,}; "
@@ -248,9 +254,9 @@ def _of_run(read: pa.Table, ranked: Ranked) -> pa.Table:
     queries = ranked.queries.take(pa.array(index))
     data: dict[str, Any] = {
         "query_index": pa.array(index),
-        "query_id": queries["query_id"],
+        "query_id": queries["query_id"].cast(pa.string()),
         "query": queries["query"],
-        "doc_id": read["doc_id"].combine_chunks().take(pa.array(order)).take(pa.array(documents)),
+        "doc_id": read["doc_id"].combine_chunks().take(pa.array(order)).take(pa.array(documents)).cast(pa.string()),
         "text": _dictionary(texts, documents),
         "first_stage_rank": pa.array(ranked.ranks, pa.int32()),
     }
@@ -293,7 +299,7 @@ def nested(rows: pa.Table) -> pa.Table:
     data: dict[str, Any] = {"query_id": rows["query_id"].take(starts)}
     for name in ("query", "instruction"):
         if name in rows.column_names:
-            data[name] = _first_of_each(rows[name].combine_chunks(), starts)
+            data[name] = _first_of_each(rows[name].combine_chunks(), starts).cast(pa.string())
     return pa.table({**data, "candidates": pa.ListArray.from_arrays(offsets, candidates)})
 
 

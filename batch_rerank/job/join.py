@@ -1,6 +1,7 @@
 """Which row of a corpus, or of a scattered flat input, goes to which staged shard.
 
-Ids only: no text passes here but the queries' own. The driver holds some 30 bytes a candidate and the distinct ids.
+Ids only: no text passes here but the queries' own. At its peak the driver holds some 40 bytes a candidate, the distinct
+ids of the run and all ids of the corpus. Ids are large strings: together they may be more than 2 GiB.
 """
 
 import json
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,9 @@ SHARD_PAIRS = 50_000
 """Candidates of a staged shard: some 50 MB of text, which one task holds, and three or four read tasks of a job."""
 
 READ_THREADS = 4
+MERGE_VALUES = 2**20
+"""Distinct ids of batches that wait to be merged, at least."""
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -37,7 +42,7 @@ class Ranked:
 
     queries: pa.Table
     pairs: Int64
-    documents: Int64
+    documents: Int32
     scores: npt.NDArray[np.float32] | None
     ranks: Int32
 
@@ -46,23 +51,23 @@ class Ranked:
 class Join:
     """How the rows of `pieces` are spread over shards. Rows are numbered through all; `starts` int64[pieces + 1].
 
-    rows int64[n], shards int32[n]: a row and a shard that needs it, by row; units: the shards; details: what a shard's
-    task needs besides; missing: what the run names and the sources lack.
+    needs int64[n]: row * len(units) + shard for each row and a shard that needs it, ascending; units: the shards;
+    details: what a shard's task needs besides; missing: what the run names and the sources lack.
     """
 
     pieces: list[Piece]
     starts: Int64
-    rows: Int64
-    shards: Int32
+    needs: Int64
     units: list[Unit]
     details: Callable[[Unit], Ranked | pa.Array]
     counts: dict[str, int]
     missing: dict[str, list[str]] = field(default_factory=dict)
 
-    def wanted(self, piece: int) -> tuple[Int64, Int32]:
-        """The rows of one piece that are needed, and where."""
-        first, last = np.searchsorted(self.rows, self.starts[piece : piece + 2])
-        return self.rows[first:last], self.shards[first:last]
+    def wanted(self, piece: int) -> tuple[Int32, Int32]:
+        """The rows of one piece that are needed, counted from its first, and where."""
+        first, last = np.searchsorted(self.needs, self.starts[piece : piece + 2] * len(self.units))
+        rows, shards = np.divmod(self.needs[first:last], max(1, len(self.units)))
+        return (rows - self.starts[piece]).astype(np.int32), shards.astype(np.int32)
 
 
 def join_run(
@@ -77,67 +82,66 @@ def join_run(
     found = _read_run(run, options)
     if not len(found.query):
         raise InputError(f"input.run: {_files(run)} has no candidates; expected at least one; check the first stage")
-    known = pa.concat_tables(_each(queries, ("query_id", "query", "instruction"), options))
-    known = known.combine_chunks()
+    known = pa.concat_tables(_each(queries, ("query_id", "query", "instruction"), options)).combine_chunks()
     corpus_pieces = pieces(corpus)
     ids, starts = _ids_of(corpus, corpus_pieces, "doc_id", options)
-    _refuse_repeated_ids(known["query_id"].combine_chunks(), queries)
+    _refuse_repeated_ids(known["query_id"], queries)
     _refuse_repeated_ids(ids, corpus)
-    _refuse_spaces("query_id", found.queries, known["query_id"].combine_chunks(), run, queries)
+    _refuse_spaces("query_id", found.queries, known["query_id"], run, queries)
     _refuse_spaces("doc_id", found.documents, ids, run, corpus)
     _refuse_repeated(found, run, options)
     _refuse_unranked(found, run)
 
     query_row, document_row = _rows_of(found.queries, known["query_id"]), _rows_of(found.documents, ids)
-    order, pairs = _ranked(found, depth)
-    query, document = found.query[order], found.document[order]
-    lacks_query, lacks_document = query_row[query] < 0, document_row[document] < 0
+    total = len(found.query)
+    _rank(found, depth)
+    cut = total - len(found.query)
+    lost = (query_row < 0)[found.query] | (document_row < 0)[found.document]
     missing = {
-        "queries": found.queries.take(np.unique(query[lacks_query])).to_pylist(),
-        "documents": found.documents.take(np.unique(document[lacks_document])).to_pylist(),
+        "queries": found.queries.take(_used(found.query, query_row < 0)).to_pylist(),
+        "documents": found.documents.take(_used(found.document, document_row < 0)).to_pylist(),
     }
-    lost = lacks_query | lacks_document
     _refuse_missing(
-        int(lost.sum()), len(order), missing, max_missing, (found, known["query_id"], ids), (queries, corpus)
+        int(lost.sum()), len(lost), missing, max_missing, (found, known["query_id"], ids), (queries, corpus)
     )
+    if lost.any():
+        found.keep(~lost)
 
-    order, query, row = order[~lost], query[~lost], document_row[document[~lost]]
-    present, pairs = np.unique(query, return_counts=True)
-    pairs = pairs.astype(np.int64)
+    pairs = np.bincount(found.query, minlength=len(found.queries)).astype(np.int64)
+    present = np.flatnonzero(pairs)
+    pairs = pairs[present]
+    row = document_row[found.document]
+    scores, ranks = found.score, found.rank
+    del found  # of every candidate its row, score and rank are left
     units, borders = _shards(pairs)
     ends = np.concatenate([[0], np.cumsum(pairs)])
-    ranks = None if found.rank is None else found.rank[order]
-    scores = None if found.score is None else found.score[order]
-    positions = (np.arange(len(order)) - np.repeat(ends[:-1], pairs) + 1).astype(np.int32)
     if "instruction" in known.column_names and known["instruction"].null_count == len(known):
         known = known.drop_columns("instruction")  # a JSONL file is read as if it might have one
 
     def details(unit: Unit) -> Ranked:
         here = slice(int(ends[unit.start]), int(ends[unit.stop]))
+        counts = pairs[unit.start : unit.stop]
         return Ranked(
             known.take(query_row[present[unit.start : unit.stop]]),
-            pairs[unit.start : unit.stop],
+            counts,
             row[here],
             None if scores is None else scores[here],
-            positions[here] if ranks is None else ranks[here],
+            _positions(counts) if ranks is None else ranks[here],
         )
 
-    shard = np.repeat(np.arange(len(units)), np.diff(ends[borders])).astype(np.int64)
-    keys = np.unique(row * len(units) + shard)
     return Join(
         pieces=corpus_pieces,
         starts=starts,
-        rows=keys // len(units),
-        shards=(keys % len(units)).astype(np.int32),
+        needs=_needs(row, np.repeat(np.arange(len(units), dtype=np.int32), np.diff(ends[borders])), len(units)),
         units=units,
         details=details,
         counts={
             "queries": len(present),
-            "candidates": len(order),
-            "documents": len(np.unique(row)),
+            "candidates": len(row),
+            "documents": len(_used(row, np.ones(len(ids), np.bool_))),
             "corpus": len(ids),
-            "candidates_cut": len(found.query) - len(lost),
-            "queries_without_candidates": len(known) - int((np.isin(np.arange(len(known)), query_row[present])).sum()),
+            "candidates_cut": cut,
+            "queries_without_candidates": len(known) - len(present),
             "missing_candidates": int(lost.sum()),
             "missing_documents": len(missing["documents"]),
             "missing_queries": len(missing["queries"]),
@@ -161,15 +165,14 @@ def join_flat(source: Source, options: Options) -> Join:
     return Join(
         pieces=found.pieces,
         starts=found.starts,
-        rows=np.arange(len(found.query), dtype=np.int64),
-        shards=shard_of_query[found.query],
+        needs=np.arange(len(found.query), dtype=np.int64) * len(units) + shard_of_query[found.query],
         units=units,
         details=lambda unit: found.queries[unit.start : unit.stop],
         counts={"queries": len(found.queries), "candidates": len(found.query)},
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """Candidates in the order of their rows: codes int32[n] into the distinct ids, in order of first appearance."""
 
@@ -182,23 +185,31 @@ class _Run:
     pieces: list[Piece]
     starts: Int64
 
+    def keep(self, chosen: Int64 | npt.NDArray[np.bool_]) -> None:
+        """Take some candidates, or all in another order; one column after the other, so that one is held twice."""
+        self.query = self.query[chosen]
+        self.document = self.document[chosen]
+        self.score = None if self.score is None else self.score[chosen]
+        self.rank = None if self.rank is None else self.rank[chosen]
+
 
 def _read_run(source: Source, options: Options) -> _Run:
     every = pieces(source)
-    tables: list[pa.Table] = []
+    codes = {"query_id": _Codes(), "doc_id": _Codes()}
+    numbers: dict[str, list[npt.NDArray[Any]]] = {"score": [], "rank": []}
     starts = [0]
     for read in _read(source, every, ("query_id", "doc_id", "score", "rank"), options, _compact):
-        tables += read
+        for table in read:
+            for name, found in codes.items():
+                for chunk in table[name].chunks:
+                    found.add(chunk)
+            for name in numbers.keys() & set(table.column_names):
+                numbers[name].append(table[name].to_numpy())
         starts.append(starts[-1] + sum(map(len, read)))
-    table = pa.concat_tables(tables) if tables else pa.table({"query_id": _EMPTY, "doc_id": _EMPTY})
-    queries, query = _codes(table["query_id"])
-    documents, document = _codes(table["doc_id"])
-    score = table["score"].to_numpy() if "score" in table.column_names else None
-    rank = table["rank"].to_numpy() if "rank" in table.column_names else None
+    queries, query = codes.pop("query_id").result()
+    documents, document = codes.pop("doc_id").result()
+    score, rank = (np.concatenate(numbers.pop(name)) if numbers[name] else None for name in ("score", "rank"))
     return _Run(queries, documents, query, document, score, rank, every, np.array(starts, np.int64))
-
-
-_EMPTY = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), pa.array([], pa.large_string()))
 
 
 def _compact(table: pa.Table) -> pa.Table:
@@ -209,11 +220,39 @@ def _compact(table: pa.Table) -> pa.Table:
     return table
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int32]:
-    chunks = column.unify_dictionaries().chunks
-    if not chunks:
-        return pa.array([], pa.large_string()), np.empty(0, np.int32)
-    return chunks[0].dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in chunks]).astype(np.int32)
+class _Codes:
+    """Distinct values in order of first appearance, and a code for every value, from dictionary arrays one by one.
+
+    Dictionaries are merged when those that wait are as large as the merged one: a batch's own holds nearly all its ids,
+    and together they would be as large as the run.
+    """
+
+    def __init__(self) -> None:
+        self._values = pa.array([], pa.large_string())
+        self._codes: list[Int32] = []
+        self._waiting: list[pa.DictionaryArray] = []
+        self._size = 0
+
+    def add(self, chunk: pa.DictionaryArray) -> None:
+        """The next values."""
+        self._waiting.append(chunk)
+        self._size += len(chunk.dictionary)
+        if self._size >= max(MERGE_VALUES, len(self._values)):
+            self._merge()
+
+    def _merge(self) -> None:
+        first = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), self._values)
+        # the merged values begin with those of the first chunk, so codes that were given stay
+        _, *chunks = pa.chunked_array([first, *self._waiting]).unify_dictionaries().chunks
+        if chunks:
+            self._values = chunks[0].dictionary
+        self._codes += [chunk.indices.to_numpy() for chunk in chunks]
+        self._waiting, self._size = [], 0
+
+    def result(self) -> tuple[pa.Array, Int32]:
+        """The distinct values, and int32[n]."""
+        self._merge()
+        return self._values, np.concatenate([np.empty(0, np.int32), *self._codes])
 
 
 def _read(
@@ -240,39 +279,81 @@ def _each(source: Source, wanted: Sequence[str], options: Options) -> list[pa.Ta
     return [table for read in _read(source, pieces(source), wanted, options) for table in read]
 
 
-def _ids_of(source: Source, every: Sequence[Piece], name: str, options: Options) -> tuple[pa.Array, Int64]:
+def _ids_of(source: Source, every: Sequence[Piece], name: str, options: Options) -> tuple[pa.ChunkedArray, Int64]:
     """All ids of a source in order, and where each piece begins."""
     chunks: list[pa.Array] = []
     starts = [0]
     for read in _read(source, every, (name,), options):
         chunks += [chunk for table in read for chunk in table[name].chunks]
         starts.append(starts[-1] + sum(len(table) for table in read))
-    ids = pa.chunked_array(chunks, pa.large_string()).combine_chunks() if chunks else pa.array([], pa.large_string())
-    return ids, np.array(starts, np.int64)
+    return pa.chunked_array(chunks, pa.large_string()), np.array(starts, np.int64)
 
 
-def _rows_of(ids: pa.Array, known: pa.Array | pa.ChunkedArray) -> Int64:
-    """int64[n]: the row at which each id is known, -1 where it is not."""
-    found = pc.index_in(ids, value_set=known)
-    rows: Int64 = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+def _rows_of(ids: pa.Array, known: pa.ChunkedArray) -> Int32:
+    """int32[n]: the row at which each id is known, -1 where it is not. The fewer ones, those of the run, are hashed."""
+    rows = np.full(len(ids), -1, np.int32)
+    first = 0
+    for chunk in pc.index_in(known, value_set=ids).chunks:
+        found = pc.fill_null(chunk, -1).to_numpy(zero_copy_only=False)
+        here = np.flatnonzero(found >= 0)
+        rows[found[here]] = first + here
+        first += len(found)
     return rows
 
 
-def _ranked(run: _Run, depth: int | None) -> tuple[Int64, Int64]:
-    """The candidates by query and rank (of one rank: by score), `depth` of each query; and how many each query has."""
-    if run.rank is not None:
-        tied = np.zeros(len(run.rank)) if run.score is None else -run.score
-        order = np.lexsort((tied, run.rank, run.query))
-    elif run.score is not None:
-        order = np.lexsort((-run.score, run.query))
-    else:
-        order = np.argsort(run.query, kind="stable")
-    pairs = np.bincount(run.query, minlength=len(run.queries)).astype(np.int64)
+def _rank(run: _Run, depth: int | None) -> None:
+    """Order the candidates by query and rank (of one rank: by score), and keep `depth` of each query."""
+    order = _order(run)
+    if order is not None:
+        run.keep(order)
+        del order
     if depth is not None:
-        position = np.arange(len(order)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
-        order = order[position < depth]
-        pairs = np.minimum(pairs, depth)
-    return order, pairs
+        pairs = np.bincount(run.query, minlength=len(run.queries))
+        chosen = _positions(pairs) <= depth
+        if not chosen.all():
+            run.keep(chosen)
+
+
+def _order(run: _Run) -> Int64 | None:
+    """The order of the candidates; None where they are in it already, as most runs are."""
+    keys = run.query.astype(np.int64) << 32
+    score, rank = run.score, run.rank
+    if rank is not None:
+        keys += rank.astype(np.int64) + 2**31
+    elif score is not None:
+        # the bits of floats, as integers that fall with them; -0 is 0
+        bits = (score + np.float32(0)).view(np.int32)
+        keys += 2**31 - 1 - np.where(bits < 0, bits ^ np.int32(2**31 - 1), bits).astype(np.int64)
+    if rank is None or score is None:
+        return None if (keys[1:] >= keys[:-1]).all() else np.argsort(keys, kind="stable")
+    if (keys[1:] > keys[:-1]).all():
+        return None
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    if (keys[1:] == keys[:-1]).any():  # two of one rank: rare, and three keys take four times as long
+        return np.lexsort((-score, rank, run.query))
+    return order
+
+
+def _positions(pairs: Int64) -> Int32:
+    """1, 2, … within each query."""
+    return (np.arange(pairs.sum()) - np.repeat(np.cumsum(pairs) - pairs, pairs) + 1).astype(np.int32)
+
+
+def _used(codes: Int32, among: npt.NDArray[np.bool_]) -> Int64:
+    """The distinct codes, of those that `among` has, ascending."""
+    used = np.zeros(len(among), np.bool_)
+    used[codes] = True
+    return np.flatnonzero(used & among)
+
+
+def _needs(row: Int32, shard: Int32, shards: int) -> Int64:
+    """Distinct row * shards + shard, ascending. Not np.unique: in numpy 2.4 it takes 100 times a sort."""
+    keys = row.astype(np.int64)
+    keys *= shards
+    keys += shard
+    keys.sort()
+    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
 
 
 def _shards(pairs: Int64) -> tuple[list[Unit], Int64]:
@@ -290,31 +371,31 @@ def _files(source: Source) -> str:
     return urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
 
 
-def _refuse_repeated_ids(ids: pa.Array, source: Source) -> None:
+def _refuse_repeated_ids(ids: pa.ChunkedArray, source: Source) -> None:
     name = "query_id" if source.kind == "queries" else "doc_id"
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counted = pc.value_counts(ids)
     repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
-    rows = np.flatnonzero(pc.equal(ids, repeated[0]).to_numpy(zero_copy_only=False))[:2].tolist()
+    rows = np.flatnonzero(pc.equal(ids, repeated[0]).to_numpy())[:2].tolist()
     raise InputError(
         f"input.{source.kind}: {_files(source)}: {name} {repeated[0].as_py()!r} stands in rows {rows[0] + 1} and "
         f"{rows[1] + 1} ({len(repeated)} such ids; a number and its digits are one id); expected each once; drop one"
     )
 
 
-def _refuse_spaces(name: str, run: pa.Array, known: pa.Array, first: Source, second: Source) -> None:
+def _refuse_spaces(name: str, run: pa.Array, known: pa.ChunkedArray, first: Source, second: Source) -> None:
     """Ids that are the same but for space around them: nobody means two documents by that."""
-    for ids, source in ((run, first), (known, second)):
-        trimmed = pc.utf8_trim_whitespace(ids)
-        padded = pc.not_equal(trimmed, ids)
-        if not pc.any(padded).as_py():
+    for ids, source in ((pa.chunked_array([run]), first), (known, second)):
+        padded = [chunk.filter(pc.not_equal(pc.utf8_trim_whitespace(chunk), chunk)) for chunk in ids.chunks]
+        odd = pa.chunked_array(padded, pa.large_string())
+        if not len(odd):
             continue
-        candidates = pc.filter(trimmed, padded)
+        trimmed = pc.utf8_trim_whitespace(odd)
         for others, other in ((run, first), (known, second)):
-            twin = pc.filter(candidates, pc.is_in(candidates, value_set=others))
+            twin = trimmed.filter(pc.is_in(trimmed, value_set=others))
             if len(twin):
-                at = pc.filter(pc.filter(ids, padded), pc.equal(candidates, twin[0]))[0].as_py()
+                at = odd.filter(pc.equal(trimmed, twin[0]))[0].as_py()
                 raise InputError(
                     f"input.{source.kind}: {_files(source)}: {name} {at!r} differs from {twin[0].as_py()!r} in "
                     f"input.{other.kind} only by space around it; expected one way to write an id; trim it"
@@ -322,18 +403,21 @@ def _refuse_spaces(name: str, run: pa.Array, known: pa.Array, first: Source, sec
 
 
 def _refuse_repeated(run: _Run, source: Source, options: Options) -> None:
-    keys = run.query.astype(np.int64) * len(run.documents) + run.document
-    ordered = np.sort(keys)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    keys = run.query.astype(np.int64)
+    keys *= len(run.documents)
+    keys += run.document
+    keys.sort()
+    twice = keys[1:][keys[1:] == keys[:-1]]
     if not len(twice):
         return
-    rows = np.flatnonzero(keys == twice[0])[:2].tolist()
-    query_id = run.queries[int(run.query[rows[0]])].as_py()
-    document = run.documents[int(run.document[rows[0]])].as_py()
+    query, document = divmod(int(twice[0]), len(run.documents))
+    rows = np.flatnonzero((run.query == query) & (run.document == document))[:2].tolist()
+    query_id = run.queries[query].as_py()
+    doc_id = run.documents[document].as_py()
     places = " and ".join(_place(run, source, row) for row in rows)
     scores = "" if run.score is None else f" with scores {run.score[rows[0]]:g} and {run.score[rows[1]]:g}"
     raise InputError(
-        f"query_id {query_id!r} has doc_id {document!r} twice{scores}: {places} ({len(twice)} such rows); expected "
+        f"query_id {query_id!r} has doc_id {doc_id!r} twice{scores}: {places} ({len(twice)} such rows); expected "
         "each document once per query; drop one"
     )
 
@@ -366,7 +450,7 @@ def _refuse_missing(
     total: int,
     missing: dict[str, list[str]],
     max_missing: float,
-    ids: tuple[_Run, pa.ChunkedArray, pa.Array],
+    ids: tuple[_Run, pa.ChunkedArray, pa.ChunkedArray],
     sources: tuple[Source, Source],
 ) -> None:
     run, queries, documents = ids
@@ -375,7 +459,7 @@ def _refuse_missing(
         ("doc_id", run.documents, documents, sources[1]),
     ):
         kind = "queries" if name == "query_id" else "documents"
-        if len(missing[kind]) and not pc.any(pc.is_in(ours, value_set=known)).as_py():
+        if len(missing[kind]) == len(ours):
             raise InputError(
                 f"no {name} of the run is in input.{source.kind} ({_files(source)}): the run "
                 f"has {_some(ours)}, {source.kind} has {_some(known)}; expected the same ids; do they belong together?"
