@@ -11,9 +11,9 @@ import pytest
 from test_stage import given_as, job_of
 
 from batch_rerank.errors import InputError
-from batch_rerank.job import join
+from batch_rerank.job import candidates, join, join_checks
 from batch_rerank.job.exchange import Spread, _read
-from batch_rerank.job.stage import find_sources
+from batch_rerank.job.stage_sources import find_sources
 from batch_rerank.store.filesystem import File
 from batch_rerank.store.sources import Source, pieces, read_piece
 
@@ -35,8 +35,8 @@ def test_ids_of_more_than_2_gib_are_joined() -> None:
     ids = pa.array(["b", known[0].as_py()], pa.large_string())
     assert join._rows_of(ids, known).tolist() == [-1, 31]
     with pytest.raises(InputError, match="only by space around it"):
-        join._refuse_spaces("doc_id", ids, known, SOURCE, SOURCE)
-    join._refuse_spaces("doc_id", ids, known.slice(0, 32), SOURCE, SOURCE)
+        join_checks.refuse_spaces("doc_id", ids, known, SOURCE, SOURCE)
+    join_checks.refuse_spaces("doc_id", ids, known.slice(0, 32), SOURCE, SOURCE)
 
 
 @pytest.mark.parametrize("layout", ["run of Parquet", "run of JSONL", "beir", "scattered flat"])
@@ -55,18 +55,18 @@ def test_every_id_and_text_that_is_put_together_has_large_offsets(layout: str, t
     for table in _read(Spread(0, found[-1], piece, 0, np.empty(0, np.int32), np.empty(0, np.int32)), config):
         assert {field.type for field in table.schema if field.name in large} == {pa.large_string()}
     if layout != "scattered flat":
-        ids, _ = join._ids_of(found[-1], pieces(found[-1]), "doc_id", {})
+        ids, _ = candidates.ids_of(found[-1], pieces(found[-1]), "doc_id", {})
         assert isinstance(ids, pa.ChunkedArray)
-        run = join._read_run(found[0], {})
+        run = candidates.read_run(found[0], {})
         assert {ids.type, run.queries.type, run.documents.type} == {pa.large_string()}
 
 
 @pytest.mark.parametrize("merge", [1, 7, 10_000])
 def test_codes_are_in_the_order_of_first_appearance(merge: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "MERGE_VALUES", merge)
+    monkeypatch.setattr(candidates, "MERGE_VALUES", merge)
     random = np.random.default_rng(0)
     values = [str(one) for one in random.integers(0, 60, 500)]
-    codes = join._Codes()
+    codes = candidates.Codes()
     cuts = [0, *sorted(random.integers(0, 500, 30).tolist()), 500]
     for start, stop in pairwise(cuts):
         codes.add(pa.array(values[start:stop], pa.large_string()).dictionary_encode())
@@ -78,10 +78,10 @@ def test_codes_are_in_the_order_of_first_appearance(merge: int, monkeypatch: pyt
 
 def run_of(
     query: npt.NDArray[np.int32], score: npt.NDArray[np.float32] | None, rank: npt.NDArray[np.int32] | None
-) -> join._Run:
+) -> candidates.Run:
     documents = np.arange(len(query), dtype=np.int32)
     names = pa.array([str(one) for one in range(len(query))], pa.large_string())
-    return join._Run(names, names, query, documents, score, rank, [], np.array([0, len(query)]))
+    return candidates.Run(names, names, query, documents, score, rank, [], np.array([0, len(query)]))
 
 
 @pytest.mark.parametrize("ranked", [True, False])
@@ -107,7 +107,7 @@ def test_candidates_are_ordered_by_query_rank_and_score(ranked: bool, scored: bo
             query = random.permutation(query)
         keys = (np.zeros(size) if score is None else -score, np.zeros(size) if rank is None else rank, query)
         expected = np.lexsort(keys)
-        found = join._order(run_of(query, score, rank))
+        found = candidates.order_of(run_of(query, score, rank))
         assert (np.arange(size) if found is None else found).tolist() == expected.tolist()
 
 
@@ -127,7 +127,7 @@ def test_a_corpus_of_two_files_has_one_numbering(tmp_path: Path) -> None:
     for number in range(2):
         table = pa.table({"doc_id": [f"d{number}-{i}" for i in range(5)], "text": ["x"] * 5})
         pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
-    source = join.Source(
+    source = Source(
         "corpus",
         "parquet",
         [
@@ -137,6 +137,6 @@ def test_a_corpus_of_two_files_has_one_numbering(tmp_path: Path) -> None:
         {"doc_id": "doc_id", "text": "text"},
         groups=[[1, 1, 1], [1, 1, 1]],
     )
-    ids, starts = join._ids_of(source, pieces(source), "doc_id", {})
+    ids, starts = candidates.ids_of(source, pieces(source), "doc_id", {})
     assert ids.to_pylist() == [f"d{number}-{i}" for number in range(2) for i in range(5)]
     assert starts.tolist() == [0, 5, 10]

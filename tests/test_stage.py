@@ -21,7 +21,7 @@ from test_resume import start, wait_for, wait_for_silence
 
 from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
-from batch_rerank.job import exchange, join, stage
+from batch_rerank.job import candidates, exchange, join, passes
 from batch_rerank.job.run import plan_job, run
 from batch_rerank.job.stage import stage as stage_input
 from batch_rerank.job.trec import falling
@@ -181,7 +181,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "BLOCK_BYTES", 150)
     monkeypatch.setattr(exchange, "FLUSH_BYTES", 300)
     monkeypatch.setattr(join, "SHARD_PAIRS", 25)
-    monkeypatch.setattr(join, "MERGE_VALUES", 5)
+    monkeypatch.setattr(candidates, "MERGE_VALUES", 5)
 
 
 @pytest.mark.parametrize("tasks", ["large", "small"])
@@ -426,7 +426,7 @@ def test_an_exchange_that_is_not_whole_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "gather", dies)
+        patch.setattr(passes, "gather", dies)
         run(config, local=True)
     data, note = sorted(exchange_files.glob("*.arrows"))[2], sorted(exchange_files.glob("*.json"))[3]
     if harm == "lost":
@@ -468,8 +468,8 @@ def test_a_stage_that_dies_anywhere_goes_on_from_there(
 
         return wrapped
 
-    monkeypatch.setattr(stage, "spread", dies(exchange.spread))
-    monkeypatch.setattr(stage, "gather", dies(exchange.gather))
+    monkeypatch.setattr(passes, "spread", dies(exchange.spread))
+    monkeypatch.setattr(passes, "gather", dies(exchange.gather))
     with pytest.raises(KeyboardInterrupt):
         run(job_of(given, tmp_path / "out"), local=True)
     assert not (tmp_path / "out-stage" / "_SUCCESS").exists()
@@ -489,7 +489,7 @@ def test_a_source_that_changes_while_it_is_staged_ends_the_stage(
             jsonl(tmp_path / "in" / "corpus.jsonl", corpus()[:-1])
         return exchange.spread(work, *rest)
 
-    monkeypatch.setattr(stage, "spread", changing)
+    monkeypatch.setattr(passes, "spread", changing)
     with pytest.raises(InputError, match=r"corpus\.jsonl: changed since the plan"):
         stage_input(job_of(given, tmp_path / "out"), local=True)
     assert not (tmp_path / "out-stage" / "_SUCCESS").exists()

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
-from batch_rerank.job.join import Int32, Int64, Ranked
+from batch_rerank.job.candidates import Int32, Int64
+from batch_rerank.job.join import Ranked
 from batch_rerank.job.write_unit import commit
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.layouts import Columns, canonical, find_columns, with_title
