@@ -2,16 +2,18 @@
 
     python benchmarks/stage.py scale  [--documents 2000000] [--candidates 1000000 3000000 10000000]
     python benchmarks/stage.py ways   [--documents 200000] [--candidates 1000000]
+    python benchmarks/stage.py join   [--documents 2000000] [--candidates 1000000 3000000 10000000]
     python benchmarks/stage.py text
     python benchmarks/stage.py skew   [--documents 200000] [--candidates 1000000]
 
 scale: the staging of a job, on a Ray of its own, whose memory is the most that its processes held together (PSS), less
 what an idle Ray holds. ways: the same join through the stage, through Ray Data's join, and with the corpus in Ray's
-object store for every task to look up (`broadcast`). The corpus is 1 KB texts in Parquet, the run is Parquet ids; each
-query's documents are drawn at random, a tenth of them from a hundredth of the corpus. text: one shard of 50,000
-candidates over 50,000 to 500 documents, its texts written once a candidate, once a document in the column's dictionary,
-and once a document in a second file. skew: a whole job of the free scorer over queries of 10 candidates and one of
-100,000. Ends with one JSON line.
+object store for every task to look up (`broadcast`). join: the driver's part alone, which reads ids and says which row
+goes where; bytes a candidate are those that the largest run takes more than the smallest. The corpus is 1 KB texts in
+Parquet (join: none), the run is Parquet ids; each query's documents are drawn at random, a tenth of them from a
+hundredth of the corpus. text: one shard of 50,000 candidates over 50,000 to 500 documents, its texts written once a
+candidate, once a document in the column's dictionary, and once a document in a second file. skew: a whole job of the
+free scorer over queries of 10 candidates and one of 100,000. Ends with one JSON line.
 """
 
 import argparse
@@ -65,6 +67,21 @@ print(json.dumps({"seconds": time.monotonic() - started, "candidates": found.cou
                   "shards": found.shards}))
 """
 
+IDS = """
+import json, sys, time
+from batch_rerank.job.join import join_run
+from batch_rerank.store.sources import find_source
+folder, shuffled = sys.argv[1], sys.argv[2]
+given = {"run": f"{folder}/{shuffled}", "queries": f"{folder}/queries.parquet", "corpus": f"{folder}/corpus.parquet"}
+sources = [find_source(kind, [path], {}, {}) for kind, path in given.items()]
+kib = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
+peak = lambda: 1024 * kib("VmHWM")  # not ru_maxrss, which begins with what the parent held
+before, started, cpu = peak(), time.monotonic(), time.process_time()
+join = join_run(*sources, None, 0.0, {})
+print(json.dumps({"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu,
+                  "peak_mib": (peak() - before) / 2**20, "candidates": join.counts["candidates"]}))
+"""
+
 JOIN = """
 import json, sys, time
 import ray, logging
@@ -94,7 +111,7 @@ print(json.dumps({"seconds": time.monotonic() - started}))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["scale", "ways", "text", "skew"])
+    parser.add_argument("what", choices=["scale", "ways", "join", "text", "skew"])
     parser.add_argument("--documents", type=int)
     parser.add_argument("--candidates", type=int, nargs="+")
     parser.add_argument("--dir", help="where the data goes; a temporary directory if not given")
@@ -102,8 +119,12 @@ def main() -> None:
     if args.what == "text":
         carry_text()
         return
-    documents = args.documents or (2_000_000 if args.what == "scale" else 200_000)
-    sizes = args.candidates or ([1_000_000, 3_000_000, 10_000_000] if args.what == "scale" else [1_000_000])
+    large = args.what in ("scale", "join")
+    documents = args.documents or (2_000_000 if large else 200_000)
+    sizes = args.candidates or ([1_000_000, 3_000_000, 10_000_000] if large else [1_000_000])
+    if args.what == "join":
+        print(json.dumps(join_ids(documents, sizes, args.dir)))
+        return
     result: dict[str, Any] = {"benchmark": f"stage {args.what}", "cores": os.cpu_count(), "documents": documents}
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         folder = Path(name)
@@ -121,6 +142,44 @@ def main() -> None:
                 for output in folder.glob("out*"):
                     shutil.rmtree(output)
     print(json.dumps(result))
+
+
+def join_ids(documents: int, sizes: list[int], place: str | None) -> dict[str, Any]:
+    """Seconds and memory of the driver's join: a run in order, and the same rows shuffled without ranks."""
+    result: dict[str, Any] = {"benchmark": "stage join", "cores": os.cpu_count(), "documents": documents}
+    peaks: dict[str, list[float]] = {"ordered": [], "shuffled": []}
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        folder = Path(name)
+        names = pa.array([f"document-{i}" for i in range(documents)])
+        pq.write_table(pa.table({"doc_id": names, "text": names}), folder / "corpus.parquet")
+        for size in sizes:
+            random = np.random.default_rng(1)
+            queries = pa.array([f"query-{q}" for q in range(size // DEPTH)])
+            pq.write_table(pa.table({"query_id": queries, "query": queries}), folder / "queries.parquet")
+            first = np.repeat(random.integers(0, documents, len(queries)), DEPTH)
+            position = np.tile(np.arange(DEPTH), len(queries))
+            table = pa.table(
+                {
+                    "query_id": queries.take(np.repeat(np.arange(len(queries)), DEPTH)),
+                    "doc_id": names.take((first + position * 7919) % documents),
+                    "score": (20 - position / 10).astype(np.float32),
+                    "rank": (position + 1).astype(np.int32),
+                }
+            )
+            pq.write_table(table, folder / "ordered.parquet")
+            shuffled = table.drop_columns("rank").take(random.permutation(size))
+            pq.write_table(shuffled, folder / "shuffled.parquet")
+            del table, shuffled
+            for way, seen in peaks.items():
+                command = [sys.executable, "-c", IDS, name, f"{way}.parquet"]
+                found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                seen.append(found["peak_mib"])
+                result[f"{way}_{size}_candidates"] = {key: round(value, 1) for key, value in found.items()}
+                print(way, found, flush=True)
+    if len(sizes) > 1:
+        for way, seen in peaks.items():
+            result[f"{way}_bytes_a_candidate"] = round((seen[-1] - seen[0]) * 2**20 / (sizes[-1] - sizes[0]))
+    return result
 
 
 def carry_text() -> None:

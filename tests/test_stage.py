@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,13 @@ from test_resume import start, wait_for, wait_for_silence
 
 from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
-from batch_rerank.job import exchange, join, stage
+from batch_rerank.job import candidates, exchange, join, passes
 from batch_rerank.job.run import plan_job, run
 from batch_rerank.job.stage import stage as stage_input
 from batch_rerank.job.trec import falling
 from batch_rerank.job.verify import verify
-from batch_rerank.store import sources
-from batch_rerank.store.filesystem import locate
+from batch_rerank.store import sources, text_files
+from batch_rerank.store.filesystem import Location, locate
 from batch_rerank.store.lease import hold
 
 QUERIES, DOCUMENTS, DEPTH = 12, 40, 9
@@ -177,9 +178,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces, many files a piece and many shards, from little data."""
     monkeypatch.setattr(sources, "PIECE_BYTES", 600)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 150)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 150)
     monkeypatch.setattr(exchange, "FLUSH_BYTES", 300)
     monkeypatch.setattr(join, "SHARD_PAIRS", 25)
+    monkeypatch.setattr(candidates, "MERGE_VALUES", 5)
 
 
 @pytest.mark.parametrize("tasks", ["large", "small"])
@@ -335,6 +337,38 @@ def test_a_staged_input_is_used_again_until_its_sources_change(tmp_path: Path, l
         run(job_of(given, tmp_path / "three"), local=True)
 
 
+@pytest.mark.parametrize("layout", ["run of Parquet", "beir", "scattered flat"])
+def test_fresh_copies_of_the_sources_are_not_staged_again(layout: str, tmp_path: Path) -> None:
+    """cp -r to another place, and touch."""
+    given = given_as(layout, tmp_path / "in") | {"stage": str(tmp_path / "staged")}
+    stage_input(job_of(given, tmp_path / "out"), local=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").rglob("*")}
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")
+    copied = {key: value.replace(f"{tmp_path}/in", f"{tmp_path}/copy") for key, value in given.items()}
+    assert copied != given
+    assert stage_input(job_of(copied, tmp_path / "out"), local=True).reused
+    for path in (tmp_path / "in").rglob("*"):
+        os.utime(path, (1, 1))
+    assert stage_input(job_of(given, tmp_path / "out"), local=True).reused
+    run(job_of(copied, tmp_path / "out"), local=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "bm25.run"])
+def test_a_source_with_another_letter_of_the_same_size_is_named(name: str, tmp_path: Path) -> None:
+    given = given_as("beir", tmp_path / "in")
+    stage_input(job_of(given, tmp_path / "out"), local=True)
+    path = tmp_path / "in" / name
+    data = path.read_bytes()
+    at = data.rindex(b"d") if name == "bm25.run" else data.rindex(b"e")
+    path.write_bytes(data[:at] + (b"D" if name == "bm25.run" else b"E") + data[at + 1 :])
+    with pytest.raises(ConflictError) as caught:
+        stage_input(job_of(given, tmp_path / "out"), local=True)
+    assert f"{path} ({len(data):,} bytes)" in str(caught.value)
+    assert "here, and not what was staged" in str(caught.value)
+    assert [other for other in ("corpus.jsonl", "queries.jsonl", "bm25.run") if other in str(caught.value)] == [name]
+
+
 def test_a_staged_shard_that_is_lost_is_staged_again(tmp_path: Path, small_tasks: None, logged: list[str]) -> None:
     given = given_as("beir", tmp_path / "in")
     place = Path(stage_input(job_of(given, tmp_path / "out"), local=True).place)
@@ -350,6 +384,70 @@ def test_a_staged_shard_that_is_lost_is_staged_again(tmp_path: Path, small_tasks
     assert verify(str(place), repair=True).damaged == ["00001"]
     stage_input(job_of(given, tmp_path / "out"), local=True)
     assert {part.name: part.read_bytes() for part in place.glob("part-*")} == before
+
+
+@pytest.mark.parametrize("layout", ["scattered flat", "beir"])
+@pytest.mark.parametrize("removals", [1, 3, 8])
+def test_a_stage_killed_while_it_cleans_its_exchange_makes_a_lost_shard_again(
+    removals: int, layout: str, tmp_path: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_of(given_as(layout, tmp_path / "in"), tmp_path / "out")
+    place, exchange_files = tmp_path / "out-stage", tmp_path / "out-stage" / "_manifest" / "exchange"
+    removed: list[str] = []
+    remove = Location.remove
+
+    def dies(location: Location) -> None:
+        if "/exchange/" in location.path:
+            if len(removed) == removals:
+                raise KeyboardInterrupt
+            removed.append(location.path)
+        remove(location)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Location, "remove", dies)
+        stage_input(config, local=True)
+    assert (place / "_SUCCESS").exists()
+    assert list(exchange_files.iterdir())
+    before = {part.name: part.read_bytes() for part in place.glob("part-*")}
+    (place / "part-00002.parquet").unlink()
+    stage_input(config, local=True)
+    assert {part.name: part.read_bytes() for part in place.glob("part-*")} == before
+    assert not list(exchange_files.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["lost", "cut short", "no note", "no leftovers"])
+def test_an_exchange_that_is_not_whole_is_made_again(
+    harm: str, tmp_path: Path, expected: pa.Table, small_tasks: None, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    exchange_files = tmp_path / "out-stage" / "_manifest" / "exchange"
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(passes, "gather", dies)
+        run(config, local=True)
+    data, note = sorted(exchange_files.glob("*.arrows"))[2], sorted(exchange_files.glob("*.json"))[3]
+    if harm == "lost":
+        data.unlink()
+    elif harm == "cut short":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif harm == "no note":
+        note.write_text('{"files": [["00003-0000.arrows", []]], "rows": 3, "retries": 0}')
+    run(config, local=True)
+    assert rows_of(tmp_path / "out").equals(expected)
+    assert sum("the exchange is not whole there" in message for message in logged) == (harm != "no leftovers")
+
+
+def test_an_exchange_left_by_a_finished_stage_is_removed(tmp_path: Path) -> None:
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    stage_input(config, local=True)
+    left = tmp_path / "out-stage" / "_manifest" / "exchange" / "00000-0000.arrows"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"left")
+    assert stage_input(config, local=True).reused
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("stop_at", range(0, 10, 3))
@@ -370,8 +468,8 @@ def test_a_stage_that_dies_anywhere_goes_on_from_there(
 
         return wrapped
 
-    monkeypatch.setattr(stage, "spread", dies(exchange.spread))
-    monkeypatch.setattr(stage, "gather", dies(exchange.gather))
+    monkeypatch.setattr(passes, "spread", dies(exchange.spread))
+    monkeypatch.setattr(passes, "gather", dies(exchange.gather))
     with pytest.raises(KeyboardInterrupt):
         run(job_of(given, tmp_path / "out"), local=True)
     assert not (tmp_path / "out-stage" / "_SUCCESS").exists()
@@ -391,7 +489,7 @@ def test_a_source_that_changes_while_it_is_staged_ends_the_stage(
             jsonl(tmp_path / "in" / "corpus.jsonl", corpus()[:-1])
         return exchange.spread(work, *rest)
 
-    monkeypatch.setattr(stage, "spread", changing)
+    monkeypatch.setattr(passes, "spread", changing)
     with pytest.raises(InputError, match=r"corpus\.jsonl: changed since the plan"):
         stage_input(job_of(given, tmp_path / "out"), local=True)
     assert not (tmp_path / "out-stage" / "_SUCCESS").exists()
@@ -674,7 +772,7 @@ def test_sources_that_do_not_fit_are_refused(
         assert not (tmp_path / "out-stage").exists()
 
 
-IN_THE_TEXTS = ("line 40", "line 41", r"c\.parquet: column 'text'")
+IN_THE_TEXTS = ("line 40", "line 41")
 
 
 @pytest.mark.parametrize(
@@ -700,7 +798,7 @@ def test_keys_that_do_not_fit_the_layout_are_refused(keys: dict[str, Any], messa
     [
         ({"output__passthrough": ["lang"]}, "passthrough: layout beir has no further columns"),
         ({"input__stage": "{out}/stage"}, "lie in each other"),
-        ({"input__stage": "{in}"}, "holds files of the input"),
+        ({"input__stage": "{in}"}, "lies in input.stage"),
     ],
 )
 def test_places_and_columns_that_cannot_be_staged(keys: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 import batch_rerank
 from batch_rerank.config import JobConfig
-from batch_rerank.errors import StorageError
-from batch_rerank.job.join import Int32, Int64, Ranked
+from batch_rerank.errors import InputError, StorageError
+from batch_rerank.job.candidates import Int32, Int64
+from batch_rerank.job.join import Ranked
 from batch_rerank.job.write_unit import commit
 from batch_rerank.schema import PASSED
 from batch_rerank.store.canonical import canonical, with_title
@@ -27,7 +28,7 @@ from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
 from batch_rerank.store.shards import TEXT_ROWS, Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
-from batch_rerank.store.sources import Piece, Source, read_piece
+from batch_rerank.store.sources import NUMBERS, Piece, Source, read_piece
 
 EXCHANGE = "_manifest/exchange"
 FLUSH_BYTES = 64 * 2**20
@@ -36,18 +37,18 @@ FLUSH_BYTES = 64 * 2**20
 DICTIONARY_BYTES = 2**30
 """Of a staged shard's column, up to which a value that repeats is written once."""
 
-OURS = ("query_id", "query", "instruction", "doc_id", "text", "title", "score", "rank")
+OURS = ("query_id", "query", "instruction", "doc_id", "text", "score", "rank")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One piece of a source: its first row's number, and which rows go to which shards (`Join.wanted`)."""
+    """One piece of a source: its first row's number, and which of its rows go to which shards (`Join.wanted`)."""
 
     index: int
     source: Source
     piece: Piece
     start: int
-    rows: Int64
+    rows: Int32
     shards: Int32
 
     @property
@@ -83,13 +84,17 @@ class Note:
     retries: int = 0
 
     @staticmethod
-    def from_json(data: bytes, where: object) -> "Note":
-        """Raises StorageError."""
+    def from_json(data: bytes) -> "Note | None":
+        """None where the content is no note."""
         try:
             value = json.loads(data)
-            return Note([(name, portions) for name, portions in value["files"]], value["rows"], value["retries"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{where}: not a note of the exchange ({error}); delete it and run again") from None
+            files = [
+                (str(name), [[int(shard), int(start), int(stop)] for shard, start, stop in portions])
+                for name, portions in value["files"]
+            ]
+            return Note(files, int(value["rows"]), int(value["retries"])) if all(found for _, found in files) else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
 
 def spread(work: Spread, config: JobConfig, stage: str) -> Note:
@@ -112,12 +117,12 @@ def spread(work: Spread, config: JobConfig, stage: str) -> Note:
 
 def _needed(work: Spread, config: JobConfig) -> Iterator[pa.Table]:
     """The rows of a piece that some shard needs, each once, with their number in the column `row`."""
-    distinct = np.unique(work.rows)
-    first = work.start
+    distinct = work.rows[np.diff(work.rows, prepend=-1) > 0]
+    first = 0
     for table in _read(work, config):
         here = distinct[np.searchsorted(distinct, first) : np.searchsorted(distinct, first + len(table))]
         if len(here):
-            yield table.take(here - first).append_column("row", pa.array(here))
+            yield table.take(here - first).append_column("row", pa.array(work.start + here.astype(np.int64)))
         first += len(table)
 
 
@@ -141,14 +146,21 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
         columns = find_columns(parquet.schema_arrow, "flat", config.input.columns, passthrough, str(location))
         leaves = columns.leaves(leaf_paths(parquet), list(columns.names), passed=True)
         for batch in read_groups(parquet, range(piece.start, piece.stop), leaves, location, TEXT_ROWS):
-            ours = {name: batch.column(found) for name, found in columns.names.items()}
-            table = pa.table({**ours, **{f"{PASSED}{name}": batch.column(name) for name in passthrough}})
-            for name in ("query_id", "doc_id"):
-                table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
             with reading(location, f"row groups {piece.start} to {piece.stop}"):
+                ours = {name: _as_ours(name, batch, columns) for name in columns.names}
+                ours["text"] = with_title(ours.pop("title", None), ours["text"])
+                ours.setdefault("instruction", pa.nulls(batch.num_rows, pa.large_string()))
+                passed = {f"{PASSED}{name}": batch.column(name) for name in passthrough}
+                table = pa.table({**{name: ours[name] for name in OURS if name in ours}, **passed})
                 table.validate(full=True)
             yield table
     check_unchanged(location, piece.file)
+
+
+def _as_ours(name: str, batch: pa.RecordBatch, columns: Columns) -> pa.Array:
+    """A column in the type that it has in every shard."""
+    kind = NUMBERS.get(name, pa.large_string())
+    return batch.column(columns.names[name]).cast(kind, safe=kind != pa.float32())
 
 
 def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -165,8 +177,8 @@ def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 def _by_shard(table: pa.Table, work: Spread) -> tuple[bytes, list[list[int]]]:
     """A file's bytes and its portions."""
     numbers = table["row"].to_numpy()
-    first, last = np.searchsorted(work.rows, [numbers[0], numbers[-1] + 1])
-    rows, shards = work.rows[first:last], work.shards[first:last]
+    first, last = np.searchsorted(work.rows, np.array([numbers[0], numbers[-1] + 1]) - work.start)
+    rows, shards = work.rows[first:last] + np.int64(work.start), work.shards[first:last]
     order = np.argsort(shards, kind="stable")
     rows, shards = np.searchsorted(numbers, rows[order]), shards[order]
     borders = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
@@ -189,12 +201,26 @@ def gather(work: Gather, config: JobConfig, stage: str, fingerprint: str) -> Rec
         location = root / EXCHANGE / portion.file
         with storage_errors(location):
             data = location.read_range(portion.start, portion.stop)
-        tables.append(pa.ipc.open_stream(data).read_all())
+        try:
+            tables.append(pa.ipc.open_stream(data).read_all())
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(f"{location}: damaged ({error}); delete it and its .json, and run again") from None
     read = pa.concat_tables(tables).combine_chunks()
     if isinstance(work.details, Ranked):
         rows = _of_run(read, work.details)
     else:
-        rows = _of_flat(read, work.details, config, str(root))
+        try:
+            rows = _of_flat(read, work.details, config, str(root))
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{root}: shard {work.unit.id} cannot be built ({error}); expected less than 2 GiB of queries, and of "
+                "each passed-through column, for its candidates; leave the column out of output.passthrough"
+            ) from None
+    if len(rows) != work.unit.pairs:
+        raise StorageError(
+            f"{root}: found {len(rows):,} rows of shard {work.unit.id} in {EXCHANGE}, expected {work.unit.pairs:,}; "
+            "delete that folder and run again"
+        )
     table = nested(rows)
     receipt = Receipt(
         unit=work.unit.id,
@@ -226,14 +252,14 @@ def _of_run(read: pa.Table, ranked: Ranked) -> pa.Table:
     texts = read["text"].combine_chunks().take(pa.array(order))
     documents = np.searchsorted(numbers[order], ranked.documents)
     if not np.array_equal(numbers[order][np.minimum(documents, len(order) - 1)], ranked.documents):
-        raise StorageError("the exchange lacks documents of this shard; delete the staged input and stage it again")
+        raise StorageError(f"{EXCHANGE} lacks documents of this shard; delete that folder and run again")
     index = np.repeat(np.arange(len(ranked.pairs), dtype=np.int32), ranked.pairs)
     queries = ranked.queries.take(pa.array(index))
     data: dict[str, Any] = {
         "query_index": pa.array(index),
-        "query_id": queries["query_id"],
+        "query_id": queries["query_id"].cast(pa.string()),
         "query": queries["query"],
-        "doc_id": read["doc_id"].combine_chunks().take(pa.array(order)).take(pa.array(documents)),
+        "doc_id": read["doc_id"].combine_chunks().take(pa.array(order)).take(pa.array(documents)).cast(pa.string()),
         "text": _dictionary(texts, documents),
         "first_stage_rank": pa.array(ranked.ranks, pa.int32()),
     }
@@ -257,11 +283,13 @@ def _of_flat(read: pa.Table, queries: pa.Array, config: JobConfig, where: str) -
     passthrough = {name: True for name in read.column_names if name.startswith(PASSED)}
     names = {name: name for name in OURS if name in read.column_names}
     rows = canonical(read, Columns("flat", names, passthrough), where)
-    absent = {"score": "first_stage_score", "instruction": "instruction"}
-    rows = rows.drop_columns([ours for name, ours in absent.items() if name not in names])
+    absent = ["first_stage_score"] if "score" not in names else []
+    absent += ["instruction"] if rows["instruction"].null_count == len(rows) else []
+    rows = rows.drop_columns(absent)
+    rows = rows.set_column(rows.column_names.index("text"), "text", rows["text"].dictionary_encode())
     for name in ("query", "instruction"):
         if name in rows.column_names:
-            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(pa.string()))
+            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(pa.large_string()))
     return rows.rename_columns([name.replace(2 * PASSED, PASSED, 1) for name in rows.column_names])
 
 
@@ -278,7 +306,7 @@ def nested(rows: pa.Table) -> pa.Table:
     data: dict[str, Any] = {"query_id": rows["query_id"].take(starts)}
     for name in ("query", "instruction"):
         if name in rows.column_names:
-            data[name] = _first_of_each(rows[name].combine_chunks(), starts)
+            data[name] = _first_of_each(rows[name].combine_chunks(), starts).cast(pa.string())
     return pa.table({**data, "candidates": pa.ListArray.from_arrays(offsets, candidates)})
 
 

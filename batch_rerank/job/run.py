@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
 from batch_rerank.job.bookkeeping import recording, refuse_strays, resume, status_of
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
+from batch_rerank.job.places import refuse_overlap
 from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
@@ -122,22 +123,9 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
 
     Raises what `make_plan` and `stage` raise.
     """
-    configured_model(config)  # a stage may take long: what is wrong with the model comes before it
-    found: Staged | None = None
-    if needs_stage(config):
-        found = stage(config, local=local)
-    elif config.input.stage:  # named: its ids need not be read to see that they are scattered
-        found = find_stage(config)
-    try:
-        plan, model = make_plan(found.config if found else config)
-    except ScatteredError as error:
-        log.info("%s", error)
-        found = stage(config, local=local)
-        plan, model = make_plan(found.config)
-    if found is None:
-        return config, plan, model
-    missing = {name: count for name, count in found.counts.items() if name.startswith("missing_")}
-    return found.config, replace(plan, counts={**plan.counts, **missing}), model
+    found = _input_of(config, lambda config: stage(config, local=local))
+    assert found is not None, "stage() makes what it does not find"
+    return found
 
 
 def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
@@ -145,19 +133,40 @@ def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     Writes nothing and starts nothing: without a cluster to join, the device is this machine's. Raises what a run would
     raise before its first unit; a lease that has to be watched is said."""
     config = _supposed(config)
-    configured_model(config)
-    found = find_stage(config) if needs_stage(config) or config.input.stage else None
-    if found is None and not needs_stage(config):
-        try:
-            return _fitting(config)
-        except ScatteredError as error:
-            log.info("%s", error)
-            found = find_stage(config)
+    found = _input_of(config, find_stage)
     if found is not None:
-        return _fitting(found.config)
+        job, plan, model = found
+        _refuse_taken(job, plan)
+        return plan, model
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
     return plan, None
+
+
+def _input_of(
+    config: JobConfig, staged: Callable[[JobConfig], Staged | None]
+) -> tuple[JobConfig, Plan, ModelSpec] | None:
+    """The job as it will run, its plan and its model; an input that needs a stage is read from what `staged` returns,
+    and None where that is nothing."""
+    configured_model(config)  # a stage may take long: what is wrong with the model comes before it
+    refuse_overlap(config)
+    found: Staged | None = None
+    if needs_stage(config):
+        if (found := staged(config)) is None:
+            return None
+    elif config.input.stage:  # named: its ids need not be read to see that they are scattered
+        found = find_stage(config)
+    try:
+        plan, model = make_plan(found.config if found else config)
+    except ScatteredError as error:
+        log.info("%s", error)
+        if (found := staged(config)) is None:
+            return None
+        plan, model = make_plan(found.config)
+    if found is None:
+        return config, plan, model
+    missing = {name: count for name, count in found.counts.items() if name.startswith("missing_")}
+    return found.config, replace(plan, counts={**plan.counts, **missing}), model
 
 
 def _supposed(config: JobConfig) -> JobConfig:
@@ -179,9 +188,8 @@ def _supposed(config: JobConfig) -> JobConfig:
     return found
 
 
-def _fitting(config: JobConfig) -> tuple[Plan, ModelSpec]:
-    """The plan and model of a job whose output is free for it. Raises ConflictError where it is not."""
-    plan, model = make_plan(config)
+def _refuse_taken(config: JobConfig, plan: Plan) -> None:
+    """Raise ConflictError where the output is not free for a job."""
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
     existing = manifest.read_plan()
     if existing is None:
@@ -190,7 +198,6 @@ def _fitting(config: JobConfig) -> tuple[Plan, ModelSpec]:
         manifest.refuse_other(existing, plan)
         refuse_strays(manifest, manifest.list_files(), existing)
     Lease(manifest.root, config.cluster.lease_seconds).look()
-    return plan, model
 
 
 def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:

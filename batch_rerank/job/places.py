@@ -1,0 +1,108 @@
+"""Places that must not meet: what a job reads, and where it or its stage writes.
+
+A pattern that would match the output is harmless once: the next run finds its own parts among its input. So patterns
+are held against the names that will be there, before anything is.
+"""
+
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+
+from fsspec.utils import glob_translate
+
+from batch_rerank.config import JobConfig, as_list
+from batch_rerank.errors import ConfigError
+from batch_rerank.store.filesystem import Location, locate
+
+WRITTEN = (
+    "part-00000-00000.parquet",
+    "part-00000.parquet",
+    "run.trec",
+    "_SUCCESS",
+    "_manifest/plan.json",
+    "_manifest/lease/00000",
+    "_manifest/receipts/00000-00000.json",
+    "_manifest/exchange/00000-0000.arrows",
+)
+"""One of each kind of file below an output or a stage."""
+
+
+def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
+    """Raise ConfigError where the input's patterns match what is written at `output.path`, or, when `staging`, at
+    `input.stage`; where input files lie there; and where these two lie in each other. Links and .. are followed."""
+    options = config.output.storage_options
+    places = {"output.path": locate(config.output.path, options)}
+    if staging:
+        stage = places["input.stage"] = locate(config.stage, options)
+        output = places["output.path"]
+        if same_store(stage, output) and (is_within(stage, output) or is_within(output, stage)):
+            raise ConfigError(
+                f"input.stage {config.stage!r} and output.path {config.output.path!r} lie in each other; use two places"
+            )
+    for key, pattern in _patterns(config):
+        read = locate(pattern, config.input.storage_options)
+        for name, place in places.items():
+            if not same_store(read, place):
+                continue
+            if is_within(_fixed(read), place):
+                raise ConfigError(f"{key} {pattern!r} lies in {name} {str(place)!r}; use another {name}")
+            seen = _would_match(read, place)
+            if seen:
+                raise ConfigError(
+                    f"{key} {pattern!r} takes in {name} {str(place)!r} (e.g. {seen}): the job would read what it "
+                    f"writes; use another {name}, or a pattern that leaves it out"
+                )
+
+
+def _patterns(config: JobConfig) -> Iterator[tuple[str, str]]:
+    given = config.input
+    for key in ("run", "queries", "corpus"):
+        for pattern in as_list(getattr(given, key)):
+            yield f"input.{key}", pattern
+    for pattern in given.patterns:
+        if given.layout == "beir":  # only these two files of the folder are read
+            yield "input.path", f"{pattern.rstrip('/')}/corpus.jsonl"
+            yield "input.path", f"{pattern.rstrip('/')}/queries.jsonl"
+        else:
+            yield "input.path", pattern
+
+
+def _fixed(read: Location) -> Location:
+    """The folder that all matches of a glob lie in, or the path that is no glob."""
+    magic = re.search(r"[*?\[]", read.path)
+    return read.at(read.path[: read.path.rfind("/", 0, magic.start())] or "/") if magic else read
+
+
+def _would_match(read: Location, place: Location) -> str | None:
+    """A path below `place` that a glob matches."""
+    fixed = _fixed(read)
+    if fixed is read or not is_within(place, fixed):
+        return None
+    try:
+        matches = re.compile(glob_translate(read.path[len(fixed.path) :].lstrip("/")))
+    except ValueError:  # no glob: whoever lists it says so
+        return None
+    below = real_path(place)[len(real_path(fixed)) :].strip("/")
+    return next((f"{place}/{name}" for name in WRITTEN if matches.match(f"{below}/{name}")), None)
+
+
+def same_store(one: Location, other: Location) -> bool:
+    """Whether equal paths are the same file in both, as far as protocol and named endpoints say."""
+    return one.fs.protocol == other.fs.protocol and _endpoint(one) in (_endpoint(other), None)
+
+
+def _endpoint(location: Location) -> str | None:
+    options = location.fs.storage_options
+    found = options.get("endpoint_url") or (options.get("client_kwargs") or {}).get("endpoint_url")
+    return None if found is None else str(found).rstrip("/")
+
+
+def is_within(inner: Location, outer: Location) -> bool:
+    """Whether a path of the same store is another one, or below it."""
+    return f"{real_path(inner)}/".startswith(real_path(outer).rstrip("/") + "/")
+
+
+def real_path(location: Location) -> str:
+    """Without links and .. on a local disk; stores have neither."""
+    return os.path.realpath(location.path) if location.is_local else posixpath.normpath(location.path)

@@ -1,0 +1,142 @@
+"""The driver's join in numbers: order, codes, ids of more than 2 GiB together."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_stage import given_as, job_of
+
+from batch_rerank.errors import InputError
+from batch_rerank.job import candidates, join, join_checks
+from batch_rerank.job.exchange import Spread, _read
+from batch_rerank.job.stage_sources import find_sources
+from batch_rerank.store.filesystem import File
+from batch_rerank.store.sources import Source, pieces, read_piece
+
+SOURCE = Source("corpus", "parquet", [("c.parquet", File("c.parquet", 1, ""))], {})
+
+
+def ids_of_more_than_2_gib() -> pa.ChunkedArray:
+    """33 chunks of one buffer of 64 MiB; the last one begins with a space."""
+    size = 2**26
+    data = pa.py_buffer(b" " + b"a" * (size - 1))
+    offsets = [np.array([1, size], np.int64)] * 32 + [np.array([0, size], np.int64)]
+    chunks = [pa.LargeStringArray.from_buffers(1, pa.py_buffer(one), data) for one in offsets]
+    return pa.chunked_array(chunks)
+
+
+def test_ids_of_more_than_2_gib_are_joined() -> None:
+    known = ids_of_more_than_2_gib()
+    assert known.nbytes > 2**31
+    ids = pa.array(["b", known[0].as_py()], pa.large_string())
+    assert join._rows_of(ids, known).tolist() == [-1, 31]
+    with pytest.raises(InputError, match="only by space around it"):
+        join_checks.refuse_spaces("doc_id", ids, known, SOURCE, SOURCE)
+    join_checks.refuse_spaces("doc_id", ids, known.slice(0, 32), SOURCE, SOURCE)
+
+
+@pytest.mark.parametrize("layout", ["run of Parquet", "run of JSONL", "beir", "scattered flat"])
+def test_every_id_and_text_that_is_put_together_has_large_offsets(layout: str, tmp_path: Path) -> None:
+    """Chunks of strings with small offsets cannot be concatenated beyond 2 GiB."""
+    config = job_of(given_as(layout, tmp_path / "in"), tmp_path / "out")
+    found = find_sources(config)
+    large = {"query_id", "query", "doc_id", "text", "title", "instruction"}
+    for source in found:
+        for piece in pieces(source):
+            for table in read_piece(source, piece, list(large), {}):
+                assert {field.name: field.type for field in table.schema if field.name in large} == dict.fromkeys(
+                    set(table.column_names) & large, pa.large_string()
+                )
+    piece = pieces(found[-1])[0]
+    for table in _read(Spread(0, found[-1], piece, 0, np.empty(0, np.int32), np.empty(0, np.int32)), config):
+        assert {field.type for field in table.schema if field.name in large} == {pa.large_string()}
+    if layout != "scattered flat":
+        ids, _ = candidates.ids_of(found[-1], pieces(found[-1]), "doc_id", {})
+        assert isinstance(ids, pa.ChunkedArray)
+        run = candidates.read_run(found[0], {})
+        assert {ids.type, run.queries.type, run.documents.type} == {pa.large_string()}
+
+
+@pytest.mark.parametrize("merge", [1, 7, 10_000])
+def test_codes_are_in_the_order_of_first_appearance(merge: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "MERGE_VALUES", merge)
+    random = np.random.default_rng(0)
+    values = [str(one) for one in random.integers(0, 60, 500)]
+    codes = candidates.Codes()
+    cuts = [0, *sorted(random.integers(0, 500, 30).tolist()), 500]
+    for start, stop in pairwise(cuts):
+        codes.add(pa.array(values[start:stop], pa.large_string()).dictionary_encode())
+    distinct, found = codes.result()
+    assert distinct.to_pylist() == list(dict.fromkeys(values))
+    assert [distinct[int(code)].as_py() for code in found] == values
+    assert found.dtype == np.int32
+
+
+def run_of(
+    query: npt.NDArray[np.int32], score: npt.NDArray[np.float32] | None, rank: npt.NDArray[np.int32] | None
+) -> candidates.Run:
+    documents = np.arange(len(query), dtype=np.int32)
+    names = pa.array([str(one) for one in range(len(query))], pa.large_string())
+    return candidates.Run(names, names, query, documents, score, rank, [], np.array([0, len(query)]))
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_candidates_are_ordered_by_query_rank_and_score(ranked: bool, scored: bool, ordered: bool) -> None:
+    """Against three keys; ranks and scores tie, scores are of either sign, zero of both signs, and infinite."""
+    random = np.random.default_rng(1)
+    for size in range(40):
+        query = np.sort(random.integers(0, 5, size)).astype(np.int32)
+        rank = random.integers(-3, 9, size).astype(np.int32) if ranked else None
+        pool = np.array([1.5, -2.5, 0.0, -0.0, 3e38, -3e38, 1e-45, np.inf, -np.inf], np.float32)
+        score = random.choice(pool, size) if scored else None
+        keys = (
+            np.zeros(size) if score is None else -score,
+            np.zeros(size) if rank is None else rank,
+            query,
+        )
+        if ordered:
+            first = np.lexsort(keys)
+            rank, score = (None if one is None else one[first] for one in (rank, score))
+        else:
+            query = random.permutation(query)
+        keys = (np.zeros(size) if score is None else -score, np.zeros(size) if rank is None else rank, query)
+        expected = np.lexsort(keys)
+        found = candidates.order_of(run_of(query, score, rank))
+        assert (np.arange(size) if found is None else found).tolist() == expected.tolist()
+
+
+def test_what_a_piece_is_asked_for_is_what_its_rows_are_needed_for() -> None:
+    random = np.random.default_rng(2)
+    row, shard = random.integers(0, 50, 400).astype(np.int32), random.integers(0, 6, 400).astype(np.int32)
+    units = [join.Unit(str(i), 0, i, i + 1, 1, 1) for i in range(6)]
+    starts = np.array([0, 13, 13, 50], np.int64)
+    made = join.Join([], starts, join._needs(row, shard, 6), units, lambda unit: pa.array([]), {})
+    found = [
+        (int(starts[piece]) + int(r), int(s)) for piece in range(3) for r, s in zip(*made.wanted(piece), strict=True)
+    ]
+    assert found == sorted(set(zip(row.tolist(), shard.tolist(), strict=True)))
+
+
+def test_a_corpus_of_two_files_has_one_numbering(tmp_path: Path) -> None:
+    for number in range(2):
+        table = pa.table({"doc_id": [f"d{number}-{i}" for i in range(5)], "text": ["x"] * 5})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
+    source = Source(
+        "corpus",
+        "parquet",
+        [
+            (str(path), File(str(path), path.stat().st_size, f"mtime:{path.stat().st_mtime}"))
+            for path in sorted(tmp_path.iterdir())
+        ],
+        {"doc_id": "doc_id", "text": "text"},
+        groups=[[1, 1, 1], [1, 1, 1]],
+    )
+    ids, starts = candidates.ids_of(source, pieces(source), "doc_id", {})
+    assert ids.to_pylist() == [f"d{number}-{i}" for number in range(2) for i in range(5)]
+    assert starts.tolist() == [0, 5, 10]

@@ -1,0 +1,258 @@
+"""Sources in several files: columns that come and go, types and names that differ, files that were cut short."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Row, rows_of, write
+from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
+
+from batch_rerank.errors import BatchRerankError, InputError
+from batch_rerank.job.run import run
+from batch_rerank.job.stage import describe_stage, plan_stage
+from batch_rerank.job.stage import stage as stage_input
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.text_files import line_blocks
+
+
+def staged(given: dict[str, Any], folder: Path, **keys: Any) -> list[Row]:
+    """The rows of the staged shards."""
+    place = Path(stage_input(job_of(given, folder / "out", **keys), local=True).place)
+    return [row for part in sorted(place.glob("part-*")) for row in pq.read_table(part).to_pylist()]
+
+
+def texts_of(rows: list[Row]) -> dict[str, str]:
+    return {one["doc_id"]: one["text"] for row in rows for one in row["candidates"]}
+
+
+def documents() -> list[Row]:
+    return [{"doc_id": row["_id"], "text": row["text"], "title": row["title"]} for row in corpus()]
+
+
+def without(rows: list[Row], name: str) -> list[Row]:
+    return [{key: value for key, value in row.items() if key != name} for row in rows]
+
+
+@pytest.mark.parametrize("first", ["without", "null", "with"])
+def test_a_title_that_only_some_corpus_files_have_is_kept(first: str, tmp_path: Path, logged: list[str]) -> None:
+    given = given_as("run of JSONL", tmp_path / "in")
+    rows = documents()
+    bare = without(rows[:15], "title") if first != "null" else [{**row, "title": None} for row in rows[:15]]
+    parts = [bare, rows[15:]] if first != "with" else [rows[15:], bare]
+    for number, part in enumerate(parts):
+        write(tmp_path / "c" / f"{number}.parquet", part, row_group_size=4)
+    found = texts_of(staged({**given, "corpus": str(tmp_path / "c")}, tmp_path))
+    assert found == {
+        row["doc_id"]: (f"{row['title']} {row['text']}" if i >= 15 else row["text"]).strip()
+        for i, row in enumerate(rows)
+        if row["doc_id"] in found
+    }
+    said = any("1 files of the corpus without a title" in message for message in logged)
+    assert said == (first != "null")
+
+
+def test_an_instruction_that_only_some_query_files_have_is_kept(tmp_path: Path) -> None:
+    given = given_as("run of JSONL", tmp_path / "in")
+    rows = [{"query_id": row["_id"], "query": row["text"], "instruction": f"do {row['_id']}"} for row in queries()]
+    write(tmp_path / "q" / "0.parquet", without(rows[:5], "instruction"))
+    write(tmp_path / "q" / "1.parquet", rows[5:])
+    config = job_of({**given, "queries": str(tmp_path / "q")}, tmp_path / "out")
+    assert "1 files of queries without an instruction" in describe_stage(plan_stage(config))
+    found = {row["query_id"]: row["instruction"] for row in staged({**given, "queries": str(tmp_path / "q")}, tmp_path)}
+    assert found == {row["query_id"]: row["instruction"] if i >= 5 else None for i, row in enumerate(rows)}
+
+
+def test_keys_of_a_jsonl_corpus_come_and_go(tmp_path: Path) -> None:
+    given = given_as("run of JSONL", tmp_path / "in")
+    rows = [row if i % 4 == 3 else without([row], "title")[0] for i, row in enumerate(corpus())]
+    jsonl(tmp_path / "c" / "0.jsonl", rows[:11])
+    jsonl(tmp_path / "c" / "1.jsonl", rows[11:])
+    found = texts_of(staged({**given, "corpus": str(tmp_path / "c" / "*.jsonl")}, tmp_path))
+    assert found == {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in rows if row["_id"] in found}
+
+
+def test_a_title_that_the_first_line_of_a_jsonl_corpus_lacks_is_said(tmp_path: Path, logged: list[str]) -> None:
+    given = given_as("run of JSONL", tmp_path / "in") | {"columns": {"title": "headline"}}
+    staged(given, tmp_path)
+    assert any("line 1 has no 'headline', which is to be the title" in message for message in logged)
+
+
+def two(folder: Path, first: list[Row], second: list[Row]) -> str:
+    write(folder / "0.parquet", first)
+    write(folder / "1.parquet", second)
+    return str(folder)
+
+
+RUN = [{key: row[key] for key in ("query_id", "doc_id", "rank", "score")} for row in run_rows()]
+NO_SCORE = {"query_id": "q5", "doc_id": "dx", "score": None}
+UNEVEN: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "scores in the second file only": (
+        lambda folder: {"run": two(folder / "r", without(RUN[:50], "score"), RUN[50:])},
+        r"0\.parquet: no column 'score', which .*1\.parquet has; expected it in all files or in none",
+    ),
+    "ranks in the first file only": (
+        lambda folder: {"run": two(folder / "r", RUN[:50], without(RUN[50:], "rank"))},
+        r"1\.parquet: no column 'rank', which .*0\.parquet has",
+    ),
+    "an id of two names": (
+        lambda folder: {
+            "corpus": two(
+                folder / "c",
+                documents()[:9],
+                [{"_id": row["doc_id"], "text": row["text"]} for row in documents()[9:]],
+            )
+        },
+        r"1\.parquet: doc_id is column '_id', but 'doc_id' in .*0\.parquet; expected one name",
+    ),
+    "a text in the first file only": (
+        lambda folder: {"corpus": two(folder / "c", documents()[:9], without(documents()[9:], "text"))},
+        r"1\.parquet: found \['doc_id', 'title'\], expected 'text'",
+    ),
+    "a title of numbers in the second file": (
+        lambda folder: {"corpus": two(folder / "c", documents()[:9], [{**row, "title": 7} for row in documents()[9:]])},
+        r"1\.parquet: column 'title' is int64, expected a string",
+    ),
+    "scores that are words in the second file": (
+        lambda folder: {"run": two(folder / "r", RUN[:50], [{**row, "score": "high"} for row in RUN[50:]])},
+        r"1\.parquet: column 'score' is string, expected a number",
+    ),
+    "a title named in the job that no file has": (
+        lambda folder: {"corpus": two(folder / "c", documents()[:9], documents()[9:]), "columns": {"title": "head"}},
+        r"input\.columns: no file of input\.corpus has 'head', e\.g\. .*found \['doc_id', 'text', 'title'\]",
+    ),
+    "a text named in the job that no file has": (
+        lambda folder: {"corpus": two(folder / "c", documents()[:9], documents()[9:]), "columns": {"text": "body"}},
+        r"0\.parquet: found \['doc_id', 'text', 'title'\], expected 'body'",
+    ),
+    "TREC files of 6 and of 3 fields": (
+        lambda folder: {
+            "run": [
+                str(trec(folder / "a.trec", run_rows()[:50])),
+                str(trec(folder / "b.trec", run_rows()[50:], fields=3)),
+            ]
+        },
+        r"b\.trec: line 1: found 3 fields in .*, expected 6",
+    ),
+    "no score, no rank, in Parquet": (
+        lambda folder: {"run": two(folder / "r", without(RUN[:50], "rank"), without([*RUN[50:], NO_SCORE], "rank"))},
+        r"query_id 'q5' has doc_id 'dx' .*1\.parquet row 58.* without a score, and the run has no rank",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_files_of_one_source_that_differ_are_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+    make, message = UNEVEN[case]
+    given = {**given_as("run of JSONL", tmp_path / "in"), **make(tmp_path)}
+    with pytest.raises(InputError, match=message):
+        run(job_of(given, tmp_path / "out"), local=True)
+    assert not (tmp_path / "out-stage").exists()
+
+
+def test_ids_are_integers_in_one_file_and_strings_in_another(tmp_path: Path) -> None:
+    number = lambda id: int(id[1:])  # noqa: E731
+    rows = [{**row, "query_id": str(number(row["query_id"])), "doc_id": number(row["doc_id"])} for row in RUN]
+    as_text = [{**row, "doc_id": str(row["doc_id"])} for row in rows]
+    numbered = [{**row, "doc_id": number(row["doc_id"])} for row in documents()]
+    given = {
+        "layout": "run",
+        "run": two(tmp_path / "r", rows[:30], as_text[30:]),
+        "queries": str(jsonl(tmp_path / "q.jsonl", [{**row, "_id": number(row["_id"])} for row in queries()])),
+        "corpus": two(tmp_path / "c", numbered[:9], [{**row, "doc_id": str(row["doc_id"])} for row in numbered[9:]]),
+    }
+    found = staged(given, tmp_path)
+    assert [row["query_id"] for row in found] == [row["_id"][1:] for row in queries()]
+    plain = staged(given_as("run of JSONL", tmp_path / "in"), tmp_path / "plain")
+    assert {f"d{id}": text for id, text in texts_of(found).items()} == texts_of(plain)
+
+
+def test_shards_of_a_scattered_input_may_differ_in_types_and_texts(tmp_path: Path) -> None:
+    """Titles and instructions in some; a dictionary, large strings; scores that are integers."""
+    rows = sorted(joined(), key=lambda row: (row["rank"], int(row["query_id"][1:])))
+    for row in rows[:40]:
+        del row["title"]
+    for row in rows[70:]:
+        row["instruction"] = f"do {row['query_id']}"
+    tables = [pa.Table.from_pylist(part) for part in (rows[:40], rows[40:70], rows[70:])]
+    tables[0] = tables[0].set_column(
+        tables[0].column_names.index("text"), "text", tables[0]["text"].dictionary_encode()
+    )
+    tables[1] = tables[1].set_column(
+        tables[1].column_names.index("score"), "score", tables[1]["score"].cast(pa.int64())
+    )
+    tables[2] = tables[2].cast(
+        pa.schema([(f.name, pa.large_string() if f.type == pa.string() else f.type) for f in tables[2].schema])
+    )
+    (tmp_path / "s").mkdir()
+    for number, table in enumerate(tables):
+        pq.write_table(table, tmp_path / "s" / f"{number}.parquet", row_group_size=11)
+    by_query = sorted(rows, key=lambda row: int(row["query_id"][1:]))
+    write(tmp_path / "f" / "0.parquet", [{"title": None, "instruction": None, **row} for row in by_query])
+    outputs = []
+    for name in ("s", "f"):
+        run(job_of({"layout": "flat", "path": str(tmp_path / name)}, tmp_path / f"out-{name}"), local=True)
+        outputs.append(rows_of(tmp_path / f"out-{name}"))
+    assert outputs[0].equals(outputs[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: without([row], "rank")[0], "rank is missing, but there in .*0.parquet"),
+        (lambda row: without([row], "score")[0], "score is missing, but there in .*0.parquet"),
+        (lambda row: {**row, "lang": 7}, "lang is int64, but string in .*0.parquet: it is passed through"),
+        (lambda row: {**row, "doc_id": int(row["doc_id"][1:])}, "doc_id is an integer, but a string in"),
+    ],
+)
+def test_shards_of_a_scattered_input_that_differ_are_refused(
+    change: Callable[[Row], Row], message: str, tmp_path: Path
+) -> None:
+    rows = [{**row, "lang": "en"} for row in sorted(joined(), key=lambda row: row["rank"])]
+    path = two(tmp_path / "in", rows[:60], [change(row) for row in rows[60:]])
+    config = job_of({"layout": "flat", "path": path}, tmp_path / "out", output__passthrough=["lang"])
+    with pytest.raises(InputError, match=message):
+        stage_input(config, local=True)
+    assert not (tmp_path / "out-stage").exists()
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_a_compressed_file_cut_anywhere_is_an_error(codec: str, tmp_path: Path) -> None:
+    """Never fewer lines. Two members, and a cut between them is a whole file that nobody can tell from another."""
+    lines = [b"".join(b"%d of %d\n" % (i, part) for i in range(40)) for part in range(2)]
+    members = [gzip.compress(one) if codec == "gzip" else pa.compress(one, "zstd", asbytes=True) for one in lines]
+    whole = members[0] + members[1]
+    path = tmp_path / ("f.gz" if codec == "gzip" else "f.zst")
+    for cut in range(1, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        if cut in (len(members[0]), len(whole)):
+            assert b"".join(line_blocks(locate(str(path)))) == b"".join(lines[: 1 if cut < len(whole) else 2])
+        else:
+            with pytest.raises(InputError, match=r"f\.(gz|zst): the text cannot be read"):
+                list(line_blocks(locate(str(path))))
+
+
+def test_nothing_is_left_of_a_run_whose_candidates_all_lack_something(tmp_path: Path) -> None:
+    given = given_as("run of JSONL", tmp_path / "in")
+    rows = [
+        {"query_id": "q1", "doc_id": "nowhere", "rank": 1, "score": 1.0},
+        {"query_id": "nobody", "doc_id": "d1", "rank": 1, "score": 1.0},
+    ]
+    given["run"] = str(trec(tmp_path / "r.trec", rows))
+    with pytest.raises(InputError, match=r"2 of 2 candidates name .*; nothing is left"):
+        run(job_of(given, tmp_path / "out", input__max_missing=1.0), local=True)
+    assert not (tmp_path / "out-stage").exists()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_document_twice_in_a_corpus_is_refused_whether_or_not_it_is_a_candidate(asked: bool, tmp_path: Path) -> None:
+    given = given_as("run of JSONL", tmp_path / "in")
+    twice = run_rows()[0]["doc_id"] if asked else "unasked"
+    extra = [{"_id": twice, "text": "one"}, {"_id": twice, "text": "two"}][: 1 if asked else 2]
+    jsonl(tmp_path / "in" / "corpus.jsonl", [*corpus(), *extra])
+    rows = r"\d+ and 41" if asked else "41 and 42"
+    with pytest.raises(BatchRerankError, match=rf"corpus\.jsonl: doc_id '{twice}' stands in rows {rows}"):
+        run(job_of(given, tmp_path / "out"), local=True)
