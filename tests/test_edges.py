@@ -221,6 +221,9 @@ class Broken:
     def device_lost(self) -> bool:
         return False
 
+    def busy(self, started: float) -> float:
+        return 0.0
+
 
 @pytest.mark.parametrize("raises", [True, False], ids=["raises", "NaN"])
 @pytest.mark.parametrize("where", ["document", "query", "both"])

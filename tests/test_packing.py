@@ -168,6 +168,9 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
         def device_lost(self) -> bool:
             return False
 
+        def busy(self, started: float) -> float:
+            return 0.0
+
     rows = pa.table({"doc_id": [str(i) for i in range(67)], "error": pa.nulls(67, pa.string())})
     scored = score_unit(EncodedUnit(None, rows, encoded, 0), Loaded())  # type: ignore[arg-type]
     errors = scored.rows["error"].to_pylist()

@@ -4,7 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +107,7 @@ def test_an_actors_diary_tells_its_next_life_what_it_died_of(tmp_path: Path) -> 
     location = locate(str(tmp_path / "actor.json"))
     first = Attempts(location, restarted=False)
     assert first.begin("good") is None
-    first.end()
+    first.end("good")
     assert first.begin("bad") is None
     first._writer.shutdown()  # what a process that is killed a moment later has written
     for _ in range(MOST_DEATHS - 1):
@@ -114,6 +119,54 @@ def test_an_actors_diary_tells_its_next_life_what_it_died_of(tmp_path: Path) -> 
     after = Attempts(location, restarted=True)
     assert after.trial("good") == Trial([(0, 4)], {5: "engine: lost"})
     assert (after.begin("good"), after.tries("good")) == (None, 2)
+
+
+def test_of_two_units_at_once_the_one_that_kills_is_found_and_the_other_is_not_set_aside(tmp_path: Path) -> None:
+    location = locate(str(tmp_path / "actor.json"))
+    first = Attempts(location, restarted=False)
+    assert (first.begin("bad"), first.begin("beside it"), first.careful) == (None, None, False)
+    first._writer.shutdown()
+    second = Attempts(location, restarted=True)
+    assert second.careful, "one at a time"
+    assert second.begin("beside it") is None
+    second.end("beside it")
+    assert second.begin("bad") is None
+    third = Attempts(location, restarted=True)
+    assert third.begin("bad") == "its actor died 2 times while scoring it (killed, or a crash in native code)"
+    assert third.begin("beside it") is None
+
+
+class Device:
+    """A scorer that notes what is begun while another unit is awaited."""
+
+    def __init__(self) -> None:
+        self.begun, self.together, self.second = 0, threading.Event(), threading.Barrier(2, timeout=30)
+
+    def start(self, encoded: Encoded) -> Callable[[], Float32]:
+        self.begun += 1
+
+        def result() -> Float32:
+            self.second.wait()  # nobody gets here before the other unit is begun
+            return ChecksumScorer().score(encoded)
+
+        return result
+
+
+def test_a_unit_is_begun_while_another_is_awaited_and_no_second_is_counted_twice() -> None:
+    loaded: Any = object.__new__(LoadedScorer)
+    loaded._scorer, loaded._turn, loaded._free_since = Device(), threading.Lock(), time.monotonic()
+    encoded = encoded_of(2, 3, set())
+    started = time.monotonic()
+
+    def unit() -> float:
+        began = time.monotonic()
+        np.testing.assert_array_equal(loaded.score(encoded), ChecksumScorer().score(encoded))
+        return float(loaded.busy(began))
+
+    with ThreadPoolExecutor(2) as pool:
+        seconds = [done.result() for done in [pool.submit(unit), pool.submit(unit)]]
+    assert loaded._scorer.begun == 2
+    assert sum(seconds) <= time.monotonic() - started
 
 
 def test_a_model_that_kills_its_process_is_loaded_three_times(tmp_path: Path) -> None:

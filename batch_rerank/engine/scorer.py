@@ -6,6 +6,7 @@ How pairs are batched inside is the scorer's business and never changes a score 
 
 import hashlib
 import itertools
+import threading
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -140,6 +141,7 @@ class BiEncoderScorer:
         self._model, self._budget = model, budget
         self.network, self.fallback = model.model, model.fallback
         self._cache: dict[bytes, Float32] = {}
+        self._remembering = threading.Lock()
 
     def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
@@ -152,10 +154,11 @@ class BiEncoderScorer:
         for index in used.tolist():
             ids = encoded.segment(index)
             key = keys[index] = hashlib.blake2b(np.ascontiguousarray(ids).data, digest_size=16).digest()
-            if key in self._cache:
-                known[key] = self._cache[key]
-            else:
+            vector = self._cache.get(key)
+            if vector is None:
                 new[key] = ids
+            else:
+                known[key] = vector
         fetch = self._embed(list(new.values()))
 
         def result() -> Float32:
@@ -187,10 +190,11 @@ class BiEncoderScorer:
 
     def _remember(self, fresh: dict[bytes, Float32]) -> None:
         """Keep the new vectors; the oldest go first."""
-        self._cache |= fresh
         size = next(iter(fresh.values())).nbytes if fresh else 1
-        for key in list(itertools.islice(self._cache, max(0, len(self._cache) - VECTOR_CACHE_BYTES // size))):
-            del self._cache[key]
+        with self._remembering:  # two units may end at once
+            self._cache |= fresh
+            for key in list(itertools.islice(self._cache, max(0, len(self._cache) - VECTOR_CACHE_BYTES // size))):
+                del self._cache[key]
 
 
 class ChecksumScorer:

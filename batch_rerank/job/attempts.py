@@ -25,11 +25,12 @@ MOST_TRIES = 30
 
 
 class Attempts:
-    """An actor's diary. The first life writes behind the scoring; one that has died before writes first."""
+    """An actor's diary. The first life writes behind the scoring, and may score two units at once: each has a death
+    then. One that has died before writes first and scores one at a time, so that a second death is the unit's own."""
 
     def __init__(self, location: Location, restarted: bool) -> None:
-        self._location, self._careful = location, restarted
-        self._unit: str | None = None
+        self._location, self.careful = location, restarted
+        self._at_work: list[str] = []
         self._loading, self._lost_loads = False, 0
         self._deaths: dict[str, int] = {}
         self._tries: dict[str, int] = {}
@@ -58,7 +59,8 @@ class Attempts:
             return f"its actor died {deaths} times while scoring it (killed, or a crash in native code)"
         if tries >= MOST_TRIES:
             return f"its device failed {tries} times while scoring it"
-        self._note(unit)
+        self._at_work = [*self._at_work, unit]
+        self._note()
         return None
 
     def trial(self, unit: str) -> Trial | None:
@@ -70,29 +72,29 @@ class Attempts:
         """How often a unit was begun in earlier lives, and now."""
         return self._deaths.get(unit, 0) + self._tries.get(unit, 0) + 1
 
-    def end(self) -> None:
-        """Note that the unit is scored: a death from now on is not its fault. On storage only from the second life
-        on; for the first one the next unit's note is enough, and this would be one more request a unit."""
-        if self._careful:
-            self._note(None)
+    def end(self, unit: str) -> None:
+        """Note that a unit is scored: a death from now on is not its fault. On storage only from the second life on;
+        for the first one the next unit's note is enough, and this would be one more request a unit."""
+        self._at_work = [other for other in self._at_work if other != unit]
+        if self.careful:
+            self._note()
 
     def leave(self, unit: str, trial: Trial) -> None:
         """Note what is known about a unit before this process ends on purpose."""
         self._tries[unit] = self._tries.get(unit, 0) + 1
         self._trials[unit] = trial
-        self._unit = None
+        self._at_work = []
         self._write()
 
-    def _note(self, unit: str | None) -> None:
-        self._unit = unit
+    def _note(self) -> None:
         done = self._writer.submit(self._write)
-        if self._careful:
+        if self.careful:
             done.result()
 
     def _write(self) -> None:
         trials = {unit: asdict(trial) for unit, trial in self._trials.items()}
         loads = {"loading": self._loading, "lost_loads": self._lost_loads}
-        state = {**loads, "unit": self._unit, "deaths": self._deaths, "tries": self._tries, "trials": trials}
+        state = {**loads, "units": self._at_work, "deaths": self._deaths, "tries": self._tries, "trials": trials}
         try:
             with storage_errors(self._location):
                 self._location.write_bytes(json.dumps(state).encode())
@@ -110,7 +112,7 @@ class Attempts:
             todo = [(start, stop) for start, stop in trial["todo"]]
             self._trials[unit] = Trial(todo, {int(pair): error for pair, error in trial["errors"].items()})
         self._lost_loads = state["lost_loads"] + state["loading"]
-        if state["unit"] is not None and not state["loading"]:
-            self._deaths[state["unit"]] = self._deaths.get(state["unit"], 0) + 1
-            log.warning("the actor died while scoring unit %s", state["unit"])
-            self._write()
+        for unit in [] if state["loading"] else state["units"]:
+            self._deaths[unit] = self._deaths.get(unit, 0) + 1
+            log.warning("the actor died while scoring unit %s", unit)
+        self._write()

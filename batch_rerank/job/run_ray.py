@@ -154,11 +154,13 @@ def _given_up(error: Exception | str) -> UnfinishedError:
 
 def _dataset(job: Job, ranges: list[dict[str, bytes]], actors: int) -> "ray.data.Dataset":
     cluster = job.config.cluster
+    at_once = 2 if cluster.gpus else 1  # a CPU that computes has no time to pack the next unit beside it
     pool = ActorPoolStrategy(
         min_size=min(cluster.min_actors, actors),
         max_size=actors,
         initial_size=actors,  # no ramp: a nightly job wants its GPUs at once
-        max_tasks_in_flight_per_actor=cluster.prefetch_units,
+        max_tasks_in_flight_per_actor=cluster.prefetch_units + at_once - 1,
+        max_concurrent_calls_per_actor=at_once,
     )
     unit: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     task: dict[str, Any] = {**unit, "fn_kwargs": {"job": job}}

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        seconds=time.monotonic() - started,
+        seconds=scorer.busy(started),
         scorer=scorer.tag,
         self_test=scorer.self_test,
         retries=unit.retries,
@@ -140,6 +141,7 @@ class LoadedScorer:
         started = time.monotonic()
         device = self._device = config.cluster.device
         self.model, self._scorer = load_scorer(config, model)
+        self._turn, self._free_since = threading.Lock(), started
         load = f"{time.monotonic() - started:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
         self.self_test = "" if model.kind == "checksum" else self._tested()
@@ -152,8 +154,17 @@ class LoadedScorer:
         return f"{result.summary()}; {time.monotonic() - started:.1f} s"
 
     def score(self, encoded: Encoded) -> Float32:
-        """float32[n_pairs]."""
-        return self._scorer.score(encoded)
+        """float32[n_pairs]. Calls of two threads are begun one after the other, and waited for beside each other."""
+        with self._turn:
+            result = self._scorer.start(encoded)
+        return result()
+
+    def busy(self, started: float) -> float:
+        """Seconds from `started` (of time.monotonic) until now without those that went to the unit before."""
+        now = time.monotonic()
+        busy = now - max(started, self._free_since)
+        self._free_since = now
+        return busy
 
     def device_lost(self) -> bool:
         """Whether the device has failed for good: after some errors CUDA refuses everything in the same process."""

@@ -6,6 +6,7 @@ Expected errors come back as values in the stream and are raised in the driver; 
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,7 +66,8 @@ def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
 class Scoring:
     """What an actor does: one model copy. An error of the load is kept and returned with every unit.
 
-    `actor` is the same in every life of it; `restarted`: this is not the first.
+    `actor` is the same in every life of it; `restarted`: this is not the first. Two units may be scored at once: while
+    the device computes one, the other is unpacked, packed and sent.
     """
 
     def __init__(self, job: Job, actor: str, restarted: bool) -> None:
@@ -73,6 +75,7 @@ class Scoring:
         manifest = Manifest(locate(job.config.output.path, job.config.output.storage_options, reached=True))
         self._attempts = Attempts(manifest.root / f"_manifest/attempts/{actor}.json", restarted)
         self._scorer = self._load(job)
+        self._alone = threading.Lock()
 
     def _load(self, job: Job) -> LoadedScorer | BatchRerankError:
         refused = self._attempts.load()
@@ -91,7 +94,10 @@ class Scoring:
         """An encoded unit to a scored one."""
         if isinstance(self._scorer, BatchRerankError):
             return failure(self._scorer)
-        return _step(batch, self._score)
+        if not self._attempts.careful:
+            return _step(batch, self._score)
+        with self._alone:
+            return _step(batch, self._score)
 
     def _score(self, unit: EncodedUnit) -> ScoredUnit | SetAside:
         assert isinstance(self._scorer, LoadedScorer)
@@ -107,7 +113,7 @@ class Scoring:
             log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)
             os._exit(1)
         finally:
-            attempts.end()
+            attempts.end(name)
 
 
 def rank_and_write(batch: pa.Table, job: Job) -> pa.Table:
