@@ -44,6 +44,10 @@ class Scorer(Protocol):
         pair that the device's memory is too small for. Raises ModelError where the model gives NaN or infinity."""
         ...
 
+    def under(self, token_budget: int) -> "Scorer":
+        """The same loaded model with batches of at most `token_budget` tokens; it remembers nothing of this one."""
+        ...
+
 
 def make_scorer(
     spec: ModelSpec, device: str = "cpu", token_budget: int | None = None, forward: "Forward" = "auto"
@@ -105,6 +109,12 @@ class PairScorer:
         scores[pairs] = _finite(computed, "pairs")
         return scores[representative]
 
+    def under(self, token_budget: int) -> "PairScorer":
+        """See Scorer."""
+        from batch_rerank.engine.memory import TokenBudget
+
+        return PairScorer(self._model, TokenBudget(token_budget))
+
 
 class BiEncoderScorer:
     """One vector a distinct text; a score is the dot product of two, the cosine where they are normalised.
@@ -134,6 +144,12 @@ class BiEncoderScorer:
                 if query is not None and document is not None:
                     scores[pair] = document @ query
         return scores
+
+    def under(self, token_budget: int) -> "BiEncoderScorer":
+        """See Scorer."""
+        from batch_rerank.engine.memory import TokenBudget
+
+        return BiEncoderScorer(self._model, TokenBudget(token_budget))
 
     def _embed(self, keys: list[bytes], segments: list[Ids]) -> dict[bytes, Float32]:
         lengths = np.array([len(ids) for ids in segments], np.int32)
@@ -167,6 +183,10 @@ class ChecksumScorer:
         for pair, (segment, kept) in enumerate(zip(encoded.document, encoded.kept, strict=True)):
             sums[pair] = zlib.crc32(encoded.segment(segment)[:kept].data, heads[group[pair]])
         return np.asarray(sums / 2**28 - 8, np.float32)
+
+    def under(self, token_budget: int) -> "ChecksumScorer":
+        """See Scorer."""
+        return self
 
 
 def _finite(values: Float32, what: str) -> Float32:
