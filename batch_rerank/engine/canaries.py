@@ -65,8 +65,10 @@ class Canaries:
     judged: Index
 
     def turned(self) -> tuple[Group, ...]:
-        """The same pairs in reverse order."""
-        return tuple(Group(group.query, group.documents[::-1]) for group in self.groups[::-1])
+        """The same pairs in reverse order, without the last and longest one."""
+        last = self.groups[-1]
+        groups = (*self.groups[:-1], Group(last.query, last.documents[:-1]))
+        return tuple(Group(group.query, group.documents[::-1]) for group in groups[::-1])
 
     def judged_texts(self) -> list[tuple[str, str]]:
         """(query, document) of the pairs that are judged."""
@@ -76,7 +78,8 @@ class Canaries:
 
 def canaries(tokenizer: Tokenizer, max_length: int) -> Canaries:
     """The canaries of a model; its tokenizer, which neither pads nor truncates, says how long the long ones are."""
-    near, far = (_filler(tokenizer, seed, min(tokens, max_length)) for seed, tokens in enumerate(LONG_TOKENS))
+    near = _filler(tokenizer, 0, min(LONG_TOKENS[0], 2 * max_length // 3))  # leaves room for the answer behind it
+    far = _filler(tokenizer, 1, min(LONG_TOKENS[1], max_length))
     answer = PLANETS.documents[1]
     groups = (*SHORT, MANY, Group(PLANETS.query, (f"{near} {answer}", "Mars", f"{answer} {far}")))
     before = sum(len(group.documents) for group in SHORT)

@@ -227,8 +227,9 @@ def _canaries(
     encoded = encoder.encode(tried.groups)
     fast = scorer.score(encoded)
     split = scorer.under(few_tokens(encoded)).score(encoder.encode(tried.turned()))[::-1]
+    held = ~np.isnan(fast)
     slow = reference.scores(tried.judged_texts())
-    held = ~np.isnan(fast) & ~np.isnan(split)
+    held[:-1] &= ~np.isnan(split)
     judged, slow = tried.judged[held[tried.judged]], slow[held[tried.judged]]
     if not len(judged):
         return [Check("canaries", False, "nothing fits into the device's memory")]
@@ -239,8 +240,9 @@ def _canaries(
     differences += np.abs(fast[judged] - slow).tolist()
     agree, seen = allowed.judge(fast[judged], slow)
     found.append(Check("canaries", agree, f"{len(judged)} pairs differ from the slow float32 path by {seen}"))
-    same, seen = allowed.judge(split[held], fast[held])
-    found.append(Check("packs", same, f"{len(fast)} pairs in other packs and reverse order differ by {seen}"))
+    both = held[: len(split)]
+    same, seen = allowed.judge(split[both], fast[: len(split)][both])
+    found.append(Check("packs", same, f"{len(split)} pairs in other packs and reverse order differ by {seen}"))
     if alike:
         return [*found, f"order and spread of the scores: max_length {spec.max_length} leaves the canaries alike"]
     if not fault:

@@ -83,7 +83,7 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
         # Ray's advice when an input error ends the reading early: nothing that a user can act on
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
         dataset = _dataset(job, ranges, len(plan.units) - len(done))
-        logged = False
+        logged = padded = False
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
@@ -97,6 +97,9 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
                     if receipt.self_test and not logged:  # of the first actor; the others' are in their receipts
                         log.info("%s", receipt.self_test)
                         logged = True
+                    if receipt.fallback and not padded:
+                        log.warning("%s: batches are padded, which is slower: %s", receipt.scorer, receipt.fallback)
+                        padded = True
                     yield receipt
         except ray.exceptions.RayError as error:
             raise _given_up(error) from error
