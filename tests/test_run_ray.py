@@ -104,7 +104,7 @@ def test_a_failed_self_test_comes_back_as_itself(tmp_path: Path, flat_shards: Pa
     weights["lm_head.weight"] *= 1e6
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     config = job(flat_shards, tmp_path / "out", model__name=str(broken), model__kind="auto", model__max_length=256)
-    with pytest.raises(ModelError, match="self-test failed: spread: all 12 scores are saturated"):
+    with pytest.raises(ModelError, match="self-test failed: spread: all 66 scores are saturated"):
         run(config)
     assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["exit_code"] == 5
     assert not list((tmp_path / "out").glob("part-*"))

@@ -222,7 +222,8 @@ def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forwar
         return path.Packed(model, device), None
     if forward == "packed":
         raise ModelError(f"model.forward: found packed, but model {spec.name!r} has no such forward here: {reason}")
-    log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)
+    if forward == "auto":
+        log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)
     return None, reason
 
 

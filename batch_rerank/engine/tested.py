@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batch_rerank")
 
-OF_THE_FORWARD = {"canaries", "packs", "order", "spread", "golden"}
-"""Checks that another forward may pass. What the others find, it would have too."""
+OF_THE_FORWARD = {"canaries", "packs", "order"}
+"""Checks that hold the forward against another computation: one that fails them may give way."""
+
+WITH_IT = {"spread", "golden"}
+"""Checks that may fail with those. Alone they speak of the model, as do all others."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """A scorer; its self-test, None where it was not asked for, and how many seconds that took; why it pads, empty where
-    it does not."""
+    """A scorer; its self-test, None where there was none, and how many seconds that took; why it pads, else empty."""
 
     scorer: Scorer
     result: SelfTest | None
@@ -76,6 +78,7 @@ def _try(spec: ModelSpec, device: str, token_budget: int | None, forward: "Forwa
     if result is None or result.passed:
         return Tested(scorer, result, time.monotonic() - started, scorer.fallback or "")
     failed = {check.name for check in result.checks if not check.passed}
-    if forward != "auto" or scorer.fallback is not None or not failed <= OF_THE_FORWARD:
+    its_own = failed & OF_THE_FORWARD and failed <= OF_THE_FORWARD | WITH_IT
+    if forward != "auto" or scorer.fallback is not None or not its_own:
         raise ModelError(f"model {spec.name!r}: {result.summary()}; see batch-rerank selftest")
     return f"the packed forward's {result.summary()}"

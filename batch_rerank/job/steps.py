@@ -142,8 +142,8 @@ class LoadedScorer:
         self._scorer, self.fallback = tested.scorer, tested.fallback
         load = f"{time.monotonic() - started - tested.seconds:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
-        passed = model.kind != "checksum" and tested.result is not None
-        self.self_test = f"{tested.result.summary()}; {tested.seconds:.1f} s" if passed else ""
+        assert tested.result is not None
+        self.self_test = "" if model.kind == "checksum" else f"{tested.result.summary()}; {tested.seconds:.1f} s"
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]."""
