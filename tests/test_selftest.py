@@ -27,10 +27,12 @@ from conftest import job
 from safetensors.torch import load_file, save_file
 
 from batch_rerank.engine import encoding, models
+from batch_rerank.engine.canaries import canaries, few_tokens
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.known import GOLDEN, KNOWN_TEMPLATES, PLANETS, Golden, KnownTemplate
+from batch_rerank.engine.packing import own_tokens
 from batch_rerank.engine.reference import Reference, in_float32
 from batch_rerank.engine.scorer import Scorer, make_scorer
 from batch_rerank.engine.selftest import RIGHT_WEIGHTS, SelfTest, rendered, self_test, unit_fault
@@ -169,6 +171,28 @@ def test_the_free_scorer_has_nothing_to_test() -> None:
     result = run_self_test(job("none", "none")).shown
     assert (result.passed, result.checks) == (True, ())
     assert "no model" in result.not_checked[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length"), [("qwen", 4096), ("qwen-embedding", 4096), ("xlmr", 1024), ("bert", 512)]
+)
+def test_canaries_are_long_many_and_in_several_packs(originals: dict[str, Path], name: str, max_length: int) -> None:
+    spec, scorer = loaded(originals[name], max_length=max_length)
+    assert scorer.network is not None
+    tried = canaries(Reference(spec, scorer.network).tokenizer, spec.max_length)
+    encoded = make_encoder(spec).encode(tried.groups)
+    lengths = np.diff(encoded.offsets)[encoded.document]
+    assert set(np.diff(encoded.starts).tolist()) == {1, 2, 3, 4, 48}
+    assert len(set(zip(*map(np.ndarray.tolist, (encoded.group_of_pair(), encoded.document)), strict=True))) == 66
+    far, near = lengths[-1], lengths[-3]
+    assert 600 <= near <= 700 or near > 0.6 * max_length
+    assert 2000 <= far <= 2100 or encoded.n_tokens[-1] >= max_length
+    assert far - near > 100 or max_length == 512
+    many = slice(*encoded.starts[-3:-1])
+    prefix = len(encoded.segment(int(encoded.prefix[-2])))
+    own = sum(len(own_tokens(encoded, pair)) for pair in range(many.start, many.stop))
+    assert own > 2 * (few_tokens(encoded) - prefix), "no two packs hold the largest group"
+    assert {many.start, many.stop - 1} < set(tried.judged.tolist())
 
 
 # ---- faults of the checkpoint

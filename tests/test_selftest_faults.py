@@ -47,7 +47,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "modernbert": modernbert_reranker,
 }
 TEMPLATE = {"qwen2": "mxbai-rerank-v2", "gemma": "bge-reranker-v2-gemma"}
-MAX_LENGTH = {"qwen": 2048, "qwen-embedding": 2048, "qwen2": 1024, "gemma": 1024, "modernbert": 1024}
+MAX_LENGTH = dict.fromkeys(("qwen", "qwen-embedding", "qwen2", "gemma", "modernbert"), 1024)
 DTYPES = ["float32", "bfloat16"]
 
 
@@ -71,7 +71,10 @@ def loaded(directory: Path, name: str, dtype: str, **settings: Any) -> tuple[Mod
 
 
 def failed(result: SelfTest) -> set[str]:
-    return {check.name for check in result.checks if not check.passed}
+    found = {check.name: check.seen for check in result.checks if not check.passed}
+    assert "differ by" in found.get("packs", "differ by"), found  # the scores are at fault, nothing has raised
+    assert "differ from" in found.get("canaries", "differ from"), found
+    return set(found)
 
 
 class Plain:
@@ -92,33 +95,35 @@ class Plain:
         prefixes = [encoded.segment(int(p)) for p in prefix_of(encoded, np.arange(len(encoded.document)))]
         own = [own_tokens(encoded, pair) for pair in range(len(encoded.document))]
         score = self.cosine if self.spec.kind == "bi_encoder" else self.logit
-        return np.array([score(a.astype(np.int64), b.astype(np.int64)) for a, b in zip(prefixes, own, strict=True)])
+        pairs = zip(prefixes, own, strict=True)
+        return np.array([score(a.astype(np.int64), b.astype(np.int64)) for a, b in pairs], np.float32)
 
-    def cosine(self, query: Any, document: Any) -> np.float32:
+    def cosine(self, query: Any, document: Any) -> float:
         a, b = (self.vector(ids) for ids in (query, document))
-        return np.float32(a @ b)
+        return float(a @ b)
 
     def vector(self, ids: Any) -> torch.Tensor:
         hidden = self.network(torch.from_numpy(ids)[None], **self.given(ids)).last_hidden_state[0].float()
         pooled = {"cls": hidden[0], "last": hidden[-1], "mean": hidden.mean(0)}[self.spec.pooling]
         if self.fault == "mean over one token less":
             pooled = hidden[:-1].mean(0)
+        if self.fault == "mean over the first half":
+            pooled = hidden[: (len(hidden) + 1) // 2].mean(0)
         return pooled / pooled.norm()
 
-    def logit(self, prefix: Any, own: Any) -> np.float32:
+    def logit(self, prefix: Any, own: Any) -> float:
         ids = np.concatenate([prefix, own])
         if self.spec.kind == "sequence_classification":
             given = self.given(ids, len(prefix))
-            return np.float32(self.network(torch.from_numpy(ids)[None], **given).logits[0, 0])
+            return float(self.network(torch.from_numpy(ids)[None], **given).logits[0, 0])
         body = self.network.base_model(torch.from_numpy(ids)[None], use_cache=False, **self.given(ids))
         hidden = body.last_hidden_state[0, -1]
         head: Any = self.network.get_output_embeddings()  # type: ignore[no-untyped-call]
         yes, no = (load_tokenizer(Path(self.spec.directory)).token_to_id(token) for token in ("yes", "no"))
         if self.fault == "head in bfloat16":
-            return np.float32(
-                (head.weight[yes].bfloat16() @ hidden.bfloat16()) - (head.weight[no].bfloat16() @ hidden.bfloat16())
-            )
-        return np.float32((head.weight[yes].float() - head.weight[no].float()) @ hidden.float())
+            logits = head.weight[[yes, no]].bfloat16() @ hidden.bfloat16()
+            return float(logits[0] - logits[1])
+        return float((head.weight[yes].float() - head.weight[no].float()) @ hidden.float())
 
     def given(self, ids: Any, start: int | None = None) -> dict[str, torch.Tensor]:
         """position_ids, token_type_ids and the mask."""
@@ -198,7 +203,7 @@ def groups_of_three_alike(encoded: Encoded, scores: Float32, budget: int) -> Flo
 
 def one_takes_the_place_of_one_of_three(encoded: Encoded, scores: Float32, budget: int) -> Float32:
     sizes = [group.stop - group.start for group in groups(encoded)]
-    one, three = (groups(encoded)[sizes.index(size)].start for size in (1, 3))
+    one, three = (groups(encoded)[sizes.index(size)].start for size in (1, 3 if 3 in sizes else 2))
     scores[[one, three]] = scores[[three, one]]
     return scores
 
@@ -211,10 +216,11 @@ def swapped_groups(encoded: Encoded, scores: Float32, budget: int) -> Float32:
 
 
 def first_pack_in_place_of_the_second(encoded: Encoded, scores: Float32, budget: int) -> Float32:
-    """Packs of as many pairs as fit the budget: it takes several packs to show."""
-    ends = np.searchsorted(np.cumsum(encoded.n_tokens), [budget, 2 * budget], side="right")
-    n = min(int(ends[0]), int(ends[1] - ends[0]))
-    scores[ends[0] : ends[0] + n] = scores[:n]
+    """It takes several packs to show."""
+    pack = np.cumsum(encoded.n_tokens) // budget
+    first, second = (np.flatnonzero(pack == number) for number in np.unique(pack)[:2]) if pack[-1] else ([], [])
+    n = min(len(first), len(second))
+    scores[second[:n]] = scores[first[:n]]
     return scores
 
 
@@ -226,11 +232,11 @@ def another_groups_prefix(encoded: Encoded, scores: Float32, budget: int) -> Flo
 @pytest.mark.parametrize("name", ["qwen", "xlmr", "bert", "gte", "qwen-embedding", "minilm", "bge"])
 def test_without_a_fault_both_planting_grounds_pass(originals: dict[str, Path], name: str, dtype: str) -> None:
     spec, scorer = loaded(originals[name], name, dtype)
-    assert failed(self_test(spec, Between(scorer, lambda encoded, scores, budget: scores))) == set()
+    assert failed(self_test(spec, Between(scorer.under(4096), lambda encoded, scores, budget: scores))) == set()
     assert failed(self_test(spec, Plain(spec, scorer))) == set()
 
 
-# bfloat16 hides what is smaller than its rounding: there a fault of long texts must move them by a quarter of the spread
+# bfloat16 hides what is smaller than its rounding: with it a fault must move a long text by a quarter of the deviation
 LONG_FAULTS = [
     *((name, "positions clamped at 511", dtype) for name in ("qwen", "qwen-embedding", "xlmr") for dtype in DTYPES),
     ("gte", "positions clamped at 511", "float32"),
@@ -246,23 +252,18 @@ def test_faults_that_only_long_texts_show(originals: dict[str, Path], name: str,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["qwen", "xlmr", "bert", "qwen-embedding", "minilm"])
-@pytest.mark.parametrize(
-    "spoil",
-    [
+@pytest.mark.parametrize("name", ["qwen", "xlmr", "minilm"])
+def test_scores_of_the_right_texts_in_the_wrong_places(originals: dict[str, Path], name: str, dtype: str) -> None:
+    spec, scorer = loaded(originals[name], name, dtype)
+    for spoil in (
         reversed_after_forty,
         reversed_queries,
         reversed_many,
         groups_of_three_alike,
         one_takes_the_place_of_one_of_three,
         swapped_groups,
-    ],
-)
-def test_scores_of_the_right_texts_in_the_wrong_places(
-    originals: dict[str, Path], name: str, spoil: Callable[..., Float32], dtype: str
-) -> None:
-    spec, scorer = loaded(originals[name], name, dtype)
-    assert "canaries" in failed(self_test(spec, Between(scorer, spoil)))
+    ):
+        assert "canaries" in failed(self_test(spec, Between(scorer.under(4096), spoil))), spoil.__name__
 
 
 @pytest.mark.parametrize("name", ["qwen", "xlmr", "minilm"])
@@ -295,7 +296,7 @@ def test_faults_of_the_ends(originals: dict[str, Path], name: str, fault: str) -
     assert "canaries" in failed(self_test(spec, Plain(spec, scorer, fault)))
 
 
-@pytest.mark.parametrize("fault", ["mean over one token less", "token types dropped"])
+@pytest.mark.parametrize("fault", ["mean over the first half", "token types dropped"])
 def test_faults_of_the_ends_are_larger_than_what_bfloat16_rounds(originals: dict[str, Path], fault: str) -> None:
     name = "minilm" if fault.startswith("mean") else "bert"
     spec, scorer = loaded(originals[name], name, "bfloat16")
@@ -320,11 +321,11 @@ def test_narrow_logits_pass_and_fail_by_their_own_spread(narrow: Path, dtype: st
     healthy = self_test(spec, scorer)
     assert failed(healthy) == set()
     for spoil in (reversed_queries, reversed_many, reversed_after_forty, groups_of_three_alike, swapped_groups):
-        result = self_test(spec, Between(scorer, spoil))
+        result = self_test(spec, Between(scorer.under(4096), spoil))
         assert "canaries" in failed(result), spoil.__name__
         assert result.largest_difference is not None
         assert result.largest_difference < 0.25, "narrower than what bfloat16 may differ by elsewhere"
-    assert "order" in failed(self_test(spec, Between(scorer, reversed_queries)))
+    assert "order" in failed(self_test(spec, Between(scorer.under(4096), reversed_queries)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -336,12 +337,12 @@ def test_a_template_with_the_document_first(originals: dict[str, Path], dtype: s
         "suffix": "<|im_end|>\n<|im_start|>assistant\n",
         "true_token": "yes",
         "false_token": "no",
-        "max_length": 2048,
+        "max_length": 1024,
     }
     spec, scorer = loaded(originals["qwen"], "qwen", dtype, template=template)
     assert failed(self_test(spec, scorer)) == set()
     for spoil in (groups_of_three_alike, one_takes_the_place_of_one_of_three):
-        assert "canaries" in failed(self_test(spec, Between(scorer, spoil)))
+        assert "canaries" in failed(self_test(spec, Between(scorer.under(4096), spoil)))
 
 
 # ---- no false alarms
