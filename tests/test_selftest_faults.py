@@ -263,7 +263,8 @@ def test_scores_of_the_right_texts_in_the_wrong_places(originals: dict[str, Path
         one_takes_the_place_of_one_of_three,
         swapped_groups,
     ):
-        assert "canaries" in failed(self_test(spec, Between(scorer.under(4096), spoil))), spoil.__name__
+        found = failed(self_test(spec, Between(scorer.under(4096), spoil)))
+        assert found & {"canaries", "packs"}, spoil.__name__
 
 
 @pytest.mark.parametrize("name", ["qwen", "xlmr", "minilm"])
