@@ -130,6 +130,7 @@ def run(
         "queries without candidates": summary.counts["queries_without_candidates"],
         "candidates without their document or query (left out)": summary.counts.get("missing_candidates", 0),
         "repeated storage requests": totals.storage_retries,
+        "units scored by the slower padded forward (their receipts say why)": totals.padded_units,
     }
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
     log.info("output: %s", summary.output)
@@ -179,16 +180,21 @@ def selftest(job: Job, overrides: Set = None, as_json: Json = False) -> None:
     """Load a job's model on this machine and test it, as every actor does before its first unit. Needs no input."""
     from batch_rerank.job.selftest import run_self_test
 
-    result = run_self_test(load_config(job, overrides or ()))
+    found = run_self_test(load_config(job, overrides or ()))
     if as_json:
-        _print_json({**asdict(result), "passed": result.passed})
-    for check in result.checks:
+        results = {name: {**asdict(result), "passed": result.passed} for name, result in found.forwards.items()}
+        _print_json({**asdict(found.shown), "passed": found.passed, "used": found.used, "forwards": results})
+    for check in found.shown.checks:
         log.info("%-6s  %-8s  %s", "passed" if check.passed else "FAILED", check.name, check.seen)
-    for thing in result.not_checked:
+    for thing in found.shown.not_checked:
         log.info("not checked: %s", thing)
-    if not result.passed:
-        failed = [check.name for check in result.checks if not check.passed]
-        _leave(5, f"error: the self-test failed: {', '.join(failed)}")
+    for name, result in found.forwards.items():
+        log.info("%s forward: %s%s", name, result.summary(), "; this one is used" if name == found.used else "")
+    if found.absent:
+        log.info("packed forward: none, %s", found.absent)
+    if not found.passed:
+        failed = [check.name for check in found.shown.checks if not check.passed]
+        _leave(5, f"error: the self-test failed: {', '.join(failed) or 'no packed forward'}")
 
 
 @app.command()
@@ -216,6 +222,7 @@ def status(output: Output, as_json: Json = False) -> None:
         "pairs_done": pairs,
         "pairs_planned": made.pairs,
         "failed_rows": sum(receipt.failed for receipt in committed),
+        "units_padded": sum(bool(receipt.fallback) for receipt in committed),
         "success": "_SUCCESS" in scan.files.found,
     }
     if as_json:

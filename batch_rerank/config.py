@@ -124,7 +124,11 @@ class Output(Section):
 
 
 class Model(Section):
-    """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's."""
+    """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's.
+
+    `forward`: auto packs sequences where the model and device allow it and the self-test passes, and pads them else;
+    packed and padded insist.
+    """
 
     name: Place
     revision: str | None = None
@@ -133,6 +137,7 @@ class Model(Section):
     instruction: str | None = None
     max_length: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    forward: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

@@ -6,6 +6,8 @@ scores, and they come from fixed seeds. Every builder returns the directory it w
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +171,7 @@ def gte_reranker(path: Path) -> Path:
     xlmr_reranker(path)
     rows = load_file(path / "model.safetensors")["roberta.embeddings.word_embeddings.weight"].shape[0]
     hidden, inner = ENCODER["hidden_size"], ENCODER["intermediate_size"]
-    generator = torch.Generator().manual_seed(10)
+    generator = torch.Generator().manual_seed(10 + _offset)
 
     def normal(*shape: int, around: float = 0.0) -> torch.Tensor:
         return around + 0.2 * torch.randn(*shape, generator=generator)
@@ -261,6 +263,21 @@ def modernbert_reranker(path: Path) -> Path:
     sizes = {**ENCODER, **attention, **ids, "classifier_pooling": "mean", "max_position_embeddings": 8192}
     config = ModernBertConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
     return _save(ModernBertForSequenceClassification(config), path, seed=7)
+
+
+_offset = 0
+"""Added to every seed."""
+
+
+@contextmanager
+def seeded(offset: int) -> Iterator[None]:
+    """Build other checkpoints than the usual ones."""
+    global _offset
+    _offset = offset
+    try:
+        yield
+    finally:
+        _offset = 0
 
 
 def rewrite(path: Path, **changes: Any) -> None:
@@ -371,7 +388,7 @@ def _sentence_transformers(path: Path, pooling: str, prompts: dict[str, str]) ->
 
 
 def _save(model: PreTrainedModel, path: Path, seed: int) -> Path:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + _offset)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -159,7 +159,7 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
     monkeypatch.setattr(DecoderModel, "scores", small)
 
     class Loaded:
-        tag = self_test = "here"
+        tag = self_test = fallback = "here"
         model = resolve_model(str(qwen))
 
         def score(self, encoded: Encoded) -> np.ndarray:

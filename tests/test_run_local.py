@@ -209,7 +209,7 @@ def test_a_model_that_fails_its_self_test_scores_nothing(flat_shards: Path, tmp_
     weights["bert.pooler.dense.weight"].zero_()  # loads, and scores everything alike
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     config = job(flat_shards, tmp_path / "out", model__name=str(model), model__kind="auto", model__max_length=128)
-    with pytest.raises(ModelError, match="self-test failed: spread: all 12 scores are"):
+    with pytest.raises(ModelError, match="self-test failed: spread: all 66 scores are"):
         run(config, local=True)
     assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["exit_code"] == 5
     assert not list((tmp_path / "out").glob("part-*"))

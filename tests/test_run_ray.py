@@ -99,16 +99,19 @@ def test_an_actor_takes_the_threads_that_are_asked_for(model: Path, flat_shards:
     assert all("threads=2" in json.loads(path.read_text())["scorer"] for path in receipts)
 
 
-def test_the_driver_logs_one_self_test_of_its_two_actors(
+def test_the_driver_logs_one_self_test_and_one_fallback_of_its_two_actors(
     model: Path, flat_shards: Path, tmp_path: Path, logged: list[str]
 ) -> None:
     keys: dict[str, Any] = {"model__name": str(model), "model__kind": "auto", "model__max_length": 256}
-    run(job(flat_shards, tmp_path / "out", **keys, input__unit_pairs=25))
+    summary = run(job(flat_shards, tmp_path / "out", **keys, model__forward="padded", input__unit_pairs=25))
     tests = [message for message in logged if message.startswith("self-test passed: load, weights")]
     receipts = [json.loads(path.read_text()) for path in (tmp_path / "out" / "_manifest" / "receipts").glob("*")]
     assert len(tests) == 1
     assert tests[0] in {receipt["self_test"] for receipt in receipts}
     assert all(receipt["self_test"].startswith("self-test passed") for receipt in receipts)
+    assert {receipt["fallback"] for receipt in receipts} == {"model.forward is padded"}
+    assert sum("batches are padded, which is slower: model.forward is padded" in message for message in logged) == 1
+    assert summary.totals.padded_units == summary.units == len(receipts)
 
 
 def test_a_failed_self_test_comes_back_as_itself(tmp_path: Path, flat_shards: Path) -> None:
@@ -117,7 +120,7 @@ def test_a_failed_self_test_comes_back_as_itself(tmp_path: Path, flat_shards: Pa
     weights["lm_head.weight"] *= 1e6
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     config = job(flat_shards, tmp_path / "out", model__name=str(broken), model__kind="auto", model__max_length=256)
-    with pytest.raises(ModelError, match="self-test failed: spread: all 12 scores are saturated"):
+    with pytest.raises(ModelError, match="self-test failed: spread: all 66 scores are saturated"):
         run(config)
     assert json.loads((tmp_path / "out" / "_manifest" / "status.json").read_text())["exit_code"] == 5
     assert not list((tmp_path / "out").glob("part-*"))

@@ -26,11 +26,13 @@ from checkpoints import (
 from conftest import job
 from safetensors.torch import load_file, save_file
 
-from batch_rerank.engine import encoding, known, models
+from batch_rerank.engine import encoding, models
+from batch_rerank.engine.canaries import canaries, few_tokens
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.known import GOLDEN, KNOWN_TEMPLATES, PLANETS, Golden, KnownTemplate
+from batch_rerank.engine.packing import own_tokens
 from batch_rerank.engine.reference import Reference, in_float32
 from batch_rerank.engine.scorer import Scorer, make_scorer
 from batch_rerank.engine.selftest import RIGHT_WEIGHTS, SelfTest, rendered, self_test, unit_fault
@@ -57,7 +59,7 @@ BUILDERS = {
     "gemma": gemma_reranker,
 }
 TEMPLATE = {"qwen2": "mxbai-rerank-v2", "gemma": "bge-reranker-v2-gemma"}  # of the others: auto
-CAUSAL = ["load", "weights", "answers", "template", "head", "tokens", "canaries", "spread"]
+CAUSAL = ["load", "weights", "answers", "template", "head", "tokens", "canaries", "packs", "order", "spread"]
 SHORT = {"max_length": 512}  # Qwen3-Embedding's 40,960 tokens take a second to tokenise
 
 
@@ -80,18 +82,18 @@ def copy(originals: dict[str, Path], tmp_path: Path) -> Copy:
     return lambda name: Path(shutil.copytree(originals[name], tmp_path / name))
 
 
-def loaded(directory: Path, **settings: Any) -> tuple[ModelSpec, Scorer]:
+def loaded(directory: Path, forward: Any = "auto", **settings: Any) -> tuple[ModelSpec, Scorer]:
     spec = resolve_model(str(directory), **{**SHORT, **settings})
-    return spec, make_scorer(spec)
+    return spec, make_scorer(spec, forward=forward)
 
 
-def result_of(directory: Path, **settings: Any) -> SelfTest:
-    return self_test(*loaded(directory, **settings))
+def result_of(directory: Path, forward: Any = "auto", **settings: Any) -> SelfTest:
+    return self_test(*loaded(directory, forward, **settings))
 
 
 def verb(directory: Path, **keys: Any) -> SelfTest:
     """What `batch-rerank selftest` finds, the load included."""
-    return run_self_test(job("none", "none", model__name=str(directory), model__kind="auto", **keys))
+    return run_self_test(job("none", "none", model__name=str(directory), model__kind="auto", **keys)).shown
 
 
 def failed(result: SelfTest) -> dict[str, str]:
@@ -132,7 +134,7 @@ def test_the_result_names_its_checks_and_what_it_cannot_know(originals: dict[str
     result = result_of(originals["qwen"])
     assert [check.name for check in result.checks] == CAUSAL
     assert result.not_checked == (RIGHT_WEIGHTS,)
-    assert result.summary().startswith(f"self-test passed: {', '.join(CAUSAL)}; 12 pairs differ from the slow")
+    assert result.summary().startswith(f"self-test passed: {', '.join(CAUSAL)}; 30 pairs differ from the slow")
     assert "not checked: whether these are the weights that were meant" in result.summary()
     assert "\n" not in result.summary()
 
@@ -147,7 +149,7 @@ def test_a_wrong_but_healthy_checkpoint_is_not_found_and_the_result_says_so(copy
 def test_a_max_length_that_leaves_the_canaries_alike_does_not_fail_them(originals: dict[str, Path]) -> None:
     result = result_of(originals["qwen"], max_length=81)
     assert failed(result) == {}
-    assert any(thing.startswith("spread of the scores: max_length 81") for thing in result.not_checked)
+    assert any(thing.startswith("order and spread of the scores: max_length 81") for thing in result.not_checked)
 
 
 def test_a_model_that_reads_in_chunks_is_tested_on_cut_texts(originals: dict[str, Path]) -> None:
@@ -166,9 +168,31 @@ def test_a_template_of_which_nothing_is_known_is_said_to_be_unchecked(
 
 
 def test_the_free_scorer_has_nothing_to_test() -> None:
-    result = run_self_test(job("none", "none"))
+    result = run_self_test(job("none", "none")).shown
     assert (result.passed, result.checks) == (True, ())
     assert "no model" in result.not_checked[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length"), [("qwen", 4096), ("qwen-embedding", 4096), ("xlmr", 1024), ("bert", 512)]
+)
+def test_canaries_are_long_many_and_in_several_packs(originals: dict[str, Path], name: str, max_length: int) -> None:
+    spec, scorer = loaded(originals[name], max_length=max_length)
+    assert scorer.network is not None
+    tried = canaries(Reference(spec, scorer.network).tokenizer, spec.max_length)
+    encoded = make_encoder(spec).encode(tried.groups)
+    lengths = np.diff(encoded.offsets)[encoded.document]
+    assert set(np.diff(encoded.starts).tolist()) == {1, 2, 3, 4, 48}
+    assert len(set(zip(*map(np.ndarray.tolist, (encoded.group_of_pair(), encoded.document)), strict=True))) == 66
+    far, near = lengths[-1], lengths[-3]
+    assert 600 <= near <= 700 or near > 0.6 * max_length
+    assert 2000 <= far <= 2100 or encoded.n_tokens[-1] >= max_length
+    assert far - near > 100 or max_length == 512
+    many = slice(*encoded.starts[-3:-1])
+    prefix = len(encoded.segment(int(encoded.prefix[-2])))
+    own = sum(len(own_tokens(encoded, pair)) for pair in range(many.start, many.stop))
+    assert own > 2 * (few_tokens(encoded) - prefix), "no two packs hold the largest group"
+    assert {many.start, many.stop - 1} < set(tried.judged.tolist())
 
 
 # ---- faults of the checkpoint
@@ -218,7 +242,7 @@ def test_a_cut_safetensors_file_does_not_load(copy: Copy) -> None:
 
 def test_an_embedding_checkpoint_forced_to_be_causal_does_not_load(originals: dict[str, Path]) -> None:
     config = job("none", "none", model__name=str(originals["qwen-embedding"]), model__kind="causal")
-    assert "files say 'bi_encoder'" in failed(run_self_test(config))["load"]
+    assert "files say 'bi_encoder'" in failed(run_self_test(config).shown)["load"]
 
 
 def test_an_answer_of_two_tokens_does_not_load(copy: Copy) -> None:
@@ -243,19 +267,19 @@ def test_a_model_that_does_not_read_its_text_scores_all_alike(copy: Copy, name: 
     directory = copy(name)
     dense = {"xlmr": "classifier.dense.weight", "bert": "bert.pooler.dense.weight"}[name]
     edit_weights(directory, lambda weights: weights[dense].zero_())
-    assert "all 12 scores are" in failed(result_of(directory))["spread"]
+    assert "all 66 scores are" in failed(result_of(directory))["spread"]
 
 
 def test_saturated_scores(copy: Copy) -> None:
     directory = copy("qwen-untied")
     edit_weights(directory, lambda weights: weights["lm_head.weight"].mul_(1e6))
-    assert "all 12 scores are saturated" in failed(result_of(directory))["spread"]
+    assert "all 66 scores are saturated" in failed(result_of(directory))["spread"]
 
 
 def test_cosines_that_are_all_one(copy: Copy) -> None:
     directory = copy("bge")
     edit_weights(directory, lambda weights: weights["encoder.layer.1.output.LayerNorm.weight"].mul_(1e-6))
-    assert "all 12" in failed(result_of(directory))["spread"]
+    assert "all 66" in failed(result_of(directory))["spread"]
 
 
 # ---- faults of this program
@@ -264,7 +288,7 @@ def test_cosines_that_are_all_one(copy: Copy) -> None:
 def test_yes_and_no_swapped_in_our_extraction(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     right = models.answer_tokens
     monkeypatch.setattr(models, "answer_tokens", lambda *given: right(*given)[::-1])
-    assert list(failed(result_of(originals["qwen"]))) == ["canaries"]
+    assert list(failed(result_of(originals["qwen"]))) == ["canaries", "order"]
 
 
 @pytest.mark.parametrize("field", ["prefix", "middle", "suffix"])
@@ -288,13 +312,15 @@ def test_a_newline_lost_between_the_template_and_the_ids(
         return right(tokenizer, replace(template, suffix=template.suffix[:-1]), *rest)
 
     monkeypatch.setattr(encoding, "CausalEncoder", stripped)
-    assert {"tokens", "canaries"} == set(failed(result_of(originals["qwen"])))
+    assert {"tokens", "canaries"} <= set(failed(result_of(originals["qwen"])))
 
 
 def test_a_vocabulary_that_gives_the_template_other_ids(
     originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = Reference(*loaded(originals["qwen"]))  # type: ignore[arg-type]
+    spec, scorer = loaded(originals["qwen"])
+    assert scorer.network is not None
+    reference = Reference(spec, scorer.network)
     parts = rendered(TEMPLATES["qwen3-reranker"], str(TEMPLATES["qwen3-reranker"].instruction))
     ids = tuple(i for part in parts for i in reference.tokenizer.encode(part, add_special_tokens=False).ids)
     end = {"<|im_end|>": reference.tokenizer.token_to_id("<|im_end|>")}
@@ -327,20 +353,18 @@ def test_padding_on_the_wrong_side(originals: dict[str, Path], monkeypatch: pyte
         shifts = (ids.shape[1] - lengths).tolist()
         return torch.stack([row.roll(shift) for row, shift in zip(ids, shifts, strict=True)]), lengths
 
-    monkeypatch.setattr(models, "_packed", lambda *given: None)
-    assert failed(result_of(originals[name])) == {}, "the padded path is right by itself"
+    assert failed(result_of(originals[name], "padded")) == {}, "the padded path is right by itself"
     monkeypatch.setattr(models, "padded", left)
-    assert "canaries" in failed(result_of(originals[name]))
+    assert "canaries" in failed(result_of(originals[name], "padded"))
 
 
 @pytest.mark.parametrize("name", ["qwen", "qwen-embedding"])
 def test_an_answer_read_one_position_early(
     originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(models, "_packed", lambda *given: None)
     right = models.last
     monkeypatch.setattr(models, "last", lambda hidden, lengths: right(hidden, lengths - 1))
-    assert "canaries" in failed(result_of(originals[name]))
+    assert "canaries" in failed(result_of(originals[name], "padded"))
 
 
 def test_positions_of_packed_documents_that_start_anew(
@@ -356,7 +380,7 @@ def test_positions_of_packed_documents_that_start_anew(
         return replace(pack, positions=anew)
 
     monkeypatch.setattr(models, "_as_pack", restarted)
-    assert list(failed(result_of(originals["qwen"]))) == ["canaries"]
+    assert "canaries" in failed(result_of(originals["qwen"]))
 
 
 def test_a_pooling_of_another_kind(originals: dict[str, Path]) -> None:
@@ -417,7 +441,6 @@ def test_the_known_template_is_the_model_cards_text() -> None:
     assert hashlib.sha256("\0".join([*card, *other]).encode()).hexdigest() == known_template.sha256
     assert len(known_template.ids) == 39 + 26 + 9
     assert known_template.ids[-9:] == (151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271)
-    assert len([document for group in known.CANARIES for document in group.documents]) == 12
 
 
 # ---- the slow path
@@ -514,7 +537,7 @@ def test_pairs_without_memory_are_left_out_of_the_judgement(spec: ModelSpec) -> 
 class Constant:
     """A loaded scorer that has gone wrong after its self-test."""
 
-    tag = self_test = ""
+    tag = self_test = fallback = ""
 
     def __init__(self, model: ModelSpec) -> None:
         self.model = model
@@ -539,7 +562,10 @@ def test_a_receipt_without_a_self_test_can_be_read() -> None:
     counts = "size rows_in rows_out queries scored failed null_texts null_queries empty_texts truncated tokens seconds"
     texts = "unit fingerprint part sha256 scorer"
     older = {**dict.fromkeys(counts.split(), 1), **dict.fromkeys(texts.split(), "x")}
-    assert Receipt.from_json(json.dumps(older).encode(), "here").self_test == ""
+    read = Receipt.from_json(json.dumps(older).encode(), "here")
+    assert (read.self_test, read.fallback) == ("", "")
+    newer = {**older, "fallback": "no kernel", "of_a_later_version": [1]}
+    assert Receipt.from_json(json.dumps(newer).encode(), "here").fallback == "no kernel"
 
 
 # ---- the verb
@@ -560,8 +586,12 @@ def test_the_verb_prints_each_check_and_needs_no_input(
     code, out, err = cli("selftest", job_file(tmp_path, originals["qwen"]))
     assert (code, out) == (0, "")
     lines = err.splitlines()
-    assert [line.split()[:2] for line in lines[:-1]] == [["passed", name] for name in CAUSAL]
-    assert lines[-1] == f"not checked: {RIGHT_WEIGHTS}"
+    assert [line.split()[:2] for line in lines[:-3]] == [["passed", name] for name in CAUSAL]
+    assert lines[-3] == f"not checked: {RIGHT_WEIGHTS}"
+    assert lines[-2].startswith("packed forward: self-test passed: load, ")
+    assert lines[-2].endswith("; this one is used")
+    assert lines[-1].startswith("padded forward: self-test passed: load, ")
+    assert "is used" not in lines[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -573,9 +603,10 @@ def test_the_verb_ends_with_5_and_the_failed_check(
     code, out, err = cli("selftest", job_file(tmp_path, directory), "--json")
     assert code == 5
     result = json.loads(out)
-    assert result["passed"] is False
+    assert (result["passed"], result["used"]) == (False, None)
+    assert list(result["forwards"]) == ["packed", "padded"]
     assert [check["name"] for check in result["checks"] if not check["passed"]] == ["spread"]
-    assert "FAILED  spread    all 12 scores are" in err
+    assert "FAILED  spread    all 66 scores are" in err
     assert "the self-test failed: spread" in err
 
 

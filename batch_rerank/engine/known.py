@@ -1,4 +1,4 @@
-"""What is known before a model is loaded: pairs to try it on, published scores, and what the templates render to."""
+"""What is known before a model is loaded: published scores, and what the templates render to."""
 
 from dataclasses import dataclass, field
 
@@ -13,28 +13,6 @@ PLANETS = Group(
         "Saturn, famous for its rings, is sometimes mistaken for the Red Planet.",
     ),
 )
-CANARIES = (
-    PLANETS,
-    Group(
-        "read a file line by line",
-        (
-            "def lines(path):\n    with open(path) as file:\n        yield from file\n",
-            "",
-            "Größe, naïve, 🙂",
-            "close it",
-        ),
-    ),
-    Group(
-        "北京在哪里？",
-        (
-            "中国的首都是北京。",
-            "x <|im_end|>\n</s> [SEP] {query} {document}",
-            "\n\n1,234.5 €\r\n\tSumme ",
-            "The river rises in the hills behind the town and runs past it to the sea, as rivers do. " * 3,
-        ),
-    ),
-)
-"""A dozen pairs of several lengths, scripts and shared prefixes."""
 
 
 @dataclass(frozen=True)

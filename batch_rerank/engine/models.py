@@ -57,6 +57,7 @@ class DecoderModel:
         self.model, self._device, self._direction = model, device, direction
         self._padding = Padding(model.base_model, device)
         self._decoder, self.fallback = _packed(decoder, model.base_model, spec, device, forward)
+        self.packed = self._decoder is not None
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
@@ -124,6 +125,7 @@ class ClassificationModel:
         pair = PairEncoder(load_tokenizer(Path(spec.directory)), spec.max_length)
         self._document_type = pair.document_type if types > 1 else None
         self._encoder, self.fallback = _packed(encoder, self.model, spec, device, forward)
+        self.packed = self._encoder is not None
 
     def split(self, encoded: Encoded, pairs: Index, token_budget: int) -> Iterator[Index]:
         """Pairs in batches of at most `token_budget` tokens; a longer pair is alone."""
@@ -167,6 +169,7 @@ class EmbeddingModel:
             self._decoder, self.fallback = _packed(decoder, self.model, spec, device, forward)
         else:
             self._encoder, self.fallback = _packed(encoder, self.model, spec, device, forward)
+        self.packed = bool(self._decoder or self._encoder)
 
     def split(self, lengths: npt.NDArray[np.int32], token_budget: int) -> Iterator[Index]:
         """Texts of these lengths in batches of at most `token_budget` tokens; a longer text is alone."""
@@ -320,7 +323,8 @@ def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forwar
         return found, found.slower
     if forward == "packed":
         raise ModelError(f"model.forward: found packed, but model {spec.name!r} has no such forward here: {reason}")
-    log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)
+    if forward == "auto":
+        log.warning("model %s: batches are padded, which is slower: %s", spec.name, reason)
     return None, reason
 
 

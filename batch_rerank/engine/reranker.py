@@ -1,7 +1,7 @@
 """The Python face, in the shape people know from CrossEncoder: one model in this process, no job, no Ray."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -9,7 +9,8 @@ from batch_rerank.engine.checkpoint import relocate, resolve_model
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import Float32, best_chunks
-from batch_rerank.engine.scorer import make_scorer, relevance
+from batch_rerank.engine.scorer import relevance
+from batch_rerank.engine.tested import tested_scorer
 
 
 class Ranked(TypedDict):
@@ -21,7 +22,11 @@ class Ranked(TypedDict):
 
 
 class Reranker:
-    """A loaded reranker. Raises ModelError and ConfigError as the job does."""
+    """A loaded reranker that has passed its self-test. Raises ModelError and ConfigError as the job does.
+
+    self_test: False leaves the test out. forward: as `model.forward` of a job. `fallback` says why its batches are
+    padded, empty where they are packed; `tested` what the self-test found, None without one.
+    """
 
     def __init__(
         self,
@@ -36,6 +41,8 @@ class Reranker:
         token_budget: int | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        forward: Literal["auto", "packed", "padded"] = "auto",
+        self_test: bool = True,
     ) -> None:
         if device == "auto":
             import torch
@@ -54,7 +61,8 @@ class Reranker:
         )
         self.spec = relocate(spec)
         self._encoder = make_encoder(self.spec)
-        self._scorer = make_scorer(self.spec, device, token_budget)
+        loaded = tested_scorer(self.spec, device, token_budget, forward, self_test)
+        self._scorer, self.tested, self.fallback = loaded.scorer, loaded.result, loaded.fallback
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Float32:
         """float32[n_pairs] raw scores of (query, document) pairs, in input order; equal queries are scored together."""

@@ -40,7 +40,12 @@ class Scorer(Protocol):
 
     @property
     def fallback(self) -> str | None:
-        """Why batches are padded, None where they are packed."""
+        """Why batches are padded, or packed without the fastest kernels; None where nothing is wanting."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences are packed end to end."""
         ...
 
     def start(self, encoded: Encoded) -> Result:
@@ -52,6 +57,10 @@ class Scorer(Protocol):
         """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
         pair that the device's memory is too small for, and for one without a token (`unreadable`). Raises ModelError
         where the model gives NaN or infinity."""
+        ...
+
+    def under(self, token_budget: int) -> "Scorer":
+        """The same loaded model with batches of at most `token_budget` tokens; it remembers nothing of this one."""
         ...
 
 
@@ -106,7 +115,7 @@ class PairScorer:
 
     def __init__(self, model: "DecoderModel | ClassificationModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
-        self.network, self.fallback = model.model, model.fallback
+        self.network, self.fallback, self.packed = model.model, model.fallback, model.packed
 
     def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
@@ -129,6 +138,12 @@ class PairScorer:
         """See Scorer."""
         return self.start(encoded)()
 
+    def under(self, token_budget: int) -> "PairScorer":
+        """See Scorer."""
+        from batch_rerank.engine.memory import TokenBudget
+
+        return PairScorer(self._model, TokenBudget(token_budget))
+
 
 class BiEncoderScorer:
     """One vector a distinct text; a score is the dot product of two, the cosine where they are normalised.
@@ -139,7 +154,7 @@ class BiEncoderScorer:
 
     def __init__(self, model: "EmbeddingModel", budget: "TokenBudget") -> None:
         self._model, self._budget = model, budget
-        self.network, self.fallback = model.model, model.fallback
+        self.network, self.fallback, self.packed = model.model, model.fallback, model.packed
         self._cache: dict[bytes, Float32] = {}
         self._remembering = threading.Lock()
 
@@ -180,6 +195,12 @@ class BiEncoderScorer:
         """See Scorer."""
         return self.start(encoded)()
 
+    def under(self, token_budget: int) -> "BiEncoderScorer":
+        """See Scorer."""
+        from batch_rerank.engine.memory import TokenBudget
+
+        return BiEncoderScorer(self._model, TokenBudget(token_budget))
+
     def _embed(self, segments: list[Ids]) -> "Fetch":
         lengths = lengths_of(segments)
         return self._budget.start(
@@ -203,6 +224,7 @@ class ChecksumScorer:
 
     network = None
     fallback = None
+    packed = False
 
     def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
@@ -217,6 +239,10 @@ class ChecksumScorer:
         for pair, (segment, kept) in enumerate(zip(encoded.document, encoded.kept, strict=True)):
             sums[pair] = zlib.crc32(encoded.segment(segment)[:kept].data, heads[group[pair]])
         return np.asarray(sums / 2**28 - 8, np.float32)
+
+    def under(self, token_budget: int) -> "ChecksumScorer":
+        """See Scorer."""
+        return self
 
 
 def _finite(values: Float32, what: str) -> Float32:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from batch_rerank.engine.canaries import Limits, canaries, few_tokens, limits, order
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import Encoder, make_encoder
-from batch_rerank.engine.known import CANARIES, GOLDEN, KNOWN_TEMPLATES, PLANETS
+from batch_rerank.engine.known import GOLDEN, KNOWN_TEMPLATES, PLANETS
 from batch_rerank.engine.packing import Float32, own_tokens, prefix_of
 from batch_rerank.engine.scorer import Scorer, relevance
 from batch_rerank.engine.templates import CausalTemplate
@@ -221,32 +222,32 @@ def _around(found: list[list[int]], expected: list[list[int]]) -> str:
 def _canaries(
     spec: ModelSpec, encoder: Encoder, scorer: Scorer, reference: "Reference", differences: list[float]
 ) -> Findings:
-    """The dozen pairs on both paths. `differences` is filled."""
-    encoded = encoder.encode(CANARIES)
+    """The canaries on both paths, and on the fast one in another order and other packs. `differences` is filled."""
+    tried = canaries(reference.tokenizer, spec.max_length)
+    encoded = encoder.encode(tried.groups)
     fast = scorer.score(encoded)
-    slow = reference.scores([(group.query, document) for group in CANARIES for document in group.documents])
-    difference = np.abs(fast - slow)
-    differences += difference[np.isfinite(difference)].tolist()
-    most, mean = _tolerance(spec)
-    # float32's error grows with the number; bf16's limits are wide enough as they are
-    judged = difference / np.maximum(1, np.abs(slow)) if spec.dtype == "float32" else difference
-    agree = bool(judged.max() <= most and judged.mean() <= mean)
-    seen = (
-        f"{len(fast)} pairs differ from the slow float32 path by {difference.max():.1e} at most, "
-        f"{difference.mean():.1e} on average; allowed {most:g} and {mean:g}"
-    )
-    found: Findings = [Check("canaries", agree, seen)]
-    if distinct_sequences(encoded) < FEWEST_CANARIES:
-        return [*found, f"spread of the scores: max_length {spec.max_length} leaves the canaries alike"]
-    fault = suspect(spec, fast)
-    return [*found, Check("spread", fault is None, fault or f"scores from {fast.min():.4g} to {fast.max():.4g}")]
-
-
-def _tolerance(spec: ModelSpec) -> tuple[float, float]:
-    """The largest and the mean difference between the two paths that rounding explains."""
-    if spec.kind == "bi_encoder":
-        return (1e-5, 1e-5) if spec.dtype == "float32" else (0.05, 0.02)
-    return (1e-4, 1e-4) if spec.dtype == "float32" else (0.25, 0.1)
+    split = scorer.under(few_tokens(encoded)).score(encoder.encode(tried.turned()))[::-1]
+    held = ~np.isnan(fast)
+    slow = reference.scores(tried.judged_texts())
+    held[:-1] &= ~np.isnan(split)
+    judged, slow = tried.judged[held[tried.judged]], slow[held[tried.judged]]
+    if not len(judged):
+        return [Check("canaries", False, "nothing fits into the device's memory")]
+    found: Findings = [] if held.all() else [f"{np.count_nonzero(~held)} canaries that do not fit into memory"]
+    fault = suspect(spec, fast[held])
+    alike = distinct_sequences(encoded) < FEWEST_CANARIES
+    allowed = limits(spec, None if alike or suspect(spec, slow) else float(slow.std()))
+    differences += np.abs(fast[judged] - slow).tolist()
+    agree, seen = allowed.judge(fast[judged], slow)
+    found.append(Check("canaries", agree, f"{len(judged)} pairs differ from the slow float32 path by {seen}"))
+    both = held[: len(split)]
+    same, seen = allowed.judge(split[both], fast[: len(split)][both])
+    found.append(Check("packs", same, f"{len(split)} pairs in other packs and reverse order differ by {seen}"))
+    if alike:
+        return [*found, f"order and spread of the scores: max_length {spec.max_length} leaves the canaries alike"]
+    if not (fault or suspect(spec, slow)):
+        found.append(Check("order", *order(fast[judged], slow, encoded.group_of_pair()[judged], allowed)))
+    return [*found, Check("spread", fault is None, fault or f"scores from {slow.min():.4g} to {slow.max():.4g}")]
 
 
 def _golden(spec: ModelSpec, encoder: Encoder, scorer: Scorer) -> Findings:
@@ -257,14 +258,10 @@ def _golden(spec: ModelSpec, encoder: Encoder, scorer: Scorer) -> Findings:
     encoded = encoder.encode([replace(PLANETS, instruction=instruction)])
     if encoded.truncated.any():
         return [f"the published scores of {spec.name}: max_length {spec.max_length} cuts their texts"]
-    difference = np.abs(scorer.score(encoded) - np.array(golden.scores, np.float32))
     # Published on other hardware. A wrong newline or id moves at least one of them by more than this
-    most, mean = (0.01, 0.01) if spec.dtype == "float32" else _tolerance(spec)
-    seen = (
-        f"{len(difference)} published scores ({golden.source}) are missed by {difference.max():.1e} at most, "
-        f"{difference.mean():.1e} on average; allowed {most:g} and {mean:g}"
-    )
-    return [Check("golden", bool(difference.max() <= most and difference.mean() <= mean), seen)]
+    allowed = Limits(0.01, 0.01, relative=False) if spec.dtype == "float32" else limits(spec, None)
+    right, seen = allowed.judge(scorer.score(encoded), np.array(golden.scores, np.float32))
+    return [Check("golden", right, f"{len(golden.scores)} published scores ({golden.source}) are missed by {seen}")]
 
 
 def unit_fault(spec: ModelSpec, encoded: Encoded, scores: Float32) -> str | None:

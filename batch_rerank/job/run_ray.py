@@ -62,7 +62,7 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
         config = settle(config, found)
         actors = min(room(config.cluster, found), len(plan.units) - len(done))
         dataset = _dataset(Job(config, model, plan.fingerprint, environment()), ranges, actors)
-        logged = False
+        logged = padded = False
         for payload in _payloads(dataset):
             if isinstance(payload, SetAside):
                 yield payload
@@ -71,6 +71,9 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
             if receipt.self_test and not logged:  # of the first actor; the others' are in their receipts
                 log.info("%s", receipt.self_test)
                 logged = True
+            if receipt.fallback and not padded:
+                log.warning("%s: not the fastest forward: %s", receipt.scorer, receipt.fallback)
+                padded = True
             yield receipt
 
 

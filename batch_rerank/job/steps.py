@@ -20,8 +20,8 @@ from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import Encoder
 from batch_rerank.engine.packing import Float32, best_chunks, unreadable
-from batch_rerank.engine.scorer import Scorer, make_scorer
-from batch_rerank.engine.selftest import self_test, unit_fault
+from batch_rerank.engine.selftest import unit_fault
+from batch_rerank.engine.tested import tested_scorer
 from batch_rerank.errors import BatchRerankError, ModelError
 from batch_rerank.job.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.job.rank import rank
@@ -63,6 +63,7 @@ class ScoredUnit:
     scorer: str
     self_test: str
     retries: int = 0
+    fallback: str = ""
 
 
 def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
@@ -115,6 +116,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         scorer=scorer.tag,
         self_test=scorer.self_test,
         retries=unit.retries,
+        fallback=scorer.fallback,
     )
 
 
@@ -134,24 +136,20 @@ class LoadedScorer:
     """A model copy that has passed its self-test. Raises ModelError where it does not load or pass.
 
     `tag`: host, process, device, threads and a number that tells two loads apart; `self_test`: its summary, empty for
-    the free scorer.
+    the free scorer; `fallback`: why its batches are padded, empty where they are packed.
     """
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
         started = time.monotonic()
         device = self._device = config.cluster.device
-        self.model, self._scorer = load_scorer(config, model)
-        self._turn, self._free_since = threading.Lock(), started
-        load = f"{time.monotonic() - started:.1f}s {os.urandom(3).hex()}"
+        self.model = placed(config, model)
+        tested = tested_scorer(self.model, device, token_budget(config), config.model.forward)
+        self._scorer, self.fallback = tested.scorer, tested.fallback
+        self._turn, self._free_since = threading.Lock(), time.monotonic()
+        load = f"{time.monotonic() - started - tested.seconds:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
-        self.self_test = "" if model.kind == "checksum" else self._tested()
-
-    def _tested(self) -> str:
-        started = time.monotonic()
-        result = self_test(self.model, self._scorer)
-        if not result.passed:
-            raise ModelError(f"model {self.model.name!r}: {result.summary()}; see batch-rerank selftest")
-        return f"{result.summary()}; {time.monotonic() - started:.1f} s"
+        assert tested.result is not None
+        self.self_test = "" if model.kind == "checksum" else f"{tested.result.summary()}; {tested.seconds:.1f} s"
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]. Calls of two threads are begun one after the other, and waited for beside each other."""
@@ -179,16 +177,20 @@ class LoadedScorer:
         return False
 
 
-def load_scorer(config: JobConfig, model: ModelSpec) -> tuple[ModelSpec, Scorer]:
-    """A planned model on this machine, and its scorer. Raises ModelError and ConfigError."""
-    if model.kind != "checksum":
-        import torch
+def placed(config: JobConfig, model: ModelSpec) -> ModelSpec:
+    """A planned model on this machine, where torch computes with the actor's threads. Raises ModelError."""
+    if model.kind == "checksum":
+        return model
+    import torch
 
-        # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
-        torch.set_num_threads(config.cluster.threads)
-        model = relocate(model)
-    budget = None if config.scoring.token_budget == "auto" else config.scoring.token_budget
-    return model, make_scorer(model, config.cluster.device, budget)
+    # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
+    torch.set_num_threads(config.cluster.threads)
+    return relocate(model)
+
+
+def token_budget(config: JobConfig) -> int | None:
+    """Tokens of one batch, None to choose by free memory."""
+    return None if config.scoring.token_budget == "auto" else config.scoring.token_budget
 
 
 def _threads(model: ModelSpec) -> int:
@@ -227,6 +229,7 @@ def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerp
         self_test=scored.self_test,
         engine_failed=failed - null_texts - null_queries,
         storage_retries=scored.retries,
+        fallback=scored.fallback,
     )
     manifest = Manifest(filesystem.locate(config.output.path, config.output.storage_options, reached=True))
     if receipt.engine_failed:

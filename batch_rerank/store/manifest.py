@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from batch_rerank.errors import ConflictError, StorageError
@@ -73,7 +73,7 @@ class Receipt:
 
     engine_failed: rows among `failed` whose pair the engine could not score, which a resume tries again; scorer: the
     model copy that scored it; self_test: what its self-test said; storage_retries: requests that were repeated for it;
-    etag: the part's version where the store keeps one
+    etag: the part's version where the store keeps one; fallback: why its batches were padded, empty where packed
     """
 
     unit: str
@@ -97,6 +97,7 @@ class Receipt:
     engine_failed: int = 0
     storage_retries: int = 0
     etag: str = ""
+    fallback: str = ""
 
     def to_json(self) -> bytes:
         """One JSON object."""
@@ -104,10 +105,11 @@ class Receipt:
 
     @staticmethod
     def from_json(data: bytes, where: object) -> "Receipt":
-        """Raises StorageError where the content is no receipt."""
+        """Fields of a newer version are passed over. Raises StorageError where the content is no receipt."""
         try:
-            return Receipt(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            known = {field.name for field in fields(Receipt)}
+            return Receipt(**{name: value for name, value in json.loads(data).items() if name in known})
+        except (ValueError, TypeError, AttributeError) as error:
             raise StorageError(f"{where}: not a receipt ({error}); delete it to have its unit scored again") from None
 
 
@@ -138,7 +140,7 @@ SUMMED = (
 
 @dataclass
 class Totals:
-    """Sums over receipts, so that no list of receipts has to be kept."""
+    """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback."""
 
     units: int = 0
     rows_in: int = 0
@@ -153,11 +155,13 @@ class Totals:
     tokens: int = 0
     engine_failed: int = 0
     storage_retries: int = 0
+    padded_units: int = 0
     seconds: float = 0.0
 
     def add(self, receipt: Receipt) -> None:
         """Count one more unit."""
         self.units += 1
+        self.padded_units += bool(receipt.fallback)
         self.seconds += receipt.seconds
         for name in (*SUMMED, "storage_retries"):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))
