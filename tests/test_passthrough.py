@@ -92,7 +92,7 @@ def check(output: pa.Table, table: pa.Table, names: list[str]) -> None:
 def test_a_column_may_have_any_name_that_the_code_uses(layout: str, tmp_path: Path) -> None:
     refused = REFUSED | ({"title"} if layout == "scattered" else set())
     names = [name for name in OURS if name not in refused]
-    assert {"query_index", "unit", "group", "row", "candidates", "+", "query", "instruction"} < set(names)
+    assert {"query_index", "unit", "row", "candidates", "+", "query", "instruction"} < set(names)
     table = flat(names, layout == "scattered")
     given = as_nested(table) if layout == "nested" else table
     check(passed(given, names, tmp_path, "nested" if layout == "nested" else "flat"), table, names)
