@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from checkpoints import qwen3_reranker
 from conftest import candidate_rows, job, write
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batch_rerank.config import JobConfig, parse_config
@@ -113,6 +113,7 @@ def test_all_actors_fit_with_the_threads_they_get_or_have_one(nodes: list[Node],
         assert sum(int(count // each) for count in cpus) >= actors
 
 
+@example([Node(30)] * 4, 33, 4, 0)  # 1.2 CPUs are left, on four nodes
 @given(NODES, st.integers(1, 40), st.integers(1, 64), st.sampled_from([0, 0.5, 1, 2]))
 def test_reservations_leave_a_cpu_and_fit_onto_the_nodes(
     nodes: list[Node], actors: int, wanted: int, gpus: float

@@ -291,3 +291,23 @@ def test_a_dead_ray_is_told_from_a_living_one() -> None:
             heartbeat = Heartbeat(f"{short}/raylet", address)
             assert heartbeat.gone() is None
         assert heartbeat.gone() == "the Ray process of this node (raylet) has died"
+
+
+AFTER_RAY = """
+import re, signal, sys, warnings
+from batch_rerank import load_config
+from batch_rerank.job.run import run
+warnings.simplefilter("ignore")
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+run(load_config(sys.argv[1]))
+caught = int(re.search(r"SigCgt:\\s*(\\w+)", open("/proc/self/status").read())[1], 16)
+print(caught >> (signal.SIGTERM - 1) & 1, signal.getsignal(signal.SIGTERM) is signal.default_int_handler)
+"""
+
+
+def test_a_signal_after_ray_has_ended_is_still_the_jobs_own(flat_shards: Path, tmp_path: Path) -> None:
+    raw = job(flat_shards, tmp_path / "out").model_dump(exclude={"limit"})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-c", AFTER_RAY, str(tmp_path / "job.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["1 True"], done.stderr

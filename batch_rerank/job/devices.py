@@ -134,11 +134,11 @@ def reservations(threads: int, gpus: float, actors: int, found: Machines) -> tup
     each = _largest(hosts, gpus, actors, threads)
     total = sum(node.cpus for node in found.nodes)
     left = total - actors * each
-    whole = left >= 2
-    if left < READ_CPUS + WRITE_CPUS:
-        # as little as leaves a CPU on the largest node, wherever Ray puts the actors
+    if each < threads or left < READ_CPUS + WRITE_CPUS:
+        # as little as leaves a CPU on the largest node, wherever Ray puts the actors: parts of CPUs that are left on
+        # several nodes are no CPU
         most = max((node.cpus for node in found.nodes), default=0.0)
-        each = min(each, max(0.0, most - READ_CPUS - WRITE_CPUS) / actors)
+        each, left = min(each, max(0.0, most - READ_CPUS - WRITE_CPUS) / actors), 1
     if each < threads and actors * threads > total:
         log.warning(
             "%s: %d actors of %d threads want %d CPUs and reading and writing one more: each actor reserves %.2g and "
@@ -149,7 +149,7 @@ def reservations(threads: int, gpus: float, actors: int, found: Machines) -> tup
             actors * threads,
             each,
         )
-    return (each, 1, 1) if whole else (each, READ_CPUS, WRITE_CPUS)
+    return (each, 1, 1) if left >= 2 else (each, READ_CPUS, WRITE_CPUS)
 
 
 def _largest(hosts: list[Node], gpus: float, actors: int, threads: int) -> float:

@@ -230,6 +230,22 @@ def _cluster(config: JobConfig) -> Iterator[Machines]:
             found = _join(address) if address else _start(config)
         yield found
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """ray.shutdown, after which SIGTERM is this process's own again: Ray's C++ resets it to its default, and then Ray
+    takes a second or more to end its processes."""
+    node: Any = ray._private.worker._global_node
+    if node is not None and threading.current_thread() is threading.main_thread():
+        ours, end = signal.getsignal(signal.SIGTERM), node.kill_all_processes
+
+        def end_processes(**options: Any) -> None:
+            signal.signal(signal.SIGTERM, ours)
+            end(**options)
+
+        node.kill_all_processes = end_processes
+    with _own_sigterm():
         ray.shutdown()
 
 
