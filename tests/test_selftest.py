@@ -190,7 +190,7 @@ def test_canaries_are_long_many_and_in_several_packs(originals: dict[str, Path],
     assert far - near > 100 or max_length == 512
     many = slice(*encoded.starts[-3:-1])
     prefix = len(encoded.segment(int(encoded.prefix[-2])))
-    own = sum(len(own_tokens(encoded, pair)) for pair in range(many.start, many.stop))
+    own = sum(map(len, own_tokens(encoded, np.arange(many.start, many.stop))))
     assert own > 2 * (few_tokens(encoded) - prefix), "no two packs hold the largest group"
     assert {many.start, many.stop - 1} < set(tried.judged.tolist())
 
@@ -370,16 +370,16 @@ def test_an_answer_read_one_position_early(
 def test_positions_of_packed_documents_that_start_anew(
     originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = models._as_pack
+    right = models.as_pack
 
-    def restarted(prefixes: Any, groups: Any, device: str) -> Any:
-        pack = right(prefixes, groups, device)
-        documents = [np.arange(len(document)) for group in groups for document in group]
+    def restarted(groups: Any, device: str) -> Any:
+        pack = right(groups, device)
+        documents = [np.arange(len(document)) for _, own in groups for document in own]
         shared = pack.prefixes.at[-1]
         anew = torch.cat([pack.positions[:shared], torch.from_numpy(np.concatenate(documents))])
         return replace(pack, positions=anew)
 
-    monkeypatch.setattr(models, "_as_pack", restarted)
+    monkeypatch.setattr(models, "as_pack", restarted)
     assert "canaries" in failed(result_of(originals["qwen"]))
 
 

@@ -93,7 +93,7 @@ class Plain:
     @torch.inference_mode()
     def score(self, encoded: Encoded) -> Float32:
         prefixes = [encoded.segment(int(p)) for p in prefix_of(encoded, np.arange(len(encoded.document)))]
-        own = [own_tokens(encoded, pair) for pair in range(len(encoded.document))]
+        own = own_tokens(encoded, np.arange(len(encoded.document)))
         score = self.cosine if self.spec.kind == "bi_encoder" else self.logit
         pairs = zip(prefixes, own, strict=True)
         return np.array([score(a.astype(np.int64), b.astype(np.int64)) for a, b in pairs], np.float32)
