@@ -205,7 +205,7 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
         assert verify(f"{out}-stage").problems == []
         outputs.append(out)
     assert rows_of(download(bucket, tmp_path / "s3")).equals(rows_of(outputs[1]))
-    assert (tmp_path / "s3" / "run.trec").read_bytes() == (tmp_path / "local" / "run.trec").read_bytes()
+    assert (tmp_path / "s3" / "_run.trec").read_bytes() == (tmp_path / "local" / "_run.trec").read_bytes()
     summary = run(
         config.model_copy(update={"output": config.output.model_copy(update={"top_k": 3, "path": f"{outputs[0]}-2"})})
     )

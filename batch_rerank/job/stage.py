@@ -18,13 +18,14 @@ import pyarrow as pa
 import batch_rerank
 from batch_rerank.config import Input, JobConfig, as_list
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.job.bookkeeping import recording, resume, status_of
+from batch_rerank.job.bookkeeping import Expected, mark_done, recording, resume, status_of
 from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
 from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.store.filesystem import Location, input_errors, list_files, locate, storage_errors
 from batch_rerank.store.layouts import find_columns
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Totals, fingerprint
+from batch_rerank.store.records import Mark
 from batch_rerank.store.shards import Shard, open_parquet
 from batch_rerank.store.sources import Source, find_files, find_source
 
@@ -315,9 +316,12 @@ def _run_passes(
         )
         for unit in units
     ]
+    expected = Expected(manifest, plan, done)
     for receipt in calls(gathers):
-        totals.add(receipt)
-        progress.count("shards written", len(units), receipt.rows_in)
+        if expected.take(receipt):
+            totals.add(receipt)
+            progress.count("shards written", len(units), receipt.rows_in)
+    expected.check({})
 
 
 def _portions(root: Location, works: Sequence[Spread], shards: int) -> list[list[Portion]]:
@@ -348,15 +352,14 @@ class _Progress:
         if time.monotonic() >= self._next or self._done == of:
             self._next = time.monotonic() + LOG_SECONDS
             log.info("staging: %d of %d %s, %s rows", self._done, of, what, f"{self._rows:,}")
-            self._manifest.write_status(status_of("running", self._plan, self._totals))
+            self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
 
 
 def _finalise(manifest: Manifest, plan: Plan, join: Join, lease: Lease) -> None:
-    mark = {"fingerprint": plan.fingerprint, "units": len(plan.units), "rows": plan.counts["queries"]}
     lease.check()
     with storage_errors(manifest.root):
         if any(join.missing.values()):
             (manifest.root / "_manifest/missing.json").write_bytes(json.dumps(join.missing, indent=1).encode())
-        manifest.success.create_exclusive(json.dumps(mark).encode())
+        mark_done(manifest, plan, Mark(rows=plan.counts["queries"]), lease)
         for name in manifest.list_files().within(EXCHANGE):
             (manifest.root / name).remove()
