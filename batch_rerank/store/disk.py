@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO
 
@@ -27,14 +28,25 @@ def writer(path: str) -> Iterator[IO[bytes]]:
 
 def remove_if(path: str, is_it: Callable[[str], bool]) -> bool:
     """Remove a file if it is the one that is meant. No system call removes on a condition, so it is moved aside, looked
-    at under its other name, and moved back, unless there is a new one by then. Raises FileNotFoundError."""
+    at under its other name, and moved back, unless there is a new one by then. Raises FileNotFoundError.
+
+    In a thread: an interrupt, which only the main thread gets, must not come between the moves.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_remove_if, path, is_it).result()
+
+
+def _remove_if(path: str, is_it: Callable[[str], bool]) -> bool:
     aside = _temporary(os.path.dirname(path))
     os.rename(path, aside)
-    found = is_it(aside)
-    if not found:
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    os.unlink(aside)
+    found = False
+    try:
+        found = is_it(aside)
+    finally:
+        if not found:
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        os.unlink(aside)
     return found
 
 
