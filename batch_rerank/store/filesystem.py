@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import posixpath
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from batch_rerank.store.patience import Patience
 
 INPUT_PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """Where shards may be: disks, and object stores, most of which need a package of their own. None that asks any host."""
+
+_ANSWERED: "weakref.WeakSet[fsspec.AbstractFileSystem]" = weakref.WeakSet()
+"""Stores that have answered this process. fsspec keeps one object for each store and its options."""
 
 Options = dict[str, Any]
 T = TypeVar("T")
@@ -201,7 +205,11 @@ class Location:
         """Do something on this store that may be repeated."""
         if self.is_local:
             return operation(*args)
-        return self.patience.keep(self, lambda: operation(*args))
+        if self.fs in _ANSWERED:  # to another location: what fails now is away, and no wrong endpoint
+            self.patience.reached = True
+        result = self.patience.keep(self, lambda: operation(*args))
+        _ANSWERED.add(self.fs)
+        return result
 
     @property
     def _is_s3(self) -> bool:
@@ -317,7 +325,7 @@ def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -
         raise kind(f"{where}: storage failed: {without_secrets(str(error.strerror or error))}") from error
     except Exception as error:
         # botocore's errors (NoCredentialsError, EndpointConnectionError, ClientError) share no base with OSError
-        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec")):
+        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http.")):
             raise
         raise kind(f"{where}: storage failed: {without_secrets(str(error))}") from error
 
