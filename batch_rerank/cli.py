@@ -38,7 +38,13 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N queries, into OUTPUT-limit-N: a sample run.")]
-Output = Annotated[str, typer.Argument(help="The output of a job: a path or an s3:// URL.")]
+Output = Annotated[
+    str, typer.Argument(help="A job's output: a path or an s3:// URL, or the job file, with its storage options.")
+]
+SetOfJob = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key, where given a job file.")
+]
+LimitOfJob = Annotated[int | None, typer.Option("--limit", min=1, help="The sample run of N queries of a job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -199,37 +205,22 @@ def selftest(job: Job, overrides: Set = None, as_json: Json = False) -> None:
 
 @app.command()
 @_verb
-def status(output: Output, as_json: Json = False) -> None:
-    """Show how far an output is and how its last run ended."""
-    from batch_rerank.job.verify import open_output
+def status(output: Output, limit: LimitOfJob = None, overrides: SetOfJob = None, as_json: Json = False) -> None:
+    """Show how far an output is, how fast it grows or how its last run ended; a run that has died is said to have."""
+    from batch_rerank.job.output import find_place
+    from batch_rerank.job.status import status_of_output
 
-    manifest, made = open_output(output, or_stage=True)
-    last = manifest.read_status()
-    scan = manifest.scan(made)
-    committed = scan.committed
-    pairs = sum(receipt.rows_in for receipt in committed)
-    found = {
-        "state": last.get("state", "planned"),
-        "exit_code": last.get("exit_code"),
-        "message": last.get("message", ""),
-        "updated_at": last.get("updated_at"),
-        "units_done": len(committed),
-        "units_planned": len(made.units),
-        "units_broken": list(scan.broken),
-        "units_set_aside": [
-            name.split("/")[-1].removesuffix(".json") for name in scan.files.within("_manifest/failures")
-        ],
-        "pairs_done": pairs,
-        "pairs_planned": made.pairs,
-        "failed_rows": sum(receipt.failed for receipt in committed),
-        "units_padded": sum(bool(receipt.fallback) for receipt in committed),
-        "success": "_SUCCESS" in scan.files.found,
-    }
+    found = status_of_output(find_place(output, overrides or (), limit))
     if as_json:
         _print_json(found)
         return
     for name, value in found.items():
-        log.info("%-14s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else value)
+        log.info("%-17s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else _shown(value))
+
+
+def _shown(value: object) -> str:
+    """Without the characters that a terminal obeys: a status is somebody's bytes."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in str(value))
 
 
 @app.command()
@@ -239,12 +230,18 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Make damaged units not done: the next run scores them again.")
     ] = False,
+    output_only: Annotated[
+        bool, typer.Option("--output-only", help="Without the input: for when it has expired.")
+    ] = False,
+    limit: LimitOfJob = None,
+    overrides: SetOfJob = None,
     as_json: Json = False,
 ) -> None:
     """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
+    from batch_rerank.job.output import find_place
     from batch_rerank.job.verify import verify as verify_output
 
-    verdict = verify_output(output, repair)
+    verdict = verify_output(find_place(output, overrides or (), limit), repair, output_only)
     if as_json:
         _print_json({**asdict(verdict), "ok": not verdict.problems})
     for problem in verdict.problems[:20]:
@@ -260,17 +257,21 @@ def verify(
 @app.command()
 @_verb
 def evaluate(
-    run_: Annotated[str, typer.Option("--run", metavar="OUTPUT", help="The output of a job.")],
+    run_: Annotated[str, typer.Option("--run", metavar="OUTPUT", help="The output of a job, or its job file.")],
     qrels: Annotated[str, typer.Option(help="TREC qrels, or a BEIR TSV with a header.")],
     measures: Annotated[list[str] | None, typer.Argument(help="As in ir_measures; nDCG@10 RR@10 R@10 if none.")] = None,
     per_query: Annotated[bool, typer.Option("--per-query", help="Also each query's values.")] = False,
+    limit: LimitOfJob = None,
+    overrides: SetOfJob = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate the first stage and the reranked run against qrels."""
     from batch_rerank.evaluate import DEFAULT_MEASURES
     from batch_rerank.evaluate import evaluate as evaluate_output
+    from batch_rerank.job.output import find_place
 
-    result = evaluate_output(run_, qrels, measures or DEFAULT_MEASURES)
+    place = find_place(run_, overrides or (), limit)
+    result = evaluate_output(place, qrels, measures or DEFAULT_MEASURES, per_query=per_query)
     if as_json:
         values = asdict(result)
         if not per_query:

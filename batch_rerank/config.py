@@ -103,7 +103,7 @@ def as_list(places: Places | None) -> list[str]:
 
 
 class Output(Section):
-    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as run.trec."""
+    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec."""
 
     path: Place
     layout: Literal["flat"] = "flat"

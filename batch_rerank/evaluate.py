@@ -5,20 +5,24 @@ own way (trec_eval by doc_id), which would not be the order that was written. A 
 not have counts as zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import ir_measures
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.job.verify import input_ids, open_output
+from batch_rerank.job.output import Place, config_of, input_ids, open_output
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.manifest import Manifest, Plan
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@10")
+
+ROWS_AT_ONCE = 100_000
+"""Rows of judged queries that are held and evaluated together: some 30 MB."""
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -36,24 +40,86 @@ class Evaluation:
     after_by_query: dict[str, dict[str, float]]
 
 
-def evaluate(output: str, qrels_path: str, measures: Sequence[str] = DEFAULT_MEASURES) -> Evaluation:
-    """Evaluate an output against qrels (TREC or BEIR). Raises ConfigError, InputError and StorageError."""
+def evaluate(
+    output: Place | str, qrels_path: str, measures: Sequence[str] = DEFAULT_MEASURES, *, per_query: bool = True
+) -> Evaluation:
+    """Evaluate an output against qrels (TREC or BEIR). Raises ConfigError, InputError and StorageError.
+
+    A query's rows are in one part, so parts are evaluated some at a time and their sums are kept; without `per_query`
+    memory grows with the qrels alone.
+    """
     parsed = [_measure(name) for name in measures]
     qrels = read_qrels(qrels_path)
     manifest, plan = open_output(output)
+    config = config_of(plan, output)
     if not manifest.success.exists():
-        raise InputError(f"{output}: no _SUCCESS, the job has not finished; run it again to the end, then evaluate")
-    before, after = _runs(manifest, plan)
-    results = [_by_query(parsed, qrels, run) for run in (before, after)]
-    means = [{name: sum(values.values()) / len(qrels) for name, values in result.items()} for result in results]
+        raise InputError(
+            f"{manifest.root}: no _SUCCESS, the job has not finished; run it again to the end, then evaluate"
+        )
+    whole = config.output.top_k is None
+    before, after = (_Sums(parsed, qrels, per_query) for _ in range(2))
+    for part in _parts(manifest, plan):
+        after.add(part, "rank")
+        if whole:
+            before.add(part, "first_stage_rank")
+    if not whole:  # the output lacks the tail
+        for _, units in groupby(plan.units, key=lambda unit: unit.shard):
+            for _, candidates in input_ids(plan, config, list(units)):
+                before.add(candidates, "first_stage_rank")
+    before.calculate()
+    after.calculate()
     return Evaluation(
         queries=len(qrels),
-        queries_missing=len(set(qrels) - set(after)),
-        before=means[0],
-        after=means[1],
-        before_by_query=results[0],
-        after_by_query=results[1],
+        queries_missing=len(qrels) - after.queries,
+        before=before.means(),
+        after=after.means(),
+        before_by_query=before.by_query,
+        after_by_query=after.by_query,
     )
+
+
+def _parts(manifest: Manifest, plan: Plan) -> Iterator[pa.Table]:
+    for unit in plan.units:
+        with storage_errors(manifest.part(unit.id)), manifest.part(unit.id).open() as file:
+            yield pq.read_table(file, columns=["query_id", "doc_id", "rank", "first_stage_rank"])
+
+
+class _Sums:
+    """Sums of measures over queries, fed with whole queries."""
+
+    def __init__(self, measures: Sequence["ir_measures.Measure"], qrels: Qrels, per_query: bool) -> None:
+        self._measures, self._qrels, self._ids = measures, qrels, pa.array(list(qrels), pa.string())
+        self._sums = dict.fromkeys(map(str, measures), 0.0)
+        self.by_query = {name: dict.fromkeys(qrels, 0.0) if per_query else {} for name in self._sums}
+        self._per_query = per_query
+        self._run: Run = {}
+        self._rows = 0
+        self.queries = 0
+
+    def add(self, rows: pa.Table, rank: str) -> None:
+        """More whole queries: `query_id`, `doc_id` and a column of ranks. Only judged queries are looked at."""
+        judged = rows.filter(pc.is_in(rows["query_id"].cast(pa.string()), self._ids))
+        columns = (judged[name].to_pylist() for name in ("query_id", "doc_id", rank))
+        for query_id, document, position in zip(*columns, strict=True):
+            self._run.setdefault(query_id, {})[document] = -float(position)
+        self._rows += len(judged)
+        if self._rows >= ROWS_AT_ONCE:
+            self.calculate()
+
+    def calculate(self) -> None:
+        """Take what was added into the sums."""
+        if self._run:
+            qrels = {query_id: self._qrels[query_id] for query_id in self._run}
+            for result in ir_measures.iter_calc(list(self._measures), qrels, self._run):
+                self._sums[str(result.measure)] += float(result.value)
+                if self._per_query:
+                    self.by_query[str(result.measure)][result.query_id] = float(result.value)
+        self.queries += len(self._run)
+        self._run, self._rows = {}, 0
+
+    def means(self) -> dict[str, float]:
+        """Over all queries of the qrels."""
+        return {name: value / len(self._qrels) for name, value in self._sums.items()}
 
 
 def _measure(name: str) -> "ir_measures.Measure":
@@ -90,35 +156,3 @@ def read_qrels(path: str) -> Qrels:
     if not qrels:
         raise InputError(f"{path}: no judgements; expected TREC qrels (qid 0 docid rel) or a BEIR TSV with a header")
     return qrels
-
-
-def _runs(manifest: Manifest, plan: Plan) -> tuple[Run, Run]:
-    """The first stage's run and the reranked one. With top_k the output lacks the tail, so the first is re-read."""
-    before: Run = {}
-    after: Run = {}
-    for unit in plan.units:
-        with storage_errors(manifest.part(unit.id)), manifest.part(unit.id).open() as file:
-            part = pq.read_table(file, columns=["query_id", "doc_id", "rank", "first_stage_rank"])
-        _collect(after, part, "rank")
-        if plan.config["output"]["top_k"] is None:
-            _collect(before, part, "first_stage_rank")
-    if plan.config["output"]["top_k"] is not None:
-        for _, units in groupby(plan.units, key=lambda unit: unit.shard):
-            for _, candidates in input_ids(plan, list(units)):
-                _collect(before, candidates, "first_stage_rank")
-    return before, after
-
-
-def _collect(run: Run, rows: pa.Table, rank: str) -> None:
-    columns = (rows[name].to_pylist() for name in ("query_id", "doc_id", rank))
-    for query_id, document, position in zip(*columns, strict=True):
-        run.setdefault(query_id, {})[document] = -float(position)
-
-
-def _by_query(measures: Sequence["ir_measures.Measure"], qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
-    judged = {query_id: documents for query_id, documents in run.items() if query_id in qrels}
-    values = {str(measure): dict.fromkeys(qrels, 0.0) for measure in measures}
-    if judged:
-        for result in ir_measures.iter_calc(list(measures), qrels, judged):
-            values[str(result.measure)][result.query_id] = float(result.value)
-    return values

@@ -5,10 +5,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from conftest import candidate_rows, job, rows_of, write
 
+import batch_rerank.evaluate as module
 from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.evaluate import evaluate, read_qrels
 from batch_rerank.job.run import run
@@ -104,3 +107,34 @@ def test_an_unfinished_output_is_not_evaluated(output: Path, tmp_path: Path) -> 
     (tmp_path / "qrels").write_text("q0 0 d0 1\n")
     with pytest.raises(InputError, match="has not finished"):
         evaluate(str(output), str(tmp_path / "qrels"))
+
+
+def test_some_parts_at_a_time_give_what_all_at_once_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "in.parquet", candidate_rows(30, 20))
+    (tmp_path / "qrels").write_text("".join(f"q{n} 0 d{n % 20} {1 + n % 3}\n" for n in range(0, 30, 2)))
+    for name, keys in {"all": {}, "top": {"output__top_k": 3}}.items():
+        run(job(path, tmp_path / name, **keys), local=True)
+        whole = evaluate(str(tmp_path / name), str(tmp_path / "qrels"))
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "ROWS_AT_ONCE", 1)
+            parts = evaluate(str(tmp_path / name), str(tmp_path / "qrels"))
+        assert parts.after_by_query == whole.after_by_query and parts.before_by_query == whole.before_by_query
+        assert parts.after == pytest.approx(whole.after) and parts.before == pytest.approx(whole.before)
+        assert (parts.queries, parts.queries_missing) == (15, 0)
+        sums = evaluate(str(tmp_path / name), str(tmp_path / "qrels"), per_query=False)
+        assert sums.after == whole.after and not any(sums.after_by_query.values())
+
+
+def test_only_some_rows_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 1000)
+    qrels = {str(query): {"1": 1} for query in range(5000)}
+    sums = module._Sums([module._measure("RR@10")], qrels, per_query=False)
+    held = []
+    for start in range(0, 5000, 50):
+        query = np.repeat(np.arange(start, start + 50), 10).astype(str)
+        rank = np.tile(np.arange(1, 11), 50)
+        sums.add(pa.table({"query_id": query, "doc_id": rank.astype(str), "rank": rank}), "rank")
+        held.append(sum(map(len, sums._run.values())))
+    assert max(held) <= 1000 and sums.by_query == {"RR@10": {}}
+    sums.calculate()
+    assert (sums.queries, sums.means()) == (5000, {"RR@10": pytest.approx(1.0)})

@@ -2,8 +2,10 @@
 
 import errno
 from collections.abc import Iterator
+from http.client import IncompleteRead, RemoteDisconnected
 
 import aiohttp
+import fsspec
 import pytest
 from botocore.exceptions import (
     ClientError,
@@ -14,8 +16,11 @@ from botocore.exceptions import (
 )
 from s3fs.errors import translate_boto_error
 
+from batch_rerank.errors import InputError, StorageError
 from batch_rerank.store import patience
+from batch_rerank.store.filesystem import Location, input_errors
 from batch_rerank.store.patience import LONGEST_PAUSE, Patience, may_pass
+from batch_rerank.store.shards import check_unchanged, open_parquet
 
 
 def answered(status: int, code: str) -> Exception:
@@ -37,6 +42,8 @@ BROKEN = [
     ConnectionResetError(),
     TimeoutError(),
     EOFError("bytes 0 to 10: 5 arrived"),
+    IncompleteRead(b""),
+    RemoteDisconnected("no answer"),
     OSError(errno.EBUSY, "slow down"),
 ]
 FINAL = [
@@ -110,7 +117,7 @@ def test_the_pauses_grow_are_random_and_end(clock: Clock) -> None:
         raise ConnectionResetError("gone for good")
 
     kept = Patience(reached=True, seconds=300)
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(StorageError, match=r"here: storage failed: gone for good; tried .* times in 300 s"):
         kept.keep("here", operation)
     assert 250 < clock.now <= 300, "an outage of minutes is survived, and not for ever"
     assert max(clock.pauses) <= LONGEST_PAUSE
@@ -126,3 +133,56 @@ def test_no_secret_of_a_url_is_logged(clock: Clock, logged: list[str]) -> None:
 
     Patience(reached=True).keep("here", operation)
     assert "http://***@127.0.0.1:9/" in logged[0] and "canary" not in "".join(logged)
+
+
+class Store(fsspec.AbstractFileSystem):
+    """A store with one file of 100 bytes that answers `left` requests, and is away from then on."""
+
+    protocol = "away"
+    cachable = False
+
+    def __init__(self, left: int, error: Exception) -> None:
+        super().__init__()
+        self.left, self.error, self.asked = left, error, 0
+
+    def answer(self) -> None:
+        self.asked += 1
+        if self.asked > self.left:
+            raise self.error
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        self.answer()
+        return {"name": path, "size": 100, "type": "file", "ETag": "e"}
+
+    def cat_file(self, path: str, start: int = 0, end: int = 100, **_: object) -> bytes:
+        self.answer()
+        return b"x" * (end - start)
+
+
+OUTAGES = [AWAY[0], ConnectionResetError("cut"), IncompleteRead(b""), EOFError("bytes 0 to 10: 5 arrived")]
+
+
+@pytest.mark.parametrize("error", OUTAGES, ids=repr)
+@pytest.mark.parametrize("left", [1, 2])  # at the footer's size, and at its bytes
+def test_an_outage_while_a_shard_is_read_is_waited_for_and_then_the_stores(
+    left: int, error: Exception, clock: Clock
+) -> None:
+    location = Location(Store(left, error), "shard.parquet")
+    location.stat()
+    with pytest.raises(StorageError, match="storage failed"), open_parquet(location):
+        pass
+    assert clock.now > 250
+    with pytest.raises(StorageError, match="storage failed"):
+        check_unchanged(location, location.at("x"))  # type: ignore[arg-type]
+
+
+def test_a_store_that_answered_anybody_here_is_away_and_no_wrong_endpoint(clock: Clock) -> None:
+    store = Store(1, AWAY[0])
+    Location(store, "first").stat()
+    with pytest.raises(StorageError), input_errors("second"):
+        Location(store, "second").stat()
+    assert clock.now > 250
+    clock.now = 0
+    with pytest.raises(InputError, match="storage failed"), input_errors("other"):
+        Location(Store(0, AWAY[0]), "other").stat()
+    assert clock.now == 0, "nothing waits for a store that never answered"

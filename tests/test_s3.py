@@ -119,6 +119,10 @@ def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch:
 
     assert attempt("run", str(path), "--json") == 0
     assert attempt("plan", str(path), "--json") == 0
+    assert attempt("verify", f"s3://{bucket}/out") == 6, "no plan has the options"
+    assert [attempt(verb, str(path)) for verb in ("verify", "status")] == [0, 0]
+    (tmp_path / "qrels").write_text("q0 0 d0 1\n")
+    assert attempt("evaluate", "--run", str(path), "--qrels", str(tmp_path / "qrels")) == 0
     assert attempt("run", str(path), output={"top_k": 1}) == 4
     assert attempt("run", str(path), output={"path": f"s3://no-{bucket}/out"}) == 6
     assert attempt("run", str(path), input={"storage_options": SECRET}) == 2
@@ -205,7 +209,7 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
         assert verify(f"{out}-stage").problems == []
         outputs.append(out)
     assert rows_of(download(bucket, tmp_path / "s3")).equals(rows_of(outputs[1]))
-    assert (tmp_path / "s3" / "run.trec").read_bytes() == (tmp_path / "local" / "run.trec").read_bytes()
+    assert (tmp_path / "s3" / "_run.trec").read_bytes() == (tmp_path / "local" / "_run.trec").read_bytes()
     summary = run(
         config.model_copy(update={"output": config.output.model_copy(update={"top_k": 3, "path": f"{outputs[0]}-2"})})
     )

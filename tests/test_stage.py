@@ -540,8 +540,8 @@ def test_one_huge_query_is_a_unit_of_its_own_that_comes_first(tmp_path: Path, lo
     summary = run(job_of(given, tmp_path / "out"), local=True)
     assert summary.totals.rows_out == 3150
     assert any("has 3,000 pairs: a query is never cut" in message for message in logged)
+    from batch_rerank.job.output import open_output
     from batch_rerank.job.read_unit import read_ranges
-    from batch_rerank.job.verify import open_output
 
     ranges = read_ranges(open_output(str(tmp_path / "out"))[1], frozenset())
     assert 3000 in [unit.pairs for unit in ranges[0].units]
@@ -862,24 +862,24 @@ def test_a_scattered_document_twice_is_refused_with_both_places(tmp_path: Path) 
 def test_the_trec_run_is_read_as_it_was_ranked(tmp_path: Path) -> None:
     config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
     run(config, local=True)
-    assert not (tmp_path / "out" / "run.trec").exists()
+    assert not (tmp_path / "out" / "_run.trec").exists()
     asked = job_of(
         given_as("beir", tmp_path / "in2") | {"run": config.input.run}, tmp_path / "out", output__trec_run=True
     )
     asked = asked.model_copy(update={"input": config.input})
     run(asked, local=True)  # all units are done: only the run is written
     rows = rows_of(tmp_path / "out").to_pylist()
-    read = list(ir_measures.read_trec_run(str(tmp_path / "out" / "run.trec")))
+    read = list(ir_measures.read_trec_run(str(tmp_path / "out" / "_run.trec")))
     assert [(one.query_id, one.doc_id) for one in read] == [(row["query_id"], row["doc_id"]) for row in rows]
     by_query: dict[str, list[float]] = {}
     for one in read:
         by_query.setdefault(one.query_id, []).append(float(np.float32(one.score)))
     assert all(scores == sorted(set(scores), reverse=True) for scores in by_query.values())
     assert verify(str(tmp_path / "out")).problems == []
-    with (tmp_path / "out" / "run.trec").open("a") as file:
+    with (tmp_path / "out" / "_run.trec").open("a") as file:
         file.write("q1 Q0 dx 99 0 t\n")
     assert verify(str(tmp_path / "out")).problems == [
-        "run.trec is not what the job wrote; remove _SUCCESS and run the job again"
+        "_run.trec is not what the job wrote; remove _SUCCESS and run the job again"
     ]
 
 

@@ -214,3 +214,101 @@ def test_a_resume_scores_a_unit_again_whose_receipt_cannot_be_read(
     assert run(job(flat_shards, output), local=True).units == 1
     assert any(f"unit {UNIT}: its receipt cannot be read; it is made again" in message for message in logged)
     assert verify(str(output)).problems == []
+
+
+def test_without_its_input_an_output_is_compared_with_its_plan(
+    output: Path, flat_shards: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    for shard in flat_shards.iterdir():
+        shard.unlink()
+    code, _, shown = cli("verify", output)
+    assert code == 6 and "--output-only does without the input" in shown
+    code, _, shown = cli("verify", output, "--output-only")
+    assert code == 0 and "verified: 300 rows of 300 candidates in 6 units" in shown
+    flip(output)
+    assert cli("verify", output, "--output-only")[0] == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.slice(1),
+        lambda table: set_column(table, "score", pc.negate(table["score"])),
+        lambda table: pa.concat_tables([table, table.slice(49)]),
+    ],
+)
+def test_without_the_input_wrong_rows_are_found_too(
+    change: Callable[[pa.Table], pa.Table], output: Path, flat_shards: Path
+) -> None:
+    forge(output, change)
+    for shard in flat_shards.iterdir():
+        shard.unlink()
+    assert verify(str(output), output_only=True).problems
+
+
+def test_a_mark_of_another_job_or_of_other_units_is_named(output: Path) -> None:
+    mark = json.loads((output / "_SUCCESS").read_text())
+    (output / "_SUCCESS").write_text(json.dumps({**mark, "units": 5}))
+    assert "_SUCCESS is of another job, or of 5 units where the plan has 6" in verify(str(output)).problems
+
+
+@pytest.mark.parametrize("odd", ["a duplicate", "a foreign one"])
+def test_a_number_of_receipts_is_no_set_of_units(
+    odd: str, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six receipts of six units, one of them not the one that was wanted: what Ray might hand over."""
+    from dataclasses import replace
+
+    import batch_rerank.job.run as job_run
+    from batch_rerank.errors import UnfinishedError
+
+    real = job_run.run_local
+
+    def stream(*arguments: object) -> object:
+        receipts = list(real(*arguments))  # type: ignore[arg-type]
+        other = receipts[0] if odd == "a duplicate" else replace(receipts[0], unit="00009-00009")
+        return iter([*receipts[:-1], other])
+
+    monkeypatch.setattr(job_run, "run_local", stream)
+    with pytest.raises(UnfinishedError, match="1 of 6 units did not finish: 00002-00001"):
+        run(job(flat_shards, tmp_path / "out"), local=True)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_directory_with_a_trec_run_is_read_as_it_is(flat_shards: Path, tmp_path: Path) -> None:
+    import pyarrow.dataset
+
+    out = str(tmp_path / "out")
+    run(job(flat_shards, out, output__trec_run=True), local=True)
+    assert (tmp_path / "out" / "_run.trec").exists()
+    assert pyarrow.dataset.dataset(out).count_rows() == 300
+    assert len(pq.read_table(out)) == 300
+
+
+def test_pandas_reads_the_directory_too(flat_shards: Path, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is no dependency of ours; it is not installed")
+    run(job(flat_shards, tmp_path / "out", output__trec_run=True), local=True)
+    assert len(pandas.read_parquet(tmp_path / "out")) == 300
+
+
+def test_the_trec_run_of_an_older_version_is_known_and_makes_room(
+    flat_shards: Path, tmp_path: Path, logged: list[str]
+) -> None:
+    out = tmp_path / "out"
+    run(job(flat_shards, out, output__trec_run=True), local=True)
+    mark = json.loads((out / "_SUCCESS").read_text())
+    old = {"fingerprint": mark["fingerprint"], "units": 6, "rows": 300, "run.trec": mark["trec_run"]}
+    (out / "_run.trec").rename(out / "run.trec")
+    (out / "_SUCCESS").write_text(json.dumps(old))
+    assert verify(str(out)).problems == []
+    with (out / "run.trec").open("a") as file:
+        file.write("x\n")
+    assert verify(str(out)).problems == ["run.trec is not what the job wrote; remove _SUCCESS and run the job again"]
+    run(job(flat_shards, out), local=True)
+    assert (out / "run.trec").exists(), "a run without the setting leaves it"
+    run(job(flat_shards, out, output__trec_run=True), local=True)
+    assert not (out / "run.trec").exists() and (out / "_run.trec").exists()
+    assert verify(str(out)).problems == []
+    written = (out / "_run.trec").stat().st_mtime_ns, (out / "_SUCCESS").stat().st_mtime_ns
+    run(job(flat_shards, out, output__trec_run=True), local=True)
+    assert written == ((out / "_run.trec").stat().st_mtime_ns, (out / "_SUCCESS").stat().st_mtime_ns)

@@ -6,11 +6,12 @@ Ray starts a dead actor again and gives it the same units. A unit that kills the
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.job.poison import Trial
 from batch_rerank.store.filesystem import Location, storage_errors
+from batch_rerank.store.records import Count, Line, parse
 
 log = logging.getLogger("batch_rerank")
 
@@ -22,6 +23,18 @@ MOST_LOADS = 3
 
 MOST_TRIES = 30
 """New processes for one unit whose pairs take the device with them: halving 10,000 pairs takes 14."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """The diary as it is written."""
+
+    loading: bool = False
+    lost_loads: Count = 0
+    units: list[Line] = field(default_factory=list)
+    deaths: dict[Line, Count] = field(default_factory=dict)
+    tries: dict[Line, Count] = field(default_factory=dict)
+    trials: dict[Line, Trial] = field(default_factory=dict)
 
 
 class Attempts:
@@ -92,27 +105,23 @@ class Attempts:
             done.result()
 
     def _write(self) -> None:
-        trials = {unit: asdict(trial) for unit, trial in self._trials.items()}
-        loads = {"loading": self._loading, "lost_loads": self._lost_loads}
-        state = {**loads, "units": self._at_work, "deaths": self._deaths, "tries": self._tries, "trials": trials}
+        state = _State(self._loading, self._lost_loads, self._at_work, self._deaths, self._tries, self._trials)
         try:
             with storage_errors(self._location):
-                self._location.write_bytes(json.dumps(state).encode())
+                self._location.write_bytes(json.dumps(asdict(state)).encode())
         except BatchRerankError as error:  # the diary is a help; without it Ray's own limit ends the tries
             log.warning("%s", error)
 
     def _recall(self) -> None:
         try:
             with storage_errors(self._location):
-                state = json.loads(self._location.read_bytes())
-        except (BatchRerankError, ValueError):
+                state = parse(_State, self._location.read_bytes())
+        except (BatchRerankError, ValueError) as error:
+            log.warning("%s: what the actor's earlier life was doing is not known: %s", self._location, error)
             return
-        self._deaths, self._tries = state["deaths"], state["tries"]
-        for unit, trial in state["trials"].items():
-            todo = [(start, stop) for start, stop in trial["todo"]]
-            self._trials[unit] = Trial(todo, {int(pair): error for pair, error in trial["errors"].items()})
-        self._lost_loads = state["lost_loads"] + state["loading"]
-        for unit in [] if state["loading"] else state["units"]:
+        self._deaths, self._tries, self._trials = state.deaths, state.tries, state.trials
+        self._lost_loads = state.lost_loads + state.loading
+        for unit in [] if state.loading else state.units:
             self._deaths[unit] = self._deaths.get(unit, 0) + 1
             log.warning("the actor died while scoring unit %s", unit)
         self._write()

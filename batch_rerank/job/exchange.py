@@ -9,12 +9,13 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 import batch_rerank
 from batch_rerank.config import JobConfig
@@ -27,6 +28,7 @@ from batch_rerank.store.canonical import canonical, with_title
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
+from batch_rerank.store.records import Count, parse
 from batch_rerank.store.shards import TEXT_ROWS, Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
 from batch_rerank.store.sources import NUMBERS, Piece, Source, read_piece
 
@@ -36,6 +38,8 @@ FLUSH_BYTES = 64 * 2**20
 
 DICTIONARY_BYTES = 2**30
 """Of a staged shard's column, up to which a value that repeats is written once."""
+
+FileName = Annotated[str, Field(pattern=r"^[0-9]{5,9}-[0-9]{4,9}\.arrows$")]
 
 OURS = ("query_id", "query", "instruction", "doc_id", "text", "score", "rank")
 
@@ -79,29 +83,25 @@ class Gather:
 class Note:
     """What a piece's files hold: of each, its name, and for every shard that it serves [shard, start, stop]."""
 
-    files: list[tuple[str, list[list[int]]]]
-    rows: int
-    retries: int = 0
+    files: list[tuple[FileName, list[tuple[Count, Count, Count]]]]
+    rows: Count
+    retries: Count = 0
 
     @staticmethod
     def from_json(data: bytes) -> "Note | None":
         """None where the content is no note."""
         try:
-            value = json.loads(data)
-            files = [
-                (str(name), [[int(shard), int(start), int(stop)] for shard, start, stop in portions])
-                for name, portions in value["files"]
-            ]
-            return Note(files, int(value["rows"]), int(value["retries"])) if all(found for _, found in files) else None
-        except (ValueError, KeyError, TypeError):
+            note = parse(Note, data)
+        except ValueError:
             return None
+        return note if all(found for _, found in note.files) else None
 
 
 def spread(work: Spread, config: JobConfig, stage: str) -> Note:
     """Write what shards need of a piece. Raises InputError and StorageError."""
     root = locate(stage, config.output.storage_options, reached=True)
     exchange = root / EXCHANGE
-    files: list[tuple[str, list[list[int]]]] = []
+    files: list[tuple[str, list[tuple[int, int, int]]]] = []
     for number, table in enumerate(_flushes(_needed(work, config))):
         name = f"{work.name}-{number:04d}.arrows"
         data, portions = _by_shard(table, work)
@@ -174,7 +174,7 @@ def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _by_shard(table: pa.Table, work: Spread) -> tuple[bytes, list[list[int]]]:
+def _by_shard(table: pa.Table, work: Spread) -> tuple[bytes, list[tuple[int, int, int]]]:
     """A file's bytes and its portions."""
     numbers = table["row"].to_numpy()
     first, last = np.searchsorted(work.rows, np.array([numbers[0], numbers[-1] + 1]) - work.start)
@@ -189,7 +189,7 @@ def _by_shard(table: pa.Table, work: Spread) -> tuple[bytes, list[list[int]]]:
         position = sink.tell()
         with pa.ipc.new_stream(sink, table.schema, options=options) as stream:
             stream.write_table(table.take(rows[start:stop]).combine_chunks())
-        portions.append([int(shards[start]), position, sink.tell()])
+        portions.append((int(shards[start]), position, sink.tell()))
     return sink.getvalue(), portions
 
 

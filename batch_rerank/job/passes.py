@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from batch_rerank.config import JobConfig
-from batch_rerank.job.bookkeeping import status_of
+from batch_rerank.job.bookkeeping import Expected, status_of
 from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
 from batch_rerank.job.join import Join
 from batch_rerank.store.filesystem import storage_errors
@@ -76,9 +76,12 @@ def run_passes(
         )
         for unit in units
     ]
+    expected = Expected(manifest, plan, done)
     for receipt in calls(gathers):
-        totals.add(receipt)
-        progress.count("shards written", len(units), receipt.rows_in)
+        if expected.take(receipt):
+            totals.add(receipt)
+            progress.count("shards written", len(units), receipt.rows_in)
+    expected.check({})
 
 
 def _whole(manifest: Manifest, works: Sequence[Spread]) -> dict[str, Note]:
@@ -120,11 +123,12 @@ class _Progress:
         if time.monotonic() >= self._next or self._done == of:
             self._next = time.monotonic() + LOG_SECONDS
             log.info("staging: %d of %d %s, %s rows", self._done, of, what, f"{self._rows:,}")
-            self._manifest.write_status(status_of("running", self._plan, self._totals))
+            self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
 
 
 def clean(manifest: Manifest) -> None:
     """Remove the exchange: notes first, so that none is left that promises what is gone."""
     with storage_errors(manifest.root):
-        for name in sorted(manifest.list_files().within(EXCHANGE), key=lambda name: not name.endswith(".json")):
-            (manifest.root / name).remove()
+        files = manifest.list_files()
+        for name in sorted(files.within(EXCHANGE), key=lambda name: not name.endswith(".json")):
+            manifest.remove_seen(name, files)

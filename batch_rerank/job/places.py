@@ -18,7 +18,7 @@ from batch_rerank.store.filesystem import Location, locate
 WRITTEN = (
     "part-00000-00000.parquet",
     "part-00000.parquet",
-    "run.trec",
+    "_run.trec",
     "_SUCCESS",
     "_manifest/plan.json",
     "_manifest/lease/00000",

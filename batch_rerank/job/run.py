@@ -5,12 +5,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
-from batch_rerank.job.bookkeeping import recording, refuse_strays, resume, status_of
+from batch_rerank.job.bookkeeping import Expected, mark_done, recording, refuse_strays, resume, status_of
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.places import refuse_overlap
 from batch_rerank.job.plan import configured_model, make_plan
@@ -21,6 +20,8 @@ from batch_rerank.job.trec import write_trec_run
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside, Totals
+from batch_rerank.store.names import TREC_RUNS, Files
+from batch_rerank.store.records import Mark
 
 log = logging.getLogger("batch_rerank")
 STATUS_SECONDS = 10.0
@@ -68,8 +69,10 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             done = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
-            rates, failed = _follow(receipts, manifest, plan, totals, lease, config.scoring.max_failed_units)
-            _finalise(manifest, plan, totals, config, failed, lease)
+            expected = Expected(manifest, plan, done)
+            rates, failed = _follow(receipts, expected, manifest, plan, totals, lease, config.scoring.max_failed_units)
+            expected.check({unit.unit: unit.error for unit in failed})
+            _finalise(manifest, plan, totals, config, lease)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
@@ -98,11 +101,11 @@ def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
 
 def _finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None:
     """The counts of a job that has nothing left to do: nothing is written then, and no model is loaded."""
-    with storage_errors(manifest.success):
-        if not manifest.success.exists():
-            return None
+    mark = manifest.read_mark()
+    if mark is None:
+        return None
     existing = manifest.read_plan()
-    if existing is None or manifest.read_status().get("state") != "done":
+    if existing is None or manifest.read_status().state != "done":
         return None
     manifest.refuse_other(existing, plan)
     scan = manifest.scan(existing)
@@ -112,10 +115,18 @@ def _finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | Non
     totals = Totals()
     for receipt in scan.committed:
         totals.add(receipt)
-    absent = config.output.trec_run and "run.trec" not in scan.files.found
-    if absent or totals.units < len(existing.units) or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
+    said = (existing.fingerprint, len(existing.units), totals.rows_out)
+    if (mark.fingerprint, mark.units, mark.rows) != said or totals.units < len(existing.units):
+        return None
+    absent = config.output.trec_run and not _has_trec_run(mark, scan.files)
+    if absent or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
         return None
     return totals
+
+
+def _has_trec_run(mark: Mark, files: Files) -> bool:
+    """Whether the TREC run that `_SUCCESS` speaks of is there; `verify` compares what is in it."""
+    return mark.trec_run is not None and files.size(TREC_RUNS[0]) == mark.trec_run.size
 
 
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
@@ -236,6 +247,7 @@ def describe(plan: Plan, model: ModelSpec) -> None:
 
 def _follow(
     receipts: Iterator[Receipt | SetAside],
+    expected: Expected,
     manifest: Manifest,
     plan: Plan,
     totals: Totals,
@@ -257,14 +269,14 @@ def _follow(
                         f"{receipt.error}; expected at most scoring.max_failed_units = {max_failed_units} before the "
                         "job gives up; see _manifest/failures; run the job again to retry them"
                     )
-            else:
+            elif expected.take(receipt):
                 totals.add(receipt)
                 display.advance(receipt)
             if lease.lost:
                 lease.check()
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_SECONDS
-                manifest.write_status(status_of("running", plan, totals))
+                manifest.write_status(status_of("running", plan, totals, lease))
         return display.meter.rates, failed
 
 
@@ -275,12 +287,8 @@ def _record_failure(manifest: Manifest, failed: SetAside) -> None:
         location.write_bytes(json.dumps(asdict(failed)).encode())
 
 
-def _finalise(
-    manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, failed: list[SetAside], lease: Lease
-) -> None:
+def _finalise(manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, lease: Lease) -> None:
     max_failed_rows = config.scoring.max_failed_rows
-    if totals.units != len(plan.units):
-        raise UnfinishedError(_unfinished(manifest, plan, failed))
     if totals.failed > max_failed_rows * totals.rows_in:
         raise UnfinishedError(
             f"{manifest.root}: {totals.failed:,} of {totals.rows_in:,} rows failed "
@@ -288,24 +296,10 @@ def _finalise(
             f"engine); expected at most {max_failed_rows:.2%}; the rows name their error; "
             "mend the input, or raise scoring.max_failed_rows and run again"
         )
-    mark: dict[str, Any] = {"fingerprint": plan.fingerprint, "units": totals.units, "rows": totals.rows_out}
+    run = None
     if config.output.trec_run:
         lease.check()
-        mark["run.trec"] = write_trec_run(manifest, plan)
-    lease.check()
-    with storage_errors(manifest.success):
-        created = manifest.success.create_exclusive(json.dumps(mark).encode())
-        if not created and config.output.trec_run:  # asked for after the job had finished
-            manifest.success.write_bytes(json.dumps(mark).encode())
-
-
-def _unfinished(manifest: Manifest, plan: Plan, failed: list[SetAside]) -> str:
-    """Which units are missing, and why as far as is known."""
-    done = {receipt.unit for receipt in manifest.scan(plan).committed}
-    known = {unit.unit: unit.error for unit in failed}
-    missing = [unit.id for unit in plan.units if unit.id not in done]
-    named = [f"{unit} ({known.get(unit, 'Ray gave it up; its logs have the reason')})" for unit in missing[:3]]
-    return (
-        f"{manifest.root}: {len(missing)} of {len(plan.units)} units did not finish: {', '.join(named)}"
-        f"{', …' if len(missing) > 3 else ''}; the others are done; run the job again to retry them"
-    )
+        there = manifest.read_mark()  # of these parts: with any of them the mark would be gone
+        whole = there is not None and _has_trec_run(there, manifest.list_files())
+        run = there.trec_run if there is not None and whole else write_trec_run(manifest, plan)
+    mark_done(manifest, plan, Mark(rows=totals.rows_out, trec_run=run), lease)

@@ -15,7 +15,7 @@ from typing import Any
 import batch_rerank
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConfigError, ConflictError, InputError
-from batch_rerank.job.bookkeeping import recording, resume
+from batch_rerank.job.bookkeeping import mark_done, recording, resume
 from batch_rerank.job.exchange import EXCHANGE
 from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.job.passes import clean, in_turn, on_ray, run_passes
@@ -25,6 +25,7 @@ from batch_rerank.store.contents import contents
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Totals, fingerprint
+from batch_rerank.store.records import Mark
 from batch_rerank.store.shards import Shard
 from batch_rerank.store.sources import Source
 
@@ -251,10 +252,9 @@ def _staged(config: JobConfig, manifest: Manifest, plan: Plan, reused: bool, sta
 
 
 def _finalise(manifest: Manifest, plan: Plan, join: Join, lease: Lease) -> None:
-    mark = {"fingerprint": plan.fingerprint, "units": len(plan.units), "rows": plan.counts["queries"]}
     lease.check()
     with storage_errors(manifest.root):
         if any(join.missing.values()):
             (manifest.root / "_manifest/missing.json").write_bytes(json.dumps(join.missing, indent=1).encode())
-        manifest.success.create_exclusive(json.dumps(mark).encode())
+    mark_done(manifest, plan, Mark(rows=plan.counts["queries"]), lease)
     clean(manifest)

@@ -1,4 +1,4 @@
-"""The ranked rows as one TREC run, beside the parts."""
+"""The ranked rows as one TREC run beside the parts, under a name that readers of directories pass over."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.layouts import run_starts
 from batch_rerank.store.manifest import Manifest, Plan
+from batch_rerank.store.records import TrecRun
 
 TAG = "batch_rerank"
 
 
-def write_trec_run(manifest: Manifest, plan: Plan) -> dict[str, object]:
-    """Write `run.trec` from the parts: query_id Q0 doc_id rank score tag, in the parts' order; its size and sha256.
+def write_trec_run(manifest: Manifest, plan: Plan) -> TrecRun:
+    """Write `_run.trec` from the parts: query_id Q0 doc_id rank score tag, in the parts' order; its size and sha256.
 
     Evaluators order by score and break ties their own way, so where scores tie, or a row has none, the score of the
     lower rank is the next smaller float32. Raises StorageError.
@@ -29,7 +30,7 @@ def write_trec_run(manifest: Manifest, plan: Plan) -> dict[str, object]:
             digest.update(block)
             size += len(block)
             file.write(block)
-    return {"size": size, "sha256": digest.hexdigest()}
+    return TrecRun(size, digest.hexdigest())
 
 
 def _blocks(manifest: Manifest, plan: Plan) -> Iterator[bytes]:

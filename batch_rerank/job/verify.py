@@ -6,10 +6,10 @@ was cut by top_k), ranks are 1, 2, … by score, then first-stage rank, then doc
 
 import hashlib
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
+from batch_rerank.job.output import Place, config_of, input_ids, is_stage, lease_seconds_of, open_output
 from batch_rerank.schema import OUTPUT_NAMES
-from batch_rerank.store.filesystem import Location, locate, storage_errors
+from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.layouts import run_starts
 from batch_rerank.store.lease import hold
-from batch_rerank.store.manifest import SUMMED, Manifest, Plan, Receipt, sha256
+from batch_rerank.store.manifest import SUMMED, Manifest, Plan, Receipt, sha256, versions
+from batch_rerank.store.names import TREC_RUNS
+from batch_rerank.store.records import Mark, TrecRun, parse, parse_counts
 from batch_rerank.store.shards import Unit
-from batch_rerank.store.unit_reader import read_units
 
 VERIFY_THREADS = 4
 COMPARED = ["query_id", "doc_id", "first_stage_rank"]
@@ -50,59 +52,47 @@ class Verdict:
             self.damaged.append(unit_id)
 
 
-def open_output(path: str, or_stage: bool = False) -> tuple[Manifest, Plan]:
-    """The manifest and plan of an output, or of a staged input too. Raises StorageError where there is none."""
-    manifest = Manifest(locate(path))
-    plan = manifest.read_plan()
-    if plan is None:
-        raise StorageError(f"{path}: no _manifest/plan.json; expected the output of `batch-rerank run`; check the path")
-    if is_stage(plan) and not or_stage:
-        raise StorageError(f"{path}: a staged input, expected the output of `batch-rerank run`; check the path")
-    return manifest, plan
-
-
-def is_stage(plan: Plan) -> bool:
-    """Whether a plan is that of a staged input."""
-    return bool(plan.config.get("stage"))
-
-
-def verify(path: str, repair: bool = False) -> Verdict:
-    """Check an output; with `repair`, make its damaged units not done, so that the next run scores them again.
+def verify(place: Place | str, repair: bool = False, output_only: bool = False) -> Verdict:
+    """Check an output against its input or, with `output_only`, against its plan and receipts alone, for when the input
+    is gone; with `repair`, make its damaged units not done, so that the next run scores them again.
 
     Raises StorageError where it has no plan, and with `repair` ConflictError where a job is at work on it;
     differences are in the verdict. Of a staged input parts and receipts are compared, not the sources.
     """
-    manifest, plan = open_output(path, or_stage=True)
+    manifest, plan = open_output(place, or_stage=True)
+    config = None if is_stage(plan) else config_of(plan, place)
     if not repair:
-        return _verify(manifest, plan)
-    with hold(manifest.root, plan.config["cluster"]["lease_seconds"]) as lease:
-        verdict = _verify(manifest, plan)
+        return _verify(manifest, plan, config, output_only)
+    with hold(manifest.root, lease_seconds_of(plan)) as lease:
+        files = manifest.list_files()
+        verdict = _verify(manifest, plan, config, output_only)
         lease.check()
         if verdict.damaged:
-            with storage_errors(manifest.root):
-                manifest.success.remove()
-                for unit_id in verdict.damaged:
-                    manifest.discard(unit_id)
+            # notes first: whoever takes over from here finds the same units damaged, and removes them itself
+            for unit_id in verdict.damaged:
+                with storage_errors(manifest.damage(unit_id)):
+                    manifest.damage(unit_id).write_bytes(versions(files, unit_id))
+            manifest.remove_seen("_SUCCESS", files)
+            lease.check()
             verdict.repaired = True
     return verdict
 
 
-def _verify(manifest: Manifest, plan: Plan) -> Verdict:
+def _verify(manifest: Manifest, plan: Plan, config: JobConfig | None, output_only: bool) -> Verdict:
     verdict = Verdict()
-    with storage_errors(manifest.root):
-        if not manifest.success.exists():
-            verdict.problems.append("no _SUCCESS: the job has not finished")
-    verdict.problems += _verify_trec_run(manifest)
+    verdict.problems += _verify_mark(manifest, plan)
     for found in manifest.list_files().strays(unit.id for unit in plan.units):
         verdict.problems.append(
             f"{manifest.root / found}: a Parquet file that the plan does not have; readers would take it for output"
         )
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        if is_stage(plan):
-            work, shards = _verify_staged, [[unit] for unit in plan.units]
+        if config is None:
+            work: Callable[[list[Unit]], Verdict] = partial(_verify_staged, manifest, plan)
+            shards = [[unit] for unit in plan.units]
         else:
-            work, shards = _verify_shard, [list(units) for _, units in groupby(plan.units, key=lambda unit: unit.shard)]
-        for result in pool.map(lambda units: work(manifest, plan, units), shards):
+            work = partial(_verify_shard, manifest, plan, config, output_only)
+            shards = [list(units) for _, units in groupby(plan.units, key=lambda unit: unit.shard)]
+        for result in pool.map(work, shards):
             verdict.units += result.units
             verdict.rows += result.rows
             verdict.candidates += result.candidates
@@ -111,51 +101,55 @@ def _verify(manifest: Manifest, plan: Plan) -> Verdict:
     return verdict
 
 
-def _verify_trec_run(manifest: Manifest) -> list[str]:
-    """What `_SUCCESS` says of run.trec, where the job has written one."""
-    mark = _content(manifest.success) or b"{}"
+def _verify_mark(manifest: Manifest, plan: Plan) -> list[str]:
+    """What is wrong with `_SUCCESS`, and with the TREC run that it speaks of."""
+    body = _content(manifest.success)
+    if body is None:
+        return ["no _SUCCESS: the job has not finished"]
     try:
-        claimed = json.loads(mark).get("run.trec")
-    except (ValueError, AttributeError):
+        mark = parse(Mark, body)
+    except ValueError:
         return ["_SUCCESS cannot be read"]
-    if claimed is None:
-        return []
+    problems = []
+    if (mark.fingerprint, mark.units) != (plan.fingerprint, len(plan.units)):
+        problems.append(f"_SUCCESS is of another job, or of {mark.units} units where the plan has {len(plan.units)}")
+    for name, claimed in zip(TREC_RUNS, (mark.trec_run, mark.old_run), strict=True):
+        if claimed is not None:
+            problems += _verify_trec_run(manifest.root / name, claimed)
+    return problems
+
+
+def _verify_trec_run(location: Location, claimed: TrecRun) -> list[str]:
     digest, size = hashlib.sha256(), 0
-    with storage_errors(manifest.trec_run):
+    with storage_errors(location):
         try:
-            with manifest.trec_run.open() as file:
+            with location.open() as file:
                 while block := file.read(2**24):
                     digest.update(block)
                     size += len(block)
         except FileNotFoundError:
-            return ["run.trec is missing; remove _SUCCESS and run the job again"]
-    if claimed != {"size": size, "sha256": digest.hexdigest()}:
-        return ["run.trec is not what the job wrote; remove _SUCCESS and run the job again"]
+            return [f"{location.name} is missing; remove _SUCCESS and run the job again"]
+    if claimed != TrecRun(size, digest.hexdigest()):
+        return [f"{location.name} is not what the job wrote; remove _SUCCESS and run the job again"]
     return []
 
 
-def input_ids(plan: Plan, units: list[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-    """Canonical rows of units of one shard, re-read from the input. Raises InputError where it changed."""
-    config = JobConfig.model_validate(plan.config)
-    shard = plan.shards[units[0].shard]
-    location = locate(shard.url, config.input.storage_options)
-    return read_units(location, shard, units, config.input.layout, config.input.columns, [], ids_only=True)
-
-
-def _verify_shard(manifest: Manifest, plan: Plan, units: list[Unit]) -> Verdict:
+def _verify_shard(manifest: Manifest, plan: Plan, config: JobConfig, output_only: bool, units: list[Unit]) -> Verdict:
     verdict = Verdict()
-    top_k = plan.config["output"]["top_k"]
+    rows = ((unit, None) for unit in units) if output_only else input_ids(plan, config, units)
     try:
-        for unit, candidates in input_ids(plan, units):
+        for unit, candidates in rows:
             part, problems = _read_part(manifest, plan, unit)
             if part is not None:
-                problems = compare(candidates, part, top_k)
+                problems = compare(candidates, part, config.output.top_k)
                 verdict.units += 1
                 verdict.rows += len(part)
-                verdict.candidates += len(candidates)
+                verdict.candidates += unit.pairs if candidates is None else len(candidates)
             verdict.add(unit.id, problems)
     except InputError as error:
-        verdict.problems.append(f"units {units[0].id} to {units[-1].id}: input: {error}")
+        verdict.problems.append(
+            f"units {units[0].id} to {units[-1].id}: input: {error} (--output-only does without the input)"
+        )
     return verdict
 
 
@@ -184,11 +178,11 @@ def _read_part(
         receipt = Receipt.from_json(body, where)
         table = pq.read_table(io.BytesIO(data))
         metadata = table.schema.metadata or {}
-        counts = json.loads(metadata.get(b"batch_rerank.counts", b"{}"))
+        counts = parse_counts(metadata.get(b"batch_rerank.counts", b"{}"))
     except (StorageError, pa.ArrowException, OSError, ValueError) as error:
-        return None, [str(error).splitlines()[0]]
-    claimed = {name: getattr(receipt, name) for name in SUMMED}
-    edited = sorted(name for name in SUMMED if counts.get(name) != claimed[name])
+        return None, [(str(error) or type(error).__name__).splitlines()[0]]
+    # a count that one of the two versions did not have yet is 0 in both
+    edited = sorted(name for name in SUMMED if counts.get(name, 0) != getattr(receipt, name))
     checks = {
         "the receipt is of another job or unit": (receipt.fingerprint, receipt.unit) == (plan.fingerprint, unit.id),
         f"the part has {len(data):,} bytes, its receipt says {receipt.size:,}": len(data) == receipt.size,
@@ -197,6 +191,7 @@ def _read_part(
         "the part is of another unit": metadata.get(b"batch_rerank.unit") == unit.id.encode(),
         f"the part has {len(table)} rows, its receipt says {receipt.rows_out}": len(table) == receipt.rows_out,
         f"the receipt's counts are not the part's: {', '.join(edited)}": not edited,
+        f"the receipt has {receipt.rows_in} candidates, the plan {unit.pairs}": receipt.rows_in == unit.pairs,
         f"the columns are {table.column_names[:10]}": table.column_names[: len(columns)] == list(columns),
     }
     problems = [problem for problem, good in checks.items() if not good]
@@ -211,9 +206,10 @@ def _content(location: Location) -> bytes | None:
             return None
 
 
-def compare(candidates: pa.Table, part: pa.Table, top_k: int | None) -> list[str]:
-    """Differences between a unit's input candidates and its output rows; none if the part is right."""
-    problems = _compare_ids(candidates, part, top_k)
+def compare(candidates: pa.Table | None, part: pa.Table, top_k: int | None) -> list[str]:
+    """Differences between a unit's input candidates, where they are known, and its output rows; none if the part is
+    right."""
+    problems = _repeated(part) + ([] if candidates is None else _compare_ids(candidates, part, top_k))
     starts = run_starts(part["query_id"].combine_chunks())
     lengths = np.diff(np.append(starts, len(part)))
     expected = np.arange(len(part)) - np.repeat(starts, lengths) + 1
@@ -230,13 +226,15 @@ def compare(candidates: pa.Table, part: pa.Table, top_k: int | None) -> list[str
     return problems
 
 
+def _repeated(part: pa.Table) -> list[str]:
+    repeated = part.group_by(["query_id", "doc_id"]).aggregate([([], "count_all")])
+    twice = repeated.filter(pc.greater(repeated["count_all"], 1))
+    return [f"{len(twice)} candidates appear twice, e.g. {_example(twice)}"] if len(twice) else []
+
+
 def _compare_ids(candidates: pa.Table, part: pa.Table, top_k: int | None) -> list[str]:
     problems = []
     keys = ["query_id", "doc_id"]
-    repeated = part.group_by(keys).aggregate([([], "count_all")])
-    twice = repeated.filter(pc.greater(repeated["count_all"], 1))
-    if len(twice):
-        problems.append(f"{len(twice)} candidates appear twice, e.g. {_example(twice)}")
     foreign = part.select(COMPARED).join(candidates.select(COMPARED), COMPARED, join_type="left anti")
     if len(foreign):
         problems.append(f"{len(foreign)} rows are no input candidates, e.g. {_example(foreign)}")

@@ -7,7 +7,9 @@ part is adopted and ours is dropped; the receipt always describes the part that 
 import io
 import itertools
 import json
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,9 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import StorageError
 from batch_rerank.schema import PASSED
 from batch_rerank.store.filesystem import Location, storage_errors
-from batch_rerank.store.manifest import SUMMED, Manifest, Receipt, part_name, sha256
+from batch_rerank.store.manifest import SUMMED, Manifest, Receipt, sha256
+from batch_rerank.store.names import part_name
+from batch_rerank.store.records import parse_counts
 from batch_rerank.store.shards import Unit
 
 ROW_GROUP_ROWS = 100_000
@@ -92,28 +96,30 @@ def _adopt(part: Location, unit: Unit, receipt: Receipt) -> tuple[bytes, Receipt
     """The bytes of the part that is there, if it is this unit of this job and complete, and a receipt of it."""
     data = part.read_bytes()
     try:
-        table = pq.read_table(io.BytesIO(data), columns=["query_id"])
+        table = pq.read_table(io.BytesIO(data))
         metadata = table.schema.metadata or {}
-        counts = json.loads(metadata.get(b"batch_rerank.counts", b"{}"))
+        counts = parse_counts(metadata.get(b"batch_rerank.counts", b"{}"))
     except (pa.ArrowException, OSError, ValueError):
         raise StorageError(
             f"{part}: exists and cannot be read; expected this unit's rows; delete it and run again"
         ) from None
     found = (metadata.get(b"batch_rerank.fingerprint"), metadata.get(b"batch_rerank.unit"), len(table))
     expected = (receipt.fingerprint.encode(), unit.id.encode(), receipt.rows_out)
-    if found != expected or counts.keys() != set(SUMMED):
+    if found != expected or counts.get("rows_out") != len(table):  # another version may have counted more, or less
         raise StorageError(
             f"{part}: exists and is another job's or damaged; delete it and run again, or use a new output"
         )
-    return data, replace(receipt, **counts)
+    known: dict[str, Any] = {name: counts.get(name, 0) for name in SUMMED}
+    return data, replace(receipt, **known)
 
 
 def _other_receipt(location: Location, part: Location, unit: Unit, ours: Receipt) -> Receipt:
     """The receipt another attempt wrote; replaced where it does not describe the part that is there now."""
-    theirs = Receipt.from_json(location.read_bytes(), location)
     data, now = _adopt(part, unit, ours)
-    if (theirs.sha256, theirs.size) == (sha256(data), len(data)):
-        return theirs
+    with suppress(StorageError):  # damaged: replaced
+        theirs = Receipt.from_json(location.read_bytes(), location)
+        if (theirs.unit, theirs.sha256, theirs.size) == (unit.id, sha256(data), len(data)):
+            return theirs
     now = replace(now, size=len(data), sha256=sha256(data), etag="" if part.is_local else part.stat().version)
     location.write_bytes(now.to_json())
     return now

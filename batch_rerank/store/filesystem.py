@@ -8,7 +8,7 @@ import errno
 import io
 import os
 import posixpath
-import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,10 +18,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from batch_rerank.errors import BatchRerankError, InputError, StorageError, without_secrets
+from batch_rerank.store import disk
 from batch_rerank.store.patience import Patience
 
-TEMPORARY = ".tmp"
-"""How the hidden files end from which a local write takes its content; a killed process leaves them."""
+INPUT_PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+"""Where shards may be: disks, and object stores, most of which need a package of their own. None that asks any host."""
+
+_ANSWERED: "weakref.WeakSet[fsspec.AbstractFileSystem]" = weakref.WeakSet()
+"""Stores that have answered this process. fsspec keeps one object for each store and its options."""
 
 Options = dict[str, Any]
 T = TypeVar("T")
@@ -119,7 +123,7 @@ class Location:
         if not self.is_local:
             self.patiently(lambda: self.fs.pipe_file(self.path, data))
             return
-        _place(os.replace, self.path, data)
+        disk.place(os.replace, self.path, data)
 
     @contextmanager
     def writer(self) -> Iterator[IO[bytes]]:
@@ -128,16 +132,8 @@ class Location:
             with self.fs.open(self.path, "wb") as file:  # S3: a multipart upload, there when it is complete
                 yield file
             return
-        temporary = f"{posixpath.dirname(self.path)}/.{uuid.uuid4().hex}{TEMPORARY}"
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with disk.writer(self.path) as file:
+            yield file
 
     def create_exclusive(self, data: bytes) -> bool:
         """Create with this content, all or nothing; False where it exists already with another content.
@@ -148,7 +144,7 @@ class Location:
         have one writer names its writer.
         """
         if self.is_local:
-            return _link_exclusive(self.path, data) or self.read_bytes() == data
+            return disk.link_exclusive(self.path, data) or self.read_bytes() == data
         return self.patiently(self._put_new, data) or self.read_bytes() == data
 
     def _put_new(self, data: bytes) -> bool:
@@ -174,11 +170,46 @@ class Location:
         with suppress(FileNotFoundError):
             self.patiently(lambda: self.fs.rm_file(self.path))
 
+    def remove_seen(self, seen: File) -> bool:
+        """Delete what a listing or `stat` showed; False where there is another by now, which stays.
+
+        It may be any time since, and another process may have replaced it. S3: one DELETE with If-Match, so an object
+        is another where its content is. Local: the file is moved aside, looked at, and moved back where it is another;
+        size and mtime tell. Other stores, and such as pass over the condition: a look and a removal, with a gap.
+        """
+        try:
+            if not _same(self.stat(), seen):
+                return False
+            if self.is_local:
+                return disk.remove_if(self.path, lambda aside: _same(_file(self.fs.info(aside)), seen))
+            if self._is_s3:
+                return self.patiently(self._delete_matching, seen)
+        except FileNotFoundError:
+            return True
+        self.remove()
+        return True
+
+    def _delete_matching(self, seen: File) -> bool:
+        bucket, key, _ = self.fs.split_path(self.path)
+        try:
+            self.fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=f'"{seen.version}"')
+        except OSError as error:
+            if error.errno == errno.ENOSYS:  # a store that knows no condition, and says so
+                self.fs.rm_file(self.path)
+            elif error.errno != errno.EINVAL:  # 412: another object
+                raise
+            return error.errno == errno.ENOSYS
+        return True
+
     def patiently(self, operation: Callable[..., T], *args: Any) -> T:
         """Do something on this store that may be repeated."""
         if self.is_local:
             return operation(*args)
-        return self.patience.keep(self, lambda: operation(*args))
+        if self.fs in _ANSWERED:  # to another location: what fails now is away, and no wrong endpoint
+            self.patience.reached = True
+        result = self.patience.keep(self, lambda: operation(*args))
+        _ANSWERED.add(self.fs)
+        return result
 
     @property
     def _is_s3(self) -> bool:
@@ -265,6 +296,15 @@ def _file(info: dict[str, Any]) -> File:
     return File(path=str(info["name"]), size=int(info["size"] or 0), version=version)
 
 
+def _same(one: File, other: File) -> bool:
+    return (one.size, one.version) == (other.size, other.version)
+
+
+def protocol_of(url: str) -> str:
+    """What fsspec would open a path or URL with; a chain of them (`simplecache::…`) is one that no input has."""
+    return "::" if "::" in url else url.split("://")[0] if "://" in url else "file"
+
+
 def _has_magic(path: str) -> bool:
     return any(sign in path for sign in "*?[")
 
@@ -285,7 +325,7 @@ def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -
         raise kind(f"{where}: storage failed: {without_secrets(str(error.strerror or error))}") from error
     except Exception as error:
         # botocore's errors (NoCredentialsError, EndpointConnectionError, ClientError) share no base with OSError
-        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec")):
+        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http.")):
             raise
         raise kind(f"{where}: storage failed: {without_secrets(str(error))}") from error
 
@@ -295,55 +335,3 @@ def input_errors(where: object) -> Iterator[None]:
     """The same for the input: a missing shard is an input error."""
     with storage_errors(where, InputError):
         yield
-
-
-def _link_exclusive(path: str, data: bytes) -> bool:
-    if os.path.exists(path):
-        return False
-    try:
-        _place(os.link, path, data)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _place(place: Callable[[str, str], None], path: str, data: bytes) -> None:
-    """Give `path` its content at once, from a temporary file."""
-    while True:
-        temporary = _write_temporary(path, data)
-        try:
-            place(temporary, path)
-            break
-        except FileNotFoundError:
-            # a job that took over from a paused one removes what it left; awake again, that one writes it once more
-            if os.path.exists(temporary):
-                raise
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-    _sync_directory(os.path.dirname(path))
-
-
-def _write_temporary(path: str, data: bytes) -> str:
-    """A synced file beside `path`, hidden from globs, on the same disk so that it can be linked."""
-    directory = os.path.dirname(path)
-    os.makedirs(directory, exist_ok=True)
-    temporary = os.path.join(directory, f".{uuid.uuid4().hex}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:  # a full disk must not keep what did not fit
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return temporary
-
-
-def _sync_directory(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ wall clock decides. A holder whose successor exists has lost: it is told at its 
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -22,10 +23,16 @@ from pathlib import Path
 
 from batch_rerank.errors import BatchRerankError, ConflictError
 from batch_rerank.store.filesystem import Location, storage_errors
+from batch_rerank.store.records import Count, Line, parse
 
 log = logging.getLogger("batch_rerank")
 
 LEASE_SECONDS = 60.0
+FOLDER = "_manifest/lease"
+
+EPOCH = "[1-9][0-9]{0,8}"
+"""What we name a lease; other files beside them are passed over."""
+
 HEARTBEATS = 12
 """Heartbeats in the lease's time: a second job learns within one of them that the first is alive."""
 
@@ -35,13 +42,13 @@ class Holder:
     """Who holds an epoch. `since` is for people to read; `machine` and `process` tell whether a holder on this machine
     has ended; the counter moves with every heartbeat."""
 
-    id: str
-    host: str
-    machine: str
-    pid: int
-    process: str
-    since: str
-    counter: int = 0
+    id: Line
+    host: Line
+    machine: Line
+    pid: Count
+    process: Line
+    since: Line
+    counter: Count = 0
     released: bool = False
 
     def to_json(self) -> bytes:
@@ -52,8 +59,8 @@ class Holder:
     def from_json(data: bytes) -> "Holder | None":
         """None where the content is damaged: such a holder is known by its bytes alone."""
         try:
-            return Holder(**json.loads(data))
-        except (ValueError, TypeError):
+            return parse(Holder, data)
+        except ValueError:
             return None
 
     def __str__(self) -> str:
@@ -65,17 +72,32 @@ class Lease:
 
     def __init__(self, root: Location, seconds: float) -> None:
         self._root, self._seconds = root, seconds
-        self._epoch = 0
+        self._epoch, self._started = 0, time.monotonic()
         self._me = _this_process()
         self._ended = threading.Event()
         self._main = threading.current_thread() is threading.main_thread()
         self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
         self.lost = False
 
+    @property
+    def id(self) -> str:
+        """Of this holder alone."""
+        return self._me.id
+
+    @property
+    def since(self) -> str:
+        """When it was taken, in UTC, for people."""
+        return self._me.since
+
+    @property
+    def seconds_held(self) -> float:
+        """Since it was taken."""
+        return time.monotonic() - self._started
+
     def take(self) -> None:
         """Take the output over from nobody, or from a holder that has ended. Raises ConflictError where one lives."""
         with storage_errors(self._at(0)):
-            before = self._latest()
+            before = _latest(self._root)
             if before:
                 self._wait_for_silence(*before)
             self._epoch = before[0] + 1 if before else 1
@@ -94,7 +116,7 @@ class Lease:
         """Whether the output is free, without taking it or waiting. Raises ConflictError where a process of this
         machine holds it; where another machine's may, that is logged, and it is not free."""
         with storage_errors(self._at(0)):
-            latest = self._latest()
+            latest = _latest(self._root)
         holder = latest and Holder.from_json(latest[1])
         if latest is None or (holder and holder.released):
             return True
@@ -128,11 +150,6 @@ class Lease:
         if not self.lost:
             self._write(replace(self._me, released=True))
 
-    def _latest(self) -> tuple[int, bytes] | None:
-        names = [path.rsplit("/", 1)[-1] for path in (self._root / "_manifest/lease").find()]
-        epochs = [int(name) for name in names if name.isdecimal()]
-        return (max(epochs), self._at(max(epochs)).read_bytes()) if epochs else None
-
     def _wait_for_silence(self, epoch: int, seen: bytes) -> None:
         """Return when the holder of an epoch has ended. Raises ConflictError where it has not."""
         holder = Holder.from_json(seen)
@@ -148,7 +165,7 @@ class Lease:
         deadline = time.monotonic() + self._seconds
         while time.monotonic() < deadline:
             time.sleep(self._seconds / HEARTBEATS / 2)
-            now = self._latest()
+            now = _latest(self._root)
             if now and now != (epoch, seen):
                 last = Holder.from_json(now[1])
                 if last and last.released and now[0] == epoch:
@@ -182,7 +199,7 @@ class Lease:
             self._at(self._epoch).write_bytes(holder.to_json())
 
     def _at(self, epoch: int) -> Location:
-        return self._root / f"_manifest/lease/{epoch}"
+        return self._root / f"{FOLDER}/{epoch}"
 
 
 @contextmanager
@@ -201,6 +218,47 @@ def hold(root: Location, seconds: float = LEASE_SECONDS) -> Iterator[Lease]:
             lease.release()
         except BatchRerankError as error:
             log.warning("the lease could not be given back, the next job waits %g s: %s", seconds, error)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What is known of who holds an output. alive: None where it has been watched for `seconds` and did nothing."""
+
+    holder: Holder | str
+    alive: bool | None
+    released: bool = False
+    seconds: float = 0.0
+
+
+def sign_of_life(root: Location, seconds: float) -> Sign:
+    """Whether the holder of an output lives. On this machine that is known at once; elsewhere its counter is watched
+    for three heartbeats of a lease of `seconds`. Raises StorageError."""
+    with storage_errors(root / FOLDER):
+        seen = _latest(root)
+        holder = Holder.from_json(seen[1]) if seen else None
+        if seen is None or holder is None:
+            return Sign("an unknown holder", False)
+        if holder.released:
+            return Sign(holder, False, released=True)
+        alive = _is_alive(holder)
+        if alive is not None:
+            return Sign(holder, alive)
+        watched = 3 * seconds / HEARTBEATS
+        deadline = time.monotonic() + watched
+        while time.monotonic() < deadline:
+            time.sleep(seconds / HEARTBEATS / 2)
+            now = _latest(root)
+            last = Holder.from_json(now[1]) if now else None
+            if now != seen and last is not None:
+                return Sign(last, not last.released, released=last.released)
+        return Sign(holder, None, seconds=watched)
+
+
+def _latest(root: Location) -> tuple[int, bytes] | None:
+    """The last epoch, and who says to hold it."""
+    names = [path.rsplit("/", 1)[-1] for path in (root / FOLDER).find()]
+    epochs = [int(name) for name in names if re.fullmatch(EPOCH, name)]
+    return (max(epochs), (root / f"{FOLDER}/{max(epochs)}").read_bytes()) if epochs else None
 
 
 def _this_process() -> Holder:

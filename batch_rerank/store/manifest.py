@@ -6,13 +6,15 @@ A unit is done if and only if its receipt is there and its part is there with th
 
 import hashlib
 import json
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from batch_rerank.errors import ConflictError, StorageError
-from batch_rerank.store.filesystem import TEMPORARY, File, Location, storage_errors
+from batch_rerank.errors import ConfigError, ConflictError, StorageError
+from batch_rerank.store.filesystem import Location, storage_errors
+from batch_rerank.store.names import TREC_RUNS, Files, checked, part_name
+from batch_rerank.store.plans import parse_plan, refuse_protocol
+from batch_rerank.store.records import Count, Mark, Seconds, Status, UnitId, parse
 from batch_rerank.store.shards import Shard, Unit, differing_shards
 
 MANIFEST_VERSION = 1
@@ -50,52 +52,48 @@ class Plan:
 
     @staticmethod
     def from_json(data: bytes, where: object) -> "Plan":
-        """Raises StorageError where the content is no plan."""
+        """Raises StorageError where the content is no plan that we write."""
         try:
-            value = json.loads(data)
-            if value.pop("manifest_version") != MANIFEST_VERSION:
-                raise StorageError(
-                    f"{where}: written by another version of batch_rerank; use that version, or a new output"
-                )
-            shards = [
-                Shard(i, url, File(path, size, version), rows)
-                for i, (url, path, size, version, rows) in enumerate(value.pop("shards"))
-            ]
-            units = [Unit(*unit) for unit in value.pop("units")]
-            return Plan(**value, shards=shards, units=units)
-        except (ValueError, KeyError, TypeError) as error:
+            version, fields = parse_plan(data)
+        except ValueError as error:
             raise StorageError(f"{where}: not a plan ({error}); the manifest is damaged, use a new output") from None
+        if version != MANIFEST_VERSION:
+            raise StorageError(
+                f"{where}: written by another version of batch_rerank; use that version, or a new output"
+            )
+        return Plan(**fields)
 
 
 @dataclass(frozen=True)
 class Receipt:
     """Proof that a unit is committed: what came in, what went out, and what was odd about it.
 
+    Counts of other versions that are missing here are 0, so a receipt of theirs costs no scored unit.
     engine_failed: rows among `failed` whose pair the engine could not score, which a resume tries again; scorer: the
     model copy that scored it; self_test: what its self-test said; storage_retries: requests that were repeated for it;
     etag: the part's version where the store keeps one; fallback: why its batches were padded, empty where packed
     """
 
-    unit: str
+    unit: UnitId
     fingerprint: str
     part: str
-    size: int
+    size: Count
     sha256: str
-    rows_in: int
-    rows_out: int
-    queries: int
-    scored: int
-    failed: int
-    null_texts: int
-    null_queries: int
-    empty_texts: int
-    truncated: int
-    tokens: int
-    seconds: float
-    scorer: str
+    rows_in: Count = 0
+    rows_out: Count = 0
+    queries: Count = 0
+    scored: Count = 0
+    failed: Count = 0
+    null_texts: Count = 0
+    null_queries: Count = 0
+    empty_texts: Count = 0
+    truncated: Count = 0
+    tokens: Count = 0
+    seconds: Seconds = 0.0
+    scorer: str = ""
     self_test: str = ""
-    engine_failed: int = 0
-    storage_retries: int = 0
+    engine_failed: Count = 0
+    storage_retries: Count = 0
     etag: str = ""
     fallback: str = ""
 
@@ -107,9 +105,8 @@ class Receipt:
     def from_json(data: bytes, where: object) -> "Receipt":
         """Fields of a newer version are passed over. Raises StorageError where the content is no receipt."""
         try:
-            known = {field.name for field in fields(Receipt)}
-            return Receipt(**{name: value for name, value in json.loads(data).items() if name in known})
-        except (ValueError, TypeError, AttributeError) as error:
+            return parse(Receipt, data)
+        except ValueError as error:
             raise StorageError(f"{where}: not a receipt ({error}); delete it to have its unit scored again") from None
 
 
@@ -140,7 +137,8 @@ SUMMED = (
 
 @dataclass
 class Totals:
-    """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback."""
+    """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback;
+    resumed_pairs: done by earlier runs."""
 
     units: int = 0
     rows_in: int = 0
@@ -157,6 +155,7 @@ class Totals:
     storage_retries: int = 0
     padded_units: int = 0
     seconds: float = 0.0
+    resumed_pairs: int = 0
 
     def add(self, receipt: Receipt) -> None:
         """Count one more unit."""
@@ -170,33 +169,6 @@ class Totals:
 def fingerprint(fields: dict[str, Any]) -> str:
     """sha256 of everything that changes an output byte."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Files:
-    """An output's files by their path below it, as one listing showed them."""
-
-    found: dict[str, File]
-
-    def size(self, name: str) -> int | None:
-        """Bytes, or None where there is no such file."""
-        return self.found[name].size if name in self.found else None
-
-    def within(self, directory: str) -> list[str]:
-        """The files of one directory, e.g. _manifest/attempts."""
-        return [name for name in self.found if name.startswith(f"{directory}/")]
-
-    def leftovers(self) -> list[str]:
-        """What earlier runs have left for nobody: notes of actors, failures, and the hidden files of killed writes."""
-        old = ("_manifest/attempts/", "_manifest/failures/")
-        return [name for name in self.found if name.startswith(old) or name.endswith(TEMPORARY)]
-
-    def strays(self, units: Iterable[str]) -> list[str]:
-        """Parquet files that a reader would take for output and that are no part of these units."""
-        parts = {part_name(unit) for unit in units}
-        hidden = ("_", ".")
-        names = (name for name in self.found if name.endswith(".parquet") and name not in parts)
-        return [name for name in names if not any(part.startswith(hidden) for part in name.split("/"))]
 
 
 @dataclass(frozen=True)
@@ -218,7 +190,7 @@ class Manifest:
     @property
     def trec_run(self) -> Location:
         """Where the ranked rows are as a TREC run, if the config asks for it."""
-        return self.root / "run.trec"
+        return self.root / TREC_RUNS[0]
 
     def part(self, unit_id: str) -> Location:
         """Where a unit's rows are."""
@@ -226,11 +198,15 @@ class Manifest:
 
     def receipt(self, unit_id: str) -> Location:
         """Where a unit's receipt is."""
-        return self.root / f"_manifest/receipts/{unit_id}.json"
+        return self.root / f"_manifest/receipts/{checked(unit_id)}.json"
 
     def failure(self, unit_id: str) -> Location:
         """Where it says what the engine could not score of a unit."""
-        return self.root / f"_manifest/failures/{unit_id}.json"
+        return self.root / f"_manifest/failures/{checked(unit_id)}.json"
+
+    def damage(self, unit_id: str) -> Location:
+        """Where it says which part and receipt of a unit `verify --repair` has found damaged."""
+        return self.root / f"_manifest/damaged/{checked(unit_id)}.json"
 
     def read_plan(self) -> Plan | None:
         """The plan, or None for an output that has none."""
@@ -247,6 +223,8 @@ class Manifest:
         """
         existing = self.read_plan()
         if existing is None:
+            for shard in plan.shards:
+                refuse_protocol(shard.url, ConfigError)
             self.refuse_foreign()
             with storage_errors(self.root):
                 created = self.plan_location.create_exclusive(plan.to_json())
@@ -284,7 +262,7 @@ class Manifest:
                 "expected an empty output; use another output.path"
             )
 
-    def list_files(self) -> "Files":
+    def list_files(self) -> Files:
         """All files of the output, in one listing."""
         with storage_errors(self.root):
             start = len(self.root.path.rstrip("/")) + 1
@@ -296,38 +274,63 @@ class Manifest:
         files = self.list_files()
         names = {f"_manifest/receipts/{unit.id}.json": unit.id for unit in plan.units}
         found = [name for name in names if name in files.found]
+        noted = {unit: f"_manifest/damaged/{unit}.json" for unit in files.units_within("_manifest/damaged")}
         with ThreadPoolExecutor(workers) as pool:
-            bodies = list(pool.map(lambda name: _read(self.root / name), found))
+            bodies = list(pool.map(lambda name: _read(self.root / name), [*found, *noted.values()]))
+        damaged = dict(zip(noted, bodies[len(found) :], strict=True))
         committed: list[Receipt] = []
         broken: dict[str, str] = {}
-        for name, body in zip(found, bodies, strict=True):
-            receipt = _fitting(files, plan.fingerprint, names[name], body, self.root / name)
+        for name, body in zip(found, bodies, strict=False):
+            unit_id = names[name]
+            receipt = _fitting(files, plan.fingerprint, unit_id, body, self.root / name)
+            if isinstance(receipt, Receipt) and damaged.get(unit_id) == versions(files, unit_id):
+                receipt = "verify has found it damaged"
             if isinstance(receipt, Receipt):
                 committed.append(receipt)
             else:
-                broken[names[name]] = receipt
+                broken[unit_id] = receipt
         return Scan(files, committed, broken)
 
-    def discard(self, unit_id: str) -> None:
-        """Make a unit not done. Its receipt goes last: one without its part shows in the next listing, where a damaged
-        part without a receipt would not."""
-        for location in (self.failure(unit_id), self.part(unit_id), self.receipt(unit_id)):
-            with storage_errors(location):
-                location.remove()
+    def discard(self, unit_id: str, files: Files) -> None:
+        """Make a unit not done: remove its files, as far as they are still those that a listing showed. Its receipt
+        goes behind its part: one without its part shows in the next listing, where a damaged part without a receipt
+        would not."""
+        for location in (self.failure(unit_id), self.part(unit_id), self.receipt(unit_id), self.damage(unit_id)):
+            self.remove_seen(location.path[len(self.root.path.rstrip("/")) + 1 :], files)
+
+    def remove_seen(self, name: str, files: Files) -> None:
+        """Remove a file of a listing, if it is still that one."""
+        seen = files.found.get(name)
+        if seen is not None:
+            with storage_errors(self.root / name):
+                (self.root / name).remove_seen(seen)
 
     def write_status(self, status: dict[str, Any]) -> None:
         """`_manifest/status.json`: how far the job is and how it ended. Ray hides a driver's exit code; this has it."""
         with storage_errors(self.root):
             (self.root / "_manifest/status.json").write_bytes(json.dumps(status, indent=1).encode())
 
-    def read_status(self) -> dict[str, Any]:
-        """The last status, or nothing."""
+    def read_mark(self) -> Mark | None:
+        """What `_SUCCESS` says; None where there is none, or none of ours."""
+        with storage_errors(self.success):
+            try:
+                return parse(Mark, self.success.read_bytes())
+            except (FileNotFoundError, ValueError):
+                return None
+
+    def read_status(self) -> Status:
+        """The last status, or that of a job that has not begun."""
         with storage_errors(self.root):
             try:
-                value: dict[str, Any] = json.loads((self.root / "_manifest/status.json").read_bytes())
-                return value
+                return parse(Status, (self.root / "_manifest/status.json").read_bytes())
             except (FileNotFoundError, ValueError):
-                return {}
+                return Status()
+
+
+def versions(files: Files, unit_id: str) -> bytes:
+    """Which part and receipt of a unit a listing shows: what `verify --repair` notes where they are damaged."""
+    seen = [files.found.get(name) for name in (part_name(unit_id), f"_manifest/receipts/{unit_id}.json")]
+    return json.dumps([file and [file.size, file.version] for file in seen]).encode()
 
 
 @dataclass(frozen=True)
@@ -341,8 +344,7 @@ class Scan:
     def set_aside(self) -> list[str]:
         """Units that could not be scored."""
         done = {receipt.unit for receipt in self.committed}
-        failed = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in self.files.within("_manifest/failures"))
-        return [unit for unit in failed if unit not in done]
+        return [unit for unit in self.files.units_within("_manifest/failures") if unit not in done]
 
 
 def _fitting(files: Files, fingerprint: str, unit_id: str, body: bytes, where: object) -> Receipt | str:
@@ -361,11 +363,6 @@ def _fitting(files: Files, fingerprint: str, unit_id: str, body: bytes, where: o
     if receipt.etag and receipt.etag != part.version:
         return "its part was replaced after it was committed (another etag)"
     return receipt
-
-
-def part_name(unit_id: str) -> str:
-    """The part of unit `00003-00017` is `part-00003-00017.parquet`, in every run."""
-    return f"part-{unit_id}.parquet"
 
 
 def sha256(data: bytes) -> str:

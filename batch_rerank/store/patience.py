@@ -5,6 +5,7 @@ takes longer, and a job of many hours outlives it.
 """
 
 import errno
+import http.client
 import logging
 import random
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
-from batch_rerank.errors import without_secrets
+from batch_rerank.errors import StorageError, without_secrets
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
@@ -35,8 +36,12 @@ class Patience:
     retries: int = 0
 
     def keep(self, where: object, operation: Callable[[], T]) -> T:
-        """The operation's result; it is tried again while it fails for a reason that may pass. Raises what it raises
-        last. It must be safe to repeat: its last try may have happened although its answer was lost."""
+        """The operation's result; it is tried again while it fails for a reason that may pass. It must be safe to
+        repeat: its last try may have happened although its answer was lost.
+
+        Raises what the operation raises where waiting does not help, and StorageError where it has not helped: an
+        outage is the store's, whoever was reading what.
+        """
         deadline = None
         for attempt in count():
             try:
@@ -45,10 +50,15 @@ class Patience:
                 now = time.monotonic()
                 deadline = now + self.seconds if deadline is None else deadline
                 pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt))
-                if not may_pass(error, self.reached) or now + pause > deadline:
+                if not may_pass(error, self.reached):
                     raise
-                self.retries += 1
                 reason = without_secrets(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__
+                if now + pause > deadline:
+                    raise StorageError(
+                        f"{where}: storage failed: {reason}; tried {attempt + 1} times in {self.seconds:g} s; run the "
+                        "job again when the store is back"
+                    ) from error
+                self.retries += 1
                 log.warning("%s: %s; trying again in %.1f s", where, reason, pause)
                 time.sleep(pause)
             else:
@@ -73,7 +83,8 @@ def may_pass(error: BaseException, reached: bool) -> bool:
         return reached
     if type(error) is HTTPClientError:  # whatever botocore has no name for: also plain mistakes
         error = error.kwargs["error"]  # type: ignore[attr-defined]
-    if isinstance(error, HTTPClientError | ResponseParserError | FSTimeoutError | aiohttp.ClientError | TimeoutError):
+    broken = HTTPClientError | ResponseParserError | FSTimeoutError | aiohttp.ClientError | http.client.HTTPException
+    if isinstance(error, broken | TimeoutError):
         return True
     busy = (errno.EBUSY, errno.EREMOTEIO)  # s3fs's names of 503 and 500 where it drops the cause
     return isinstance(error, BrokenPipeError | ConnectionResetError | EOFError) or (

@@ -5,8 +5,9 @@ BATCH_RERANK_FAULTS is a JSON object:
     root: the output; targets below it are told relative to it
     journal: a file that gets a line `pid operation when target` for every step, for tests to read
     faults: a list of objects:
-        operation: create_exclusive, write_bytes, remove (Location's), encode, score, commit (of a unit), load (of a
-            model), or link, rename, unlink, create: what Python asks of the system, so `before` only
+        operation: create_exclusive, write_bytes, remove (Location's), delete (of what was seen, on S3), encode, score,
+            commit (of a unit), load (of a model), or link, rename, unlink, create: what
+            Python asks of the system, so `before` only
         when: before or after
         match: regular expression of the target: a path, a unit's id, or the model's name
         nth: strike from the nth such step of a process on; 1 if left out
@@ -60,8 +61,11 @@ class Faults:
         setattr(owner, name, told)
 
     def patch_filesystem(self, module):
-        for name in ("create_exclusive", "write_bytes", "remove"):
-            self.wrap(module.Location, name, name, lambda location, *_: location.path)
+        for name in ("create_exclusive", "write_bytes", "remove", "remove_seen"):
+            operation = name.removesuffix("_seen")
+            self.wrap(module.Location, name, operation, lambda location, *_: location.path)
+        if hasattr(module.Location, "_delete_matching"):  # on S3, between the look at an object and its removal
+            self.wrap(module.Location, "_delete_matching", "delete", lambda location, *_: location.path)
 
     def patch_steps(self, module):
         for name in ("encode", "score", "commit"):

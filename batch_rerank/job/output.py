@@ -1,0 +1,94 @@
+"""An output that is there already, opened for `status`, `verify` and `evaluate`: by its place, or by its job file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from batch_rerank.config import Cluster, JobConfig, load_config
+from batch_rerank.errors import ConfigError, StorageError
+from batch_rerank.store.filesystem import Options, locate
+from batch_rerank.store.manifest import Manifest, Plan
+from batch_rerank.store.shards import Unit
+from batch_rerank.store.unit_reader import read_units
+
+T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an output is, and what the stores of it and of its input want to be told: no plan has storage options."""
+
+    path: str
+    options: Options = field(default_factory=dict)
+    job: JobConfig | None = None
+
+
+def find_place(output: str, overrides: Sequence[str] = (), limit: int | None = None) -> Place:
+    """The place of an output, given by its path or URL, or by the job file that it is of. Raises ConfigError."""
+    if "://" in output or not Path(output).is_file():
+        if overrides or limit is not None:
+            raise ConfigError(f"{output}: --set and --limit are for a job file; expected its path, found no such file")
+        return Place(output)
+    job = load_config(output, overrides, limit)
+    return Place(job.output.path, job.output.storage_options, job)
+
+
+def open_output(place: Place | str, or_stage: bool = False) -> tuple[Manifest, Plan]:
+    """The manifest and plan of an output, or of a staged input too. Raises StorageError where there is none."""
+    place = Place(place) if isinstance(place, str) else place
+    manifest = Manifest(locate(place.path, place.options))
+    plan = manifest.read_plan()
+    if plan is None:
+        raise StorageError(
+            f"{manifest.root}: no _manifest/plan.json; expected the output of `batch-rerank run`; check the path"
+        )
+    if is_stage(plan) and not or_stage:
+        raise StorageError(
+            f"{manifest.root}: a staged input, expected the output of `batch-rerank run`; check the path"
+        )
+    return manifest, plan
+
+
+def is_stage(plan: Plan) -> bool:
+    """Whether a plan is that of a staged input."""
+    return bool(plan.config.get("stage"))
+
+
+def config_of(plan: Plan, place: Place | str = "") -> JobConfig:
+    """The job of a plan, with the storage options of its job file. Raises StorageError where this version does not
+    understand it."""
+    config = _parsed(JobConfig, plan.config, plan)
+    job = place.job if isinstance(place, Place) else None
+    if job is None:
+        return config
+    staged = job.input.patterns != config.input.patterns  # the stage lies where the output's options reach
+    given = job.output.storage_options if staged else job.input.storage_options
+    return config.model_copy(update={"input": config.input.model_copy(update={"storage_options": given})})
+
+
+def lease_seconds_of(plan: Plan) -> float:
+    """How long a job on this output must be silent before it counts as dead. Raises StorageError."""
+    return _parsed(Cluster, plan.config.get("cluster", {}), plan).lease_seconds
+
+
+def _parsed(kind: type[T], value: object, plan: Plan) -> T:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:100]
+        raise StorageError(
+            f"_manifest/plan.json: written by batch_rerank {plan.version or '?'}, whose job this version does not "
+            f"understand ({where}: {first['msg']}); use that version"
+        ) from None
+
+
+def input_ids(plan: Plan, config: JobConfig, units: list[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    """Canonical rows of units of one shard, re-read from the input. Raises InputError where it changed."""
+    shard = plan.shards[units[0].shard]
+    location = locate(shard.url, config.input.storage_options)
+    return read_units(location, shard, units, config.input.layout, config.input.columns, [], ids_only=True)

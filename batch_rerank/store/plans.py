@@ -1,0 +1,69 @@
+"""The schema of a plan as it lies on storage: what a job believes of it, and what it refuses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batch_rerank.errors import BatchRerankError
+from batch_rerank.store.filesystem import INPUT_PROTOCOLS, File, protocol_of
+from batch_rerank.store.records import Count, Line, UnitId, parse
+from batch_rerank.store.shards import Shard, Unit
+
+JOB_COUNTS = ("shards", "zero_row_shards", "queries", "queries_without_candidates")
+STAGE_COUNTS = ("candidates", "queries", "queries_without_candidates")
+
+
+@dataclass(frozen=True)
+class _Version:
+    manifest_version: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    fingerprint: str
+    config: dict[str, Any]
+    shards: list[tuple[str, str, Count, str, Count]]
+    units: list[tuple[UnitId, Count, Count, Count, Count, Count]]
+    fingerprint_fields: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    version: Line = ""
+    counts: dict[str, Count] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def parse_plan(data: bytes) -> tuple[int, dict[str, Any]]:
+    """A plan's version and fields; no fields where the version may have others. Raises ValueError."""
+    version = parse(_Version, data).manifest_version
+    if version != 1:
+        return version, {}
+    read = parse(_Plan, data)
+    staged = bool(read.config.get("stage"))
+    shards = [
+        Shard(index, url, File(path, size, version), rows)
+        for index, (url, path, size, version, rows) in enumerate(read.shards)
+    ]
+    units = [Unit(*unit) for unit in read.units]
+    for shard in shards:
+        refuse_protocol(shard.url, ValueError)
+    _check_units(units, shards, staged)
+    counts = {**dict.fromkeys(STAGE_COUNTS if staged else JOB_COUNTS, 0), **read.counts}
+    return version, {**vars(read), "shards": shards, "units": units, "counts": counts}
+
+
+def refuse_protocol(url: str, error: type[BatchRerankError | ValueError]) -> None:
+    """Raise where a shard is where no input can be: a plan must not send its reader to any host."""
+    if protocol_of(url) not in INPUT_PROTOCOLS:
+        raise error(f"a shard at {url[:100]!r}; expected a local path, s3://, gs:// or az://")
+
+
+def _check_units(units: Sequence[Unit], shards: Sequence[Shard], staged: bool) -> None:
+    """Raise ValueError where units are none that planning makes. Those of a stage are ranges of queries."""
+    if len({unit.id for unit in units}) < len(units):
+        raise ValueError("a unit stands twice")
+    end = (0, 0)
+    for unit in () if staged else units:
+        if (unit.shard, unit.start) < end or unit.start > unit.stop:
+            raise ValueError(f"unit {unit.id}: out of order, or it overlaps another")
+        if unit.shard >= len(shards) or unit.stop > shards[unit.shard].rows:
+            raise ValueError(f"unit {unit.id}: beyond its shard")
+        end = (unit.shard, unit.stop)

@@ -1,0 +1,82 @@
+"""Records that are read back from storage: plan, receipts, notes, leases, status, `_SUCCESS`.
+
+They are somebody's bytes until they have the shape that we write, so each is parsed by one schema, the types of its
+dataclass. Fields that this version does not know are passed over, and those that are missing have their defaults.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+UNIT = r"[0-9]{5,9}(-[0-9]{5,9})?"
+"""A unit's id as we write it. It becomes a part of file names, so nothing else is one."""
+
+UnitId = Annotated[str, Field(pattern=f"^{UNIT}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1000)]
+"""Text that is shown: without the characters that a terminal obeys."""
+
+
+def parse(kind: type[T], data: bytes) -> T:
+    """A record of this kind from JSON. Raises ValueError that says in one line what is wrong, without the content."""
+    try:
+        return cast(T, _adapter(cast(Any, kind)).validate_json(data, strict=True))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:100]
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+
+
+def parse_counts(data: bytes) -> dict[str, int]:
+    """The counts in a part's footer. Raises ValueError."""
+    return parse(dict[str, Count], data)
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+@dataclass(frozen=True)
+class Status:
+    """`_manifest/status.json`, for people: how far a run is and how it ended. Times are UTC, `seconds` the run's."""
+
+    state: Line = "planned"
+    exit_code: int | None = None
+    message: str = ""
+    started_at: Line = ""
+    updated_at: Line = ""
+    seconds: Seconds = 0.0
+    pairs_per_second: Seconds = 0.0
+
+
+@dataclass(frozen=True)
+class TrecRun:
+    """What `_SUCCESS` says of the TREC run beside the parts."""
+
+    size: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """`_SUCCESS`. `lease` names the run that wrote it: no two marks are the same, so one can be told from a later one.
+    `old_run`: what version 0.1.0 wrote as run.trec."""
+
+    fingerprint: str = ""
+    units: Count = 0
+    rows: Count = 0
+    lease: str = ""
+    trec_run: TrecRun | None = None
+    old_run: Annotated[TrecRun | None, Field(validation_alias="run.trec")] = None
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        value = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(value).encode()
