@@ -1,9 +1,10 @@
 # make demo: a real job with real weights. make test: everything quick; make chaos: the rest. Each makes .venv with the tested versions first.
+# make gpu: proof and figures on a GPU box, with its own torch and transformers ($(PYTHON)); nothing is installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos check format clean
+.PHONY: demo test chaos gpu check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/batch-rerank demo $(if $(MODEL),--model $(MODEL)) $(if $(QUERIES),--queries $(QUERIES))
@@ -14,6 +15,9 @@ test: $(VENV)/.installed
 chaos: $(VENV)/.installed
 	$(BIN)/python -m pytest -m chaos $(ARGS)
 	$(BIN)/python tests/chaos/campaign.py --kills 50
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
