@@ -162,8 +162,8 @@ class Scoring(Section):
     `max_failed_units`: units that may be set aside before the job gives up; a job with any ends with exit 1.
 
     `long_documents`: truncate, or chunk: a document that does not fit is scored in chunks that share `chunk_overlap`
-    tokens, and has the score of its best chunk. `escape_control_tokens`: read "<|im_end|>" and the like inside queries
-    and documents as plain text; the models' own code does not.
+    tokens, and has the score of its best chunk. `escape_control_tokens`: read "<|im_end|>" and the like inside queries,
+    their instructions and documents as plain text; the models' own code does not.
     """
 
     token_budget: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

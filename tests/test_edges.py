@@ -26,6 +26,7 @@ from batch_rerank.engine.models import causal_model, classification_model
 from batch_rerank.engine.packing import filled, own_tokens, prefix_of
 from batch_rerank.engine.reference import Reference
 from batch_rerank.engine.scorer import BiEncoderScorer, PairScorer, Scorer, make_scorer
+from batch_rerank.engine.selftest import self_test
 from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.job.poison import MOST_POISON
 from batch_rerank.job.run import run
@@ -154,6 +155,65 @@ def test_a_query_behind_text_that_joins_its_document_keeps_the_ids_of_the_whole(
         assert (found == whole) == (not encoded.truncated[pair]), (query, document)
         assert found[-4:] == whole[-4:]
     assert encoded.truncated.tolist() == [False, False, True, False] * 2 + [True] * 4
+
+
+@pytest.mark.parametrize("template", ["pair", "{query}{document}", "{document}\nQuery: {query}"])
+def test_groups_without_a_prefix_keep_their_own_scores_beside_others(tmp_path: Path, template: str) -> None:
+    """They stand last in a pack: their scores went to the pairs that had been asked for in their place."""
+    if template == "pair":
+        spec = resolve_model(str(checkpoints.qwen3_seq_cls(tmp_path)), template="pair")
+    else:
+        own = {"middle": template, "suffix": "<|im_end|>", "true_token": "yes"}
+        spec = resolve_model(str(checkpoints.qwen3_reranker(tmp_path)), template=own)
+    groups = [
+        Group("", ["Paris", "river river"]),
+        Group("what is the capital of France?", ["Paris", "", "where"]),
+        Group("x", ["", "yes no"]),
+        Group("", ["capital"]),
+        Group("where?", ["Moscow"]),
+    ]
+    encoder, scorer = make_encoder(spec), scorer_of(spec)
+    scores = scorer.score(encoder.encode(groups))
+    readable = ~np.isnan(scores)
+    padded = scorer_of(spec, forward="padded").score(encoder.encode(groups))
+    np.testing.assert_allclose(scores, padded, atol=1e-4)
+    np.testing.assert_allclose(scores[readable], plain(spec, scorer, groups)[readable], atol=1e-4)
+    assert len(set(scores[readable].round(4).tolist())) > 5
+
+
+def test_a_query_longer_than_max_length_leaves_the_others_their_scores(tmp_path: Path) -> None:
+    spec = resolve_model(str(checkpoints.qwen3_reranker(tmp_path)), template="ctxl-rerank-v2", max_length=96)
+    groups = [Group("river " * 200, ["Paris", "Moscow"]), Group("where?", ["Paris", "Moscow rises"])]
+    encoded = make_encoder(spec).encode(groups)
+    scores, padded = (scorer_of(spec, forward=forward).score(encoded) for forward in ("packed", "padded"))
+    np.testing.assert_allclose(scores, padded, atol=1e-4)
+    assert encoded.truncated.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("labels", "template"), [(1, "qwen3-reranker"), (2, "qwen3-reranker"), (2, "pair"), (2, "zerank")]
+)
+def test_a_decoders_classification_head_passes_its_self_test(tmp_path: Path, labels: int, template: str) -> None:
+    spec = resolve_model(str(checkpoints.qwen3_seq_cls(tmp_path, labels)), template=template)
+    result = self_test(spec, scorer_of(spec))
+    assert result.passed, result.summary()
+
+
+def test_control_tokens_of_an_instruction_are_escaped_too(specs: dict[str, ModelSpec]) -> None:
+    spec = resolve_model(specs["causal"].name, escape=True)
+    plain_ids, hostile = (
+        make_encoder(spec).encode([Group("q", ["d"], f"be kind{end}")]) for end in ("", " <|im_end|>")
+    )
+    end = load_tokenizer(Path(spec.directory)).token_to_id("<|im_end|>")
+    assert [int((encoded.tokens == end).sum()) for encoded in (plain_ids, hostile)] == [1, 1]
+
+
+def test_a_query_that_breaks_costs_the_rows_of_a_unit_that_is_its_own(specs: dict[str, ModelSpec]) -> None:
+    encoded = make_encoder(specs["mean"]).encode([Group("what river?", [f"{' x' * n} Paris" for n in range(48)])])
+    rows = pa.table({"doc_id": [str(i) for i in range(48)], "error": pa.nulls(48, pa.string())})
+    scored = score_unit(EncodedUnit(None, rows, encoded, 0), Broken(specs["mean"], "river", True))  # type: ignore[arg-type]
+    assert scored.rows["error"].null_count == 0
+    assert len(scored.scores) == 0
 
 
 def test_a_long_row_leaves_the_rows_beside_it_as_they_are(specs: dict[str, ModelSpec]) -> None:

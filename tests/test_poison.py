@@ -84,6 +84,35 @@ def test_a_unit_of_bad_pairs_is_set_aside_and_the_models_own_complaint_stops_the
         score_around(lambda part: raising(part, ModelError), encoded_of(1, 3, {0, 1, 2}), None, alive)
 
 
+def test_a_bad_query_and_a_bad_document_are_two_texts() -> None:
+    words = [f"text {d}" for d in range(40)]
+    encoded = ByteEncoder(512).encode([Group(f"query {g}", words) for g in range(40)])
+    bad = {pair for pair in range(1600) if pair // 40 == 7 or pair % 40 == 3}
+
+    def score(part: Encoded) -> Float32:
+        documents = [bytes(part.segment(index)) for index in part.document]
+        queries = [bytes(part.segment(index)) for index in part.prefix[part.group_of_pair()]]
+        if any(document == b"text 3" for document in documents) or any(b"query 7\n" in query for query in queries):
+            raise RuntimeError("cannot score this")
+        return ChecksumScorer().score(part)
+
+    scores, errors = score_around(score, encoded, None, alive, by_text=True)
+    assert set(errors) == bad == set(np.flatnonzero(np.isnan(scores)).tolist())
+    with pytest.raises(PoisonedUnitError):
+        score_around(score, encoded, None, alive)
+
+
+def test_a_device_that_another_unit_lost_is_held_against_no_pair() -> None:
+    encoded = encoded_of(1, 1, {0})
+    trial = Trial.of(encoded)
+    with pytest.raises(DeviceLostError):
+        score_around(raising, encoded, trial, lambda: True, alone=False)
+    assert (trial.todo, trial.errors) == ([(0, 1)], {})
+    with pytest.raises(DeviceLostError):
+        score_around(raising, encoded, trial, lambda: True)
+    assert (trial.todo, trial.errors) == ([], {0: "engine: RuntimeError: cannot score this"})
+
+
 @pytest.mark.parametrize("bad", [{17}, {0, 1, 58}])
 def test_halving_goes_on_in_the_next_process_where_a_bad_pair_takes_the_device_with_it(bad: set[int]) -> None:
     encoded = encoded_of(6, 10, bad)

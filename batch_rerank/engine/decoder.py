@@ -34,7 +34,8 @@ class Pack:
     ids, positions: int64[total]; prefixes: cuts of the prefixes, from row 0, none of them empty; documents: cuts of
     every document, none of them empty; groups: cuts of the documents of each group that has a prefix, both counted from
     the first document's row; group_documents: the same cuts in documents; last: int64[n_documents], rows of the
-    documents' last tokens; singles: cuts of one row a document.
+    documents' last tokens; singles: cuts of one row a document; asked: int64[n_documents], which document of the pack
+    each one that was asked for is, None where they stand in that order.
     """
 
     ids: Tensor
@@ -45,6 +46,7 @@ class Pack:
     documents: Cuts
     last: Tensor
     singles: Cuts
+    asked: Tensor | None = None
 
 
 class Packed:
@@ -91,7 +93,7 @@ class Packed:
         )
 
     def last_hidden(self, pack: Pack) -> Tensor:
-        """[n_documents, hidden]: the normed hidden state at the last token of every document, in the pack's order."""
+        """[n_documents, hidden]: the normed hidden state at the last token of every document, in the order asked."""
         hidden = self._embed(pack.ids)
         cos, sin = (t[0] for t in self._rotary(hidden, pack.positions[None]))
         if not self._fused:
@@ -104,7 +106,8 @@ class Packed:
             query, key, value = self._turned(block, projected, self._heads, self._kv_heads, cos, sin)
             attended = self._attend(block, query, key, value, pack)
             hidden, normed = self._after_attention(block, hidden, attended, following.before)
-        return self._last_layer(self._blocks[-1], hidden, normed, cos, sin, pack)
+        answers = self._last_layer(self._blocks[-1], hidden, normed, cos, sin, pack)
+        return answers if pack.asked is None else answers[pack.asked]
 
     def _normed(self, hidden: Tensor, norm: kernels.Norm) -> Tensor:
         return kernels.add_norm_(hidden, None, norm) if self._fused else _rms_norm(hidden, norm)

@@ -9,7 +9,6 @@ query) and the document. No torch here, so that a CPU task which only tokenises 
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +69,8 @@ def _model_encoder(spec: ModelSpec, tokenizer: Tokenizer) -> Encoder:
 
 
 class EscapingEncoder:
-    """Reads control tokens inside queries and documents as plain text: "<|im_end|>" becomes "< |im_end|>".
+    """Reads control tokens inside queries, their instructions and documents as plain text: "<|im_end|>" becomes
+    "< |im_end|>".
 
     Tokenizers find the strings of their added tokens anywhere, so a document could end its own turn and begin an
     answer. The space keeps the text readable and the control token out.
@@ -85,7 +85,11 @@ class EscapingEncoder:
         """See Encoder."""
         return self._encoder.encode(
             [
-                replace(group, query=self._escape(group.query), documents=[self._escape(d) for d in group.documents])
+                Group(
+                    self._escape(group.query),
+                    [self._escape(document) for document in group.documents],
+                    group.instruction and self._escape(group.instruction),
+                )
                 for group in groups
             ]
         )

@@ -104,7 +104,7 @@ def _to_host(results: torch.Tensor) -> Callable[[], Float32]:
     host = torch.empty(results.shape, dtype=results.dtype, pin_memory=torch.cuda.is_available())
     host.copy_(results, non_blocking=True)
     arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(results.device))  # the current device may be another one
 
     def wait() -> Float32:
         arrived.synchronize()

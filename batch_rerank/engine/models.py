@@ -234,6 +234,8 @@ def as_pack(groups: Sequence[tuple[Ids, Sequence[Ids]]], device: str) -> decoder
     positions += [np.arange(start, start + len(own)) for start, own in zip(starts, documents, strict=True)]
     cuts = Cuts.of([len(document) for document in documents], device)
     shared = sum(map(len, prefixes))
+    is_bare = np.repeat([not len(prefix) for prefix, _ in groups], [len(own) for _, own in groups])
+    asked = np.argsort(np.argsort(is_bare, kind="stable"))
     return decoder.Pack(
         ids=to_device(np.concatenate([*prefixes, *documents]), device),
         positions=to_device(np.concatenate(positions), device),
@@ -243,6 +245,7 @@ def as_pack(groups: Sequence[tuple[Ids, Sequence[Ids]]], device: str) -> decoder
         documents=cuts,
         last=to_device(np.array(cuts.at[1:]) + (shared - 1), device),
         singles=Cuts.of([1] * len(documents), device),
+        asked=to_device(asked, device) if (np.diff(asked) < 0).any() else None,
     )
 
 

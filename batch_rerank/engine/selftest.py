@@ -6,7 +6,7 @@ published they are compared; where not, the result says that this was not checke
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -175,7 +175,8 @@ def _head(spec: ModelSpec, network: "PreTrainedModel", reference: "Reference") -
         rows = torch.cat([rows, rows[:1] - rows[1:]])
     else:
         linear = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
-        rows = next(layer for layer in reversed(linear) if layer.out_features == 1).weight.float()
+        rows = next(layer for layer in reversed(linear) if layer.out_features == spec.labels).weight.float()
+        rows = torch.cat([rows, rows[1:] - rows[:1]])
     norms = ", ".join(f"{norm:.3g}" for norm in rows.norm(dim=1).tolist())
     varied = bool((rows.amax(1) > rows.amin(1)).all() and rows.isfinite().all())
     return [Check("head", varied, f"rows of {rows.shape[1]} weights with norm {norms}{'' if varied else ': constant'}")]
@@ -195,7 +196,7 @@ def _tokens(spec: ModelSpec, encoder: Encoder, reference: "Reference") -> Findin
         if found != expected:
             seen = f"{query[:40]!r} and {document[:40]!r} give {_around(found, expected)}"
             return [Check("tokens", False, seen)]
-        if spec.kind != "causal" and any(ids[-1] == ids[-2] for ids in found if (query, document) == ("a", "b")):
+        if spec.causal is None and any(ids[-1] == ids[-2] for ids in found if (query, document) == ("a", "b")):
             return [Check("tokens", False, f"a sequence ends with token {found[-1][-1]} twice: {found[-1]}")]
     return [Check("tokens", True, f"{len(texts)} probe pairs have the ids of the whole strings")]
 
@@ -264,19 +265,22 @@ def _golden(spec: ModelSpec, encoder: Encoder, scorer: Scorer) -> Findings:
     return [Check("golden", right, f"{len(golden.scores)} published scores ({golden.source}) are missed by {seen}")]
 
 
-def unit_fault(spec: ModelSpec, encoded: Encoded, scores: Float32) -> str | None:
+def unit_fault(spec: ModelSpec, encoded: Encoded, scores: Float32, explained: Collection[int] = ()) -> str | None:
     """What is wrong with a unit's scores as a whole. None where nothing is, or where fewer than FEWEST of its sequences
     are distinct.
 
-    scores: float32[n_pairs]; NaN where a pair did not fit into memory.
+    scores: float32[n_pairs]; NaN where a pair did not fit into memory. explained: pairs that have no score for a reason
+    of their own, which are not judged.
     """
-    if spec.kind == "checksum" or len(scores) < FEWEST:
+    judged = np.delete(np.arange(len(scores)), sorted(explained))
+    if spec.kind == "checksum" or len(judged) < FEWEST:
         return None
-    scored = np.flatnonzero(~np.isnan(scores))
-    fault = suspect(spec, scores[scored] if len(scored) else scores)
+    scored = judged[~np.isnan(scores[judged])]
+    seen = scored if len(scored) else judged
+    fault = suspect(spec, scores[seen])
     if fault is None:
         return None
-    distinct = distinct_sequences(encoded, scored if len(scored) else None)
+    distinct = distinct_sequences(encoded, seen)
     return f"{fault}, though {distinct} of its sequences are distinct" if distinct >= FEWEST else None
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from threading import Lock
 
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.job.poison import Trial
@@ -44,6 +45,7 @@ class Attempts:
     def __init__(self, location: Location, restarted: bool) -> None:
         self._location, self.careful = location, restarted
         self._at_work: list[str] = []
+        self._list = Lock()
         self._loading, self._lost_loads = False, 0
         self._deaths: dict[str, int] = {}
         self._tries: dict[str, int] = {}
@@ -72,7 +74,8 @@ class Attempts:
             return f"its actor died {deaths} times while scoring it (killed, or a crash in native code)"
         if tries >= MOST_TRIES:
             return f"its device failed {tries} times while scoring it"
-        self._at_work = [*self._at_work, unit]
+        with self._list:
+            self._at_work = [*self._at_work, unit]
         self._note()
         return None
 
@@ -88,7 +91,8 @@ class Attempts:
     def end(self, unit: str) -> None:
         """Note that a unit is scored: a death from now on is not its fault. On storage only from the second life on;
         for the first one the next unit's note is enough, and this would be one more request a unit."""
-        self._at_work = [other for other in self._at_work if other != unit]
+        with self._list:
+            self._at_work = [other for other in self._at_work if other != unit]
         if self.careful:
             self._note()
 
@@ -96,8 +100,9 @@ class Attempts:
         """Note what is known about a unit before this process ends on purpose."""
         self._tries[unit] = self._tries.get(unit, 0) + 1
         self._trials[unit] = trial
-        self._at_work = []
-        self._write()
+        with self._list:
+            self._at_work = []
+        self._writer.submit(self._write).result()  # behind what is still being written: the last one counts
 
     def _note(self) -> None:
         done = self._writer.submit(self._write)

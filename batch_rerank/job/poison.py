@@ -44,11 +44,13 @@ def score_around(
     trial: Trial | None,
     device_lost: Callable[[], bool],
     by_text: bool = False,
+    alone: bool = True,
 ) -> tuple[Float32, dict[int, str]]:
     """Score a unit without the pairs that raise: float32[n_pairs], NaN for those, and their errors by pair.
 
     `trial` is what an earlier try left, and what this one leaves where the device is lost. `by_text`: a bi-encoder's
-    texts raise, and one text may take all pairs of its query with it. Raises PoisonedUnitError for more than
+    texts raise, and one text may take all pairs of its query with it. `alone`: else a lost device says nothing about
+    these pairs, and they are tried again. Raises PoisonedUnitError for more than
     MOST_POISON such pairs or texts, ModelError where those, or all pairs, fail in the model's own checks, and
     DeviceLostError.
     """
@@ -64,8 +66,12 @@ def score_around(
             scores[start:stop] = score(encoded if stop - start == n else encoded.part(start, stop))
             scored.append((start, stop))
         except Exception as error:
-            _divide(trial, start, stop, error)
-            if device_lost():
+            lost = device_lost()
+            if lost and not alone:
+                trial.todo.append((start, stop))
+            else:
+                _divide(trial, start, stop, error)
+            if lost:
                 trial.todo += scored  # their scores die with this process
                 raise DeviceLostError(trial.errors.get(start) or _name(error)) from error
             causes = _texts(encoded, trial.errors) if by_text else len(trial.errors)
@@ -78,10 +84,17 @@ def score_around(
 
 
 def _texts(encoded: Encoded, raised: Iterable[int]) -> int:
-    """How many texts explain that these pairs raise: their queries or their documents, whichever are fewer."""
+    """How many texts explain that these pairs raise: the one that most of them have, then the one that most of the
+    others have, and so on."""
     pairs = np.fromiter(raised, np.int64)
-    queries = encoded.prefix[encoded.group_of_pair()[pairs]]
-    return min(len(set(queries.tolist())), len(set(encoded.document[pairs].tolist())))
+    queries = encoded.prefix[encoded.group_of_pair()[pairs]].astype(np.int64)
+    texts = np.stack([queries, -1 - encoded.document[pairs]])  # a query and a document are two texts
+    count = 0
+    while texts.size:
+        found, often = np.unique(texts, return_counts=True)
+        texts = texts[:, (texts != found[often.argmax()]).all(0)]
+        count += 1
+    return count
 
 
 def _divide(trial: Trial, start: int, stop: int, error: Exception) -> None:

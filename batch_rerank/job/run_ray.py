@@ -164,6 +164,7 @@ def _dataset(job: Job, ranges: list[dict[str, bytes]], actors: int) -> "ray.data
         initial_size=actors,  # no ramp: a nightly job wants its GPUs at once
         max_tasks_in_flight_per_actor=cluster.prefetch_units + at_once - 1,
         max_concurrent_calls_per_actor=at_once,
+        enable_true_multi_threading=at_once > 1,
     )
     unit: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     task: dict[str, Any] = {**unit, "fn_kwargs": {"job": job}}

@@ -83,18 +83,19 @@ def or_set_aside(unit: Unit, step: Callable[[], T]) -> T | SetAside:
         return SetAside(unit.id, 1, reason[:500])
 
 
-def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = None) -> ScoredUnit:
+def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = None, alone: bool = True) -> ScoredUnit:
     """Score a unit. A pair that makes the engine raise, or is too large for the device's memory, becomes an error row.
 
-    `trial`: what earlier tries learnt of its pairs, and what this one leaves. Raises ModelError where the model gives
-    NaN, or scores that are no scores: the same for every sequence, or all saturated; and what score_around raises.
+    `trial`: what earlier tries learnt of its pairs, and what this one leaves; `alone`: no other unit is on the device.
+    Raises ModelError where the model gives NaN, or scores that are no scores: the same for every sequence, or all
+    saturated; and what score_around raises.
     """
     started = time.monotonic()
     by_text = scorer.model.kind == "bi_encoder"
-    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost, by_text)
+    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost, by_text, alone)
     for pair in np.flatnonzero(unreadable(unit.encoded, by_text)).tolist():
         raised[pair] = NO_TOKENS
-    fault = unit_fault(scorer.model, unit.encoded, scores)
+    fault = unit_fault(scorer.model, unit.encoded, scores, raised)
     if fault:
         raise ModelError(
             f"unit {unit.unit.id}: {fault}; expected different scores for different texts; the model or its device is "

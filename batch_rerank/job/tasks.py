@@ -107,7 +107,7 @@ class Scoring:
             return SetAside(name, attempts.tries(name) - 1, refused)
         trial = attempts.trial(name) or Trial.of(unit.encoded)
         try:
-            return score_unit(unit, self._scorer, trial)
+            return score_unit(unit, self._scorer, trial, attempts.careful)
         except DeviceLostError as error:
             attempts.leave(name, trial)
             log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)
