@@ -194,13 +194,13 @@ def test_a_lease_of_another_shape_counts_as_silent_and_odd_names_are_passed_over
 
 def test_notes_that_name_other_files_are_refused() -> None:
     good = {"files": [["00001-0000.arrows", [[0, 0, 5]]]], "rows": 1, "retries": 0}
-    assert Note.from_json(json.dumps(good).encode(), "here").files == [("00001-0000.arrows", [(0, 0, 5)])]
+    read = Note.from_json(json.dumps(good).encode())
+    assert read is not None and read.files == [("00001-0000.arrows", [(0, 0, 5)])]
     for bad in ("../../../etc/passwd", "00001-0000.arrows/..", "/etc/passwd", "00001-0000.arrows\n"):
-        with pytest.raises(StorageError, match="not a note of the exchange"):
-            Note.from_json(json.dumps({**good, "files": [[bad, [[0, 0, 5]]]]}).encode(), "here")
+        assert Note.from_json(json.dumps({**good, "files": [[bad, [[0, 0, 5]]]]}).encode()) is None
 
 
-@pytest.mark.parametrize("content", [b"null", b"{}", b"\xff", b'{"unit": "../../x", "loading": false}'])
+@pytest.mark.parametrize("content", [b"null", b"{}", b"\xff", b'{"units": ["../../x"], "loading": false}'])
 def test_an_actors_diary_of_another_shape_is_begun_anew(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     attempts = Attempts(locate(str(tmp_path / "a.json")), restarted=True)
@@ -327,7 +327,7 @@ def test_any_bytes_are_a_record_or_a_value_error(content: bytes) -> None:
     for read in (
         lambda: Plan.from_json(content, "here"),
         lambda: Receipt.from_json(content, "here"),
-        lambda: Note.from_json(content, "here"),
+        lambda: Note.from_json(content),
         lambda: parse(Mark, content),
     ):
         try:

@@ -27,7 +27,7 @@ from batch_rerank.job.stage import stage as stage_input
 from batch_rerank.job.trec import falling
 from batch_rerank.job.verify import verify
 from batch_rerank.store import sources, text_files
-from batch_rerank.store.filesystem import Location, locate
+from batch_rerank.store.filesystem import File, Location, locate
 from batch_rerank.store.lease import hold
 
 QUERIES, DOCUMENTS, DEPTH = 12, 40, 9
@@ -394,17 +394,17 @@ def test_a_stage_killed_while_it_cleans_its_exchange_makes_a_lost_shard_again(
     config = job_of(given_as(layout, tmp_path / "in"), tmp_path / "out")
     place, exchange_files = tmp_path / "out-stage", tmp_path / "out-stage" / "_manifest" / "exchange"
     removed: list[str] = []
-    remove = Location.remove
+    remove_seen = Location.remove_seen
 
-    def dies(location: Location) -> None:
+    def dies(location: Location, seen: File) -> bool:
         if "/exchange/" in location.path:
             if len(removed) == removals:
                 raise KeyboardInterrupt
             removed.append(location.path)
-        remove(location)
+        return remove_seen(location, seen)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Location, "remove", dies)
+        patch.setattr(Location, "remove_seen", dies)
         stage_input(config, local=True)
     assert (place / "_SUCCESS").exists()
     assert list(exchange_files.iterdir())

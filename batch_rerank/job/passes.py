@@ -55,7 +55,7 @@ def run_passes(
         for index, piece in enumerate(join.pieces)
     ]
     works = [work for work in works if len(work.rows)]
-    notes = _whole(manifest, works)
+    notes = _whole(manifest, works, len(plan.units))
     pending = [work for work in works if work.name not in notes]
     progress = _Progress(manifest, plan, totals, lease)
     portions: list[list[Portion]] = [[] for _ in plan.units]
@@ -84,7 +84,7 @@ def run_passes(
     expected.check({})
 
 
-def _whole(manifest: Manifest, works: Sequence[Spread]) -> dict[str, Note]:
+def _whole(manifest: Manifest, works: Sequence[Spread], shards: int) -> dict[str, Note]:
     """The notes of the pieces that are in the exchange already, by piece; one whose files are not all there as it says
     is spread again."""
     files = manifest.list_files()
@@ -95,7 +95,10 @@ def _whole(manifest: Manifest, works: Sequence[Spread]) -> dict[str, Note]:
             continue
         with storage_errors(location):
             note = Note.from_json(location.read_bytes())
-        if note and all(files.size(f"{EXCHANGE}/{name}") == portions[-1][2] for name, portions in note.files):
+        if note and all(
+            files.size(f"{EXCHANGE}/{name}") == portions[-1][2] and all(shard < shards for shard, _, _ in portions)
+            for name, portions in note.files
+        ):
             found[work.name] = note
         else:
             log.warning("%s: the exchange is not whole there; the piece is spread again", location)
