@@ -13,7 +13,7 @@ from batch_rerank.engine import kernels
 from batch_rerank.engine.attention import Cuts, attend, kernel_for
 
 NAMES = {"0.6b": "qwen3-reranker-0.6b", "4b": "qwen3-reranker-4b", "8b": "qwen3-reranker-8b"}
-PREFIX, OWN = 70, {65: 77, 233: 245}
+PREFIX, OWN = 105, {65: 76, 233: 244}
 """Tokens before a document, and of a document with what follows it, for documents of 65 and 233 tokens."""
 
 

@@ -56,7 +56,7 @@ def shape(record: Record, device: str, small: bool, name: str) -> None:
         spec = resolve_model(str(root / "model"), dtype="bfloat16", max_length=2048)
         model = _large(spec, SHAPES["tiny" if small else NAMES[name]], device)
         bench = _Bench(spec, model, device, small, sources)
-        record(goal_share=GOALS[name], weights="random", setting=__doc__)
+        record(goal_share=GOALS[name], weights="random", setting=__doc__, fallback=bench.fallback)
         verdicts = []
         for tokens, goal in TIMES_GOALS.items():
             verdicts.append(bench.exactness(tokens))
@@ -92,6 +92,7 @@ class _Bench:
         self._decoder = DecoderModel(spec, model, self._direction, device, "packed")
         self._budget = TokenBudget(choose_budget(model, device))
         self._scorer = PairScorer(self._decoder, self._budget)
+        self.fallback = self._decoder.fallback  # why the fastest kernels are not used, None where they are
         self._ids = self._tokenizer.encode("\n".join(sources), add_special_tokens=False).ids
         self._cross = _cross_encoder(spec, model, device)
 

@@ -40,9 +40,9 @@ def test_every_step_runs_and_parity_is_proven(tmp_path: Path) -> None:
         assert {f"{dtype}, {path}" for dtype in ("float32", "bfloat16") for path in ("padded", "packed")} < set(paths)
         assert all(path["passed"] for path in paths.values())
     assert result["halving"]["tokens_at_the_end"] < result["halving"]["asked_tokens"]
-    assert {"rotate", "add_norm", "swiglu", "merge", "attention over 77"} < set(result["kernels"]["8b"])
+    assert {"rotate", "add_norm", "swiglu", "merge", "attention over 76"} < set(result["kernels"]["8b"])
     for name, goal in {"0.6b": 0.55, "4b": 0.75, "8b": 0.82}.items():
-        assert result[name]["goal_share"] == goal
+        assert (result[name]["goal_share"], result[name]["fallback"]) == (goal, None)
         for tokens in (65, 233):
             row = result[name][f"documents of {tokens}"]
             keys = {"pairs_per_s", "tokens_per_s", "share_of_matrix_rate", "goal_times", "others"}
