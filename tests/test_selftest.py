@@ -561,7 +561,7 @@ def test_a_unit_with_a_fault_stops_the_job_with_its_name(spec: ModelSpec) -> Non
 def test_a_receipt_without_a_self_test_can_be_read() -> None:
     counts = "size rows_in rows_out queries scored failed null_texts null_queries empty_texts truncated tokens seconds"
     texts = "unit fingerprint part sha256 scorer"
-    older = {**dict.fromkeys(counts.split(), 1), **dict.fromkeys(texts.split(), "x")}
+    older = {**dict.fromkeys(counts.split(), 1), **dict.fromkeys(texts.split(), "x"), "unit": "00000-00000"}
     read = Receipt.from_json(json.dumps(older).encode(), "here")
     assert (read.self_test, read.fallback) == ("", "")
     newer = {**older, "fallback": "no kernel", "of_a_later_version": [1]}
@@ -575,7 +575,7 @@ def job_file(directory: Path, model: Path) -> Path:
     path = directory / "job.yaml"
     path.write_text(
         f"input: {{layout: flat, path: {directory}/none/*.parquet}}\noutput: {{path: {directory}/out}}\n"
-        f"model: {{name: {model}, max_length: 256}}\ncluster: {{gpus_per_actor: 0}}\n"
+        f"model: {{name: {model}, max_length: 256}}\ncluster: {{gpus_per_actor: 0, cpus_per_actor: 2}}\n"
     )
     return path
 

@@ -17,7 +17,8 @@ from batch_rerank.job.steps import placed, token_budget
 class ForwardTests:
     """Self-tests by forward, packed and padded; a model that does not load, or the free scorer, has one.
 
-    used: the one that a job scores with, None where it would end; absent: why there is no packed forward, else empty
+    used: the one that a job scores with, None where it would end; absent: what the packed
+    forward lacks, or why there is none, else empty
     """
 
     forwards: dict[str, SelfTest]
@@ -56,11 +57,11 @@ def run_self_test(config: JobConfig) -> ForwardTests:
 def _tests(config: JobConfig, model: ModelSpec) -> tuple[dict[str, SelfTest], str]:
     device, budget = config.cluster.device, token_budget(config)
     scorer = make_scorer(model, device, budget)
-    result, absent = self_test(model, scorer), scorer.fallback
-    if absent is not None:
-        return {"padded": result}, absent
+    result, wanting = self_test(model, scorer), scorer.fallback or ""
+    if not scorer.packed:
+        return {"padded": result}, wanting
     del scorer  # one copy of the weights at a time
-    return {"packed": result, "padded": self_test(model, make_scorer(model, device, budget, "padded"))}, ""
+    return {"packed": result, "padded": self_test(model, make_scorer(model, device, budget, "padded"))}, wanting
 
 
 def _judged(tests: dict[str, SelfTest], forward: str, absent: str) -> ForwardTests:
