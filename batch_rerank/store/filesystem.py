@@ -8,7 +8,6 @@ import errno
 import io
 import os
 import posixpath
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,8 +23,9 @@ from batch_rerank.store.patience import Patience
 INPUT_PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """Where shards may be: disks, and object stores, most of which need a package of their own. None that asks any host."""
 
-_ANSWERED: "weakref.WeakSet[fsspec.AbstractFileSystem]" = weakref.WeakSet()
-"""Stores that have answered this process. fsspec keeps one object for each store and its options."""
+_ANSWERED = "_batch_rerank_answered"
+"""Attribute of a filesystem whose store has answered this process. fsspec keeps one object for each store and its
+options; two objects with other endpoints in the environment are equal, so a set of them would not do."""
 
 Options = dict[str, Any]
 T = TypeVar("T")
@@ -205,10 +205,10 @@ class Location:
         """Do something on this store that may be repeated."""
         if self.is_local:
             return operation(*args)
-        if self.fs in _ANSWERED:  # to another location: what fails now is away, and no wrong endpoint
+        if getattr(self.fs, _ANSWERED, False):  # to another location: what fails now is away, and no wrong endpoint
             self.patience.reached = True
         result = self.patience.keep(self, lambda: operation(*args))
-        _ANSWERED.add(self.fs)
+        setattr(self.fs, _ANSWERED, True)
         return result
 
     @property
