@@ -2,6 +2,7 @@
 bits, texts that break a model. Every score is that of the plain forward, one pair at a time."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,7 @@ def test_texts_without_a_token_are_rows_with_an_error(tmp_path: Path) -> None:
             "",
         )
         loaded.fallback = ""
+        loaded._turn, loaded._free_since = threading.Lock(), 0.0
         errors = score_unit(EncodedUnit(None, rows, encoded, 0), loaded).rows["error"].to_pylist()
         alone = [0] if spec.kind == "sequence_classification" else [0, 1, 2, 4]
         assert [i for i, error in enumerate(errors) if error == NO_TOKENS] == alone

@@ -29,7 +29,7 @@ PathFinder.find_spec = lambda name, *where: None if name.partition(".")[0] in ab
 def python(code: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter that does not find the absent packages."""
     program = UNINSTALL.format(absent=absent) + code
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
 
 def imports(modules: list[str], absent: tuple[str, ...]) -> str:
@@ -88,6 +88,7 @@ print(encoded.n_tokens.tolist())
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A cross-encoder of one tiny layer that knows three words."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -101,7 +102,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.save(str(directory / "tokenizer.json"))
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     config = BertConfig(vocab_size=len(vocabulary), num_labels=1, max_position_embeddings=64, **size)
-    BertForSequenceClassification(config).save_pretrained(directory)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    for weight in model.parameters():  # so large that different texts score differently
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(directory)
     return str(directory)
 
 

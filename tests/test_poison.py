@@ -314,7 +314,7 @@ def test_on_ray_a_bad_pair_is_found_across_processes_and_a_killer_is_set_aside(k
     paths = [str(tmp_path / "hooks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "POISON": kind, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "batch_rerank.cli", "run", str(tmp_path / "job.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     parts = sorted(path.name for path in (tmp_path / "out").glob("part-*"))
     if kind == "lost":
         assert done.returncode == 0, done.stderr
@@ -329,7 +329,7 @@ def test_on_ray_a_bad_pair_is_found_across_processes_and_a_killer_is_set_aside(k
     assert "1 of 10 units did not finish: 00000-00003 (its actor died 2 times" in done.stderr
     assert len(parts) == 9 and "part-00000-00003.parquet" not in parts
     environment["POISON"] = ""  # the fault is gone: the same command finishes the job
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     assert "resuming: 9 of 10 units are done" in again.stderr
     assert verify(str(tmp_path / "out")).problems == []
