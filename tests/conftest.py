@@ -83,6 +83,17 @@ def nested_shards(tmp_path: Path) -> Path:
     return tmp_path / "nested"
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: the models of the tests are so small that they are slower on more."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for the whole session: jobs in this process use it as it is."""

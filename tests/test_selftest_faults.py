@@ -4,7 +4,7 @@ A fault is planted in a forward of the tests' own (`Plain`: transformers' module
 positions, masks and token types that a fault makes of them), or between a healthy scorer and its caller.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,7 @@ MAX_LENGTH = dict.fromkeys(("qwen", "qwen-embedding", "qwen2", "gemma", "modernb
 DTYPES = ["float32", "bfloat16"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
