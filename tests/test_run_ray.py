@@ -215,8 +215,10 @@ def test_a_cluster_with_a_gpu_is_used_as_far_as_it_goes(flat_shards: Path, tmp_p
         assert {receipt["scorer"].split()[1] for receipt in receipts} == {"cuda"}
 
 
-def test_what_is_waited_for_is_told_by_stage(flat_shards: Path, tmp_path: Path) -> None:
-    config = job(flat_shards, tmp_path / "out", cluster__cpus_per_actor=1)
+def test_what_is_waited_for_is_told_by_stage(tmp_path: Path) -> None:
+    # so many units that both actors are still needed when the first one is done: Ray lets idle ones go
+    shard = write(tmp_path / "in.parquet", candidate_rows(300, 2))
+    config = job(shard, tmp_path / "out", cluster__cpus_per_actor=1, input__unit_pairs=2)
     plan, model = make_plan(config)
     manifest = Manifest(locate(config.output.path))
     manifest.write_plan(plan)
