@@ -49,7 +49,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def _verb(function: Callable[P, None]) -> Callable[P, None]:
-    """Give a verb its log format, its signals and its exit codes; expected errors end without a traceback."""
+    """Give a verb its log format and its exit codes; expected errors end without a traceback."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -57,11 +57,6 @@ def _verb(function: Callable[P, None]) -> Callable[P, None]:
         log.addHandler(handler)
         log.propagate = False
         log.setLevel(logging.INFO)
-        signals = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
-            signals.append(signal.SIGINT)
-        for number in signals:
-            signal.signal(number, _interrupt)
         try:
             function(*args, **kwargs)
         except BatchRerankError as error:
@@ -72,6 +67,16 @@ def _verb(function: Callable[P, None]) -> Callable[P, None]:
             log.removeHandler(handler)
 
     return wrapped
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Signals are set here and not in the verbs: who calls a verb in a process of their own keeps theirs."""
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signals.append(signal.SIGINT)
+    for number in signals:
+        signal.signal(number, _interrupt)
+    app(arguments)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -336,4 +341,4 @@ def demo(
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -6,7 +6,7 @@ of the job's log has the code.
 
 import sys
 
-from batch_rerank.cli import app
+from batch_rerank.cli import main
 
 if __name__ == "__main__":
-    app(["run", *sys.argv[1:]])
+    main(["run", *sys.argv[1:]])

@@ -3,8 +3,10 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,10 @@ def test_on_a_terminal_there_is_a_bar_with_rates(command: list[str]) -> None:
     assert "scoring" in text
     assert "6/6" in text
     assert "tokens/s" in text
+
+
+def test_a_verb_called_in_a_process_leaves_its_signals_alone(cli: Callable[..., tuple[int, str, str]]) -> None:
+    """A handler left behind ended the caller's process with 130, a minute after an interrupt of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert cli("models")[0] == 0
+    assert {number: signal.getsignal(number) for number in before} == before
