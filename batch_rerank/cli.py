@@ -70,7 +70,7 @@ def _verb(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line. Signals are set here and not in the verbs: who calls a verb in a process of their own keeps theirs."""
+    """The command line. Signals are set here, not in the verbs: who calls a verb in their own process keeps theirs."""
     signals = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signals.append(signal.SIGINT)
