@@ -177,7 +177,7 @@ def stage(
     as_json: Json = False,
 ) -> None:
     """Write a job's input as nested shards, once: what `run` does first where the layout needs it."""
-    from batch_rerank.job.stage import stage as stage_input
+    from batch_rerank.job.staging import stage as stage_input
 
     found = stage_input(load_config(job, overrides or ()), local=local)
     if as_json:
@@ -213,8 +213,8 @@ def selftest(job: Job, overrides: Set = None, as_json: Json = False) -> None:
 @_verb
 def status(output: Output, limit: LimitOfJob = None, overrides: SetOfJob = None, as_json: Json = False) -> None:
     """Show how far an output is, how fast it grows or how its last run ended; a run that has died is said to have."""
-    from batch_rerank.job.output import find_place
-    from batch_rerank.job.status import status_of_output
+    from batch_rerank.publish.output import find_place
+    from batch_rerank.publish.status import status_of_output
 
     found = status_of_output(find_place(output, overrides or (), limit))
     if as_json:
@@ -244,8 +244,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
-    from batch_rerank.job.output import find_place
-    from batch_rerank.job.verify import verify as verify_output
+    from batch_rerank.publish.output import find_place
+    from batch_rerank.publish.verify import verify as verify_output
 
     verdict = verify_output(find_place(output, overrides or (), limit), repair, output_only)
     if as_json:
@@ -274,7 +274,7 @@ def evaluate(
     """Evaluate the first stage and the reranked run against qrels."""
     from batch_rerank.evaluate import DEFAULT_MEASURES
     from batch_rerank.evaluate import evaluate as evaluate_output
-    from batch_rerank.job.output import find_place
+    from batch_rerank.publish.output import find_place
 
     place = find_place(run_, overrides or (), limit)
     result = evaluate_output(place, qrels, measures or DEFAULT_MEASURES, per_query=per_query)

@@ -25,7 +25,7 @@ from batch_rerank.config import JobConfig, load_config
 from batch_rerank.errors import ConfigError, StorageError
 from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 log = logging.getLogger("batch_rerank")
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.job.output import Place, config_of, input_ids, open_output
+from batch_rerank.publish.output import Place, config_of, input_ids, open_output
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.manifest import Manifest, Plan
 

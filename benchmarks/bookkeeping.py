@@ -32,7 +32,7 @@ import ray
 from batch_rerank.config import load_config
 from batch_rerank.job import run as jobs
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import Location
 
 seconds, listings = {}, []

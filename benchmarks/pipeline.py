@@ -32,7 +32,7 @@ import json, logging, resource, sys
 logging.basicConfig(level=logging.WARNING)
 from batch_rerank.config import load_config
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 summary = run(load_config(sys.argv[1]), local=sys.argv[2] == "local")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 problems = verify(summary.output).problems

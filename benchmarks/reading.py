@@ -28,8 +28,8 @@ PER_QUERY = 100
 CHILD = """
 import json, sys, time
 from batch_rerank.config import parse_config
-from batch_rerank.job.plan import make_plan
-from batch_rerank.job.read_unit import read_range, read_ranges
+from batch_rerank.score.plan import make_plan
+from batch_rerank.score.read_unit import read_range, read_ranges
 from pathlib import Path
 
 def memory(name):

@@ -40,7 +40,7 @@ STAGE = """
 import json, sys, time
 import ray, logging
 from batch_rerank.config import parse_config
-from batch_rerank.job.stage import stage
+from batch_rerank.job.staging import stage
 folder = sys.argv[1]
 ray.init(address="local", num_cpus=int(sys.argv[2]), include_dashboard=False, log_to_driver=False,
          logging_level=logging.ERROR)
@@ -69,8 +69,8 @@ print(json.dumps({"seconds": time.monotonic() - started, "candidates": found.cou
 
 IDS = """
 import json, sys, time
-from batch_rerank.job.join import join_run
-from batch_rerank.store.sources import find_source
+from batch_rerank.input.join import join_run
+from batch_rerank.input.sources import find_source
 folder, shuffled = sys.argv[1], sys.argv[2]
 given = {"run": f"{folder}/{shuffled}", "queries": f"{folder}/queries.parquet", "corpus": f"{folder}/corpus.parquet"}
 sources = [find_source(kind, [path], {}, {}) for kind, path in given.items()]

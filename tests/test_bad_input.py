@@ -322,8 +322,8 @@ def test_a_shard_that_changes_while_the_job_runs(tmp_path: Path) -> None:
     from conftest import job
 
     from batch_rerank.errors import InputError
-    from batch_rerank.job.plan import make_plan
     from batch_rerank.job.run_local import run_local
+    from batch_rerank.score.plan import make_plan
 
     path = write(tmp_path / "in.parquet", candidate_rows(4, 25))
     config = job(path, tmp_path / "out")

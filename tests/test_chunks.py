@@ -18,7 +18,7 @@ from batch_rerank.engine.packing import best_chunks
 from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.errors import ConfigError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 LONG = " ".join(f"where {number} Paris Москва" for number in range(50))
 BUILDERS = {"qwen": qwen3_reranker, "xlmr": xlmr_reranker, "minilm": bert_embedding}

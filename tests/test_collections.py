@@ -14,7 +14,7 @@ from batch_rerank.config import load_config
 from batch_rerank.demo import packaged_model
 from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 DATA = Path(os.environ.get("DATA", "/nonexistent"))
 pytestmark = [

@@ -14,7 +14,7 @@ from batch_rerank.config import load_config
 from batch_rerank.demo import build_collection, choose_queries, standard_library
 from batch_rerank.errors import ConfigError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 
 def test_the_collection_is_large_enough_and_the_same_every_time(tmp_path: Path) -> None:

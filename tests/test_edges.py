@@ -29,9 +29,9 @@ from batch_rerank.engine.reference import Reference
 from batch_rerank.engine.scorer import BiEncoderScorer, PairScorer, Scorer, make_scorer
 from batch_rerank.engine.selftest import self_test
 from batch_rerank.engine.tokens import load_tokenizer
-from batch_rerank.job.poison import MOST_POISON
 from batch_rerank.job.run import run
-from batch_rerank.job.steps import NO_TOKENS, EncodedUnit, LoadedScorer, score_unit
+from batch_rerank.score.poison import MOST_POISON
+from batch_rerank.score.steps import NO_TOKENS, EncodedUnit, LoadedScorer, score_unit
 
 DOCUMENT_FIRST = {"middle": "{document}\nQuery: {query}", "suffix": "<|im_end|>", "true_token": "yes"}
 TEMPLATES = {

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from batch_rerank.config import Cluster, Input, JobConfig, Model, Output, load_config
 from batch_rerank.errors import ConfigError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 Outcome = tuple[int, str]
 Run = Callable[..., Outcome]

@@ -8,9 +8,9 @@ import pytest
 from conftest import candidate_rows, job, rows_of, write
 
 from batch_rerank.errors import ConflictError
-from batch_rerank.job.plan import make_plan
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
+from batch_rerank.score.plan import make_plan
 
 
 def test_touched_shards_are_the_same_input(flat_shards: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_encoding_imports_without_torch() -> None:
 
 
 def test_the_store_imports_without_torch_and_ray() -> None:
-    assert {"batch_rerank.store.manifest", "batch_rerank.store.shards"} < set(STORE)
+    assert {"batch_rerank.store.manifest", "batch_rerank.store.lease"} < set(STORE)
     assert imports(STORE, ("torch", "transformers", "ray")) == ""
 
 
@@ -148,7 +148,7 @@ def test_one_file_imports_ray() -> None:
 
 def test_the_engine_and_the_store_name_nothing_above_or_beside_them() -> None:
     above = (
-        "batch_rerank.job",
+        *(f"batch_rerank.{room}" for room in ("input", "score", "publish", "job")),
         "batch_rerank.cli",
         "batch_rerank.config",
         "batch_rerank.evaluate",
@@ -162,7 +162,7 @@ def test_the_engine_and_the_store_name_nothing_above_or_beside_them() -> None:
 
 
 def test_an_absent_package_is_absent() -> None:
-    assert "No module named 'pyarrow'" in imports(STORE, ("pyarrow",))
+    assert "No module named 'pyarrow'" in imports(["batch_rerank.input.shards"], ("pyarrow",))
     assert "No module named 'torch'" in imports(["batch_rerank.engine.models"], ("torch",))
     assert "No module named 'ray'" in imports(["batch_rerank.job.run_ray"], ("ray",))
 

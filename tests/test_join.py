@@ -11,11 +11,11 @@ import pytest
 from test_stage import given_as, job_of
 
 from batch_rerank.errors import InputError
-from batch_rerank.job import candidates, join, join_checks
-from batch_rerank.job.exchange import Spread, _read
-from batch_rerank.job.stage_sources import find_sources
+from batch_rerank.input import candidates, join, join_checks
+from batch_rerank.input.exchange import Spread, _read
+from batch_rerank.input.sources import Source, pieces, read_piece
+from batch_rerank.input.stage_sources import find_sources
 from batch_rerank.store.filesystem import File
-from batch_rerank.store.sources import Source, pieces, read_piece
 
 SOURCE = Source("corpus", "parquet", [("c.parquet", File("c.parquet", 1, ""))], {})
 

@@ -15,14 +15,14 @@ from conftest import candidate_rows, job, rows_of, write
 
 from batch_rerank.errors import ConflictError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store import lease as leases
 from batch_rerank.store.filesystem import Location, locate
 from batch_rerank.store.lease import Holder, hold
 
 SLOW_JOB = """
 import sys, time
-import batch_rerank.job.steps as steps
+import batch_rerank.score.steps as steps
 from batch_rerank.cli import app
 score = steps.LoadedScorer.score
 def slowly(self, encoded):

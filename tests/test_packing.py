@@ -19,7 +19,7 @@ from batch_rerank.engine.memory import SMALLEST, TokenBudget, choose_budget
 from batch_rerank.engine.models import DecoderModel, causal_model, classification_model
 from batch_rerank.engine.packing import LONG, Index, distinct_pairs, filled, long_apart, own_tokens, shared_packs
 from batch_rerank.engine.scorer import PairScorer, make_scorer
-from batch_rerank.job.steps import EncodedUnit, score_unit
+from batch_rerank.score.steps import EncodedUnit, score_unit
 
 GROUPS = [
     Group("where is Paris?", [f"{i} Paris " * (1 + i % 7) for i in range(60)]),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import batch_rerank
 from batch_rerank.errors import InputError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.schema import CHUNK_OFFSET, OUTPUT_NAMES
 
 QUERIES, CANDIDATES = 3, 4

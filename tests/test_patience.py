@@ -17,10 +17,10 @@ from botocore.exceptions import (
 from s3fs.errors import translate_boto_error
 
 from batch_rerank.errors import InputError, StorageError
+from batch_rerank.input.shards import check_unchanged, open_parquet
 from batch_rerank.store import patience
 from batch_rerank.store.filesystem import Location, input_errors
 from batch_rerank.store.patience import LONGEST_PAUSE, Patience, may_pass
-from batch_rerank.store.shards import check_unchanged, open_parquet
 
 
 def answered(status: int, code: str) -> Exception:

@@ -11,7 +11,8 @@ import yaml
 from conftest import candidate_rows, job, nested, write
 
 from batch_rerank.config import load_config
-from batch_rerank.job.plan import cut_units, make_plan
+from batch_rerank.input.units import cut_units
+from batch_rerank.score.plan import make_plan
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import Holder, hold
 from batch_rerank.store.manifest import Plan

@@ -24,11 +24,11 @@ from batch_rerank.engine.encoding import ByteEncoder
 from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.scorer import ChecksumScorer
 from batch_rerank.errors import ModelError, UnfinishedError
-from batch_rerank.job.attempts import MOST_DEATHS, MOST_LOADS, Attempts
-from batch_rerank.job.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.job.run import run
-from batch_rerank.job.steps import LoadedScorer
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
+from batch_rerank.score.attempts import MOST_DEATHS, MOST_LOADS, Attempts
+from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
+from batch_rerank.score.steps import LoadedScorer
 from batch_rerank.store.filesystem import locate
 
 BAD = b"poison"
@@ -278,7 +278,7 @@ if os.environ.get("POISON"):
     import importlib.abc, importlib.machinery
     class Hook(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path, target=None):
-            if name != "batch_rerank.job.steps":
+            if name != "batch_rerank.score.steps":
                 return None
             sys.meta_path.remove(self)
             spec = importlib.machinery.PathFinder.find_spec(name, path)

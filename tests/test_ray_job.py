@@ -29,7 +29,7 @@ import yaml
 from conftest import candidate_rows, job, nested, rows_of, write
 
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 REPOSITORY = Path(__file__).parent.parent
 PORTS = (

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_rerank.config import JobConfig
-from batch_rerank.job.plan import make_plan
-from batch_rerank.job.read_unit import read_range, read_ranges
+from batch_rerank.input.shards import STREAM_BYTES
+from batch_rerank.score.plan import make_plan
+from batch_rerank.score.read_unit import read_range, read_ranges
 from batch_rerank.store.filesystem import File
 from batch_rerank.store.manifest import Plan
-from batch_rerank.store.shards import STREAM_BYTES, Shard, Unit
+from batch_rerank.store.plans import Shard, Unit
 
 MIB = 2**20
 

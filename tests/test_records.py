@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from batch_rerank.errors import BatchRerankError, ConfigError, StorageError
 from batch_rerank.evaluate import evaluate
-from batch_rerank.job.attempts import Attempts
-from batch_rerank.job.exchange import Note
-from batch_rerank.job.output import Place
+from batch_rerank.input.exchange import Note
 from batch_rerank.job.run import run
-from batch_rerank.job.status import status_of_output
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.output import Place
+from batch_rerank.publish.status import status_of_output
+from batch_rerank.publish.verify import verify
+from batch_rerank.score.attempts import Attempts
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest, Plan, Receipt
 from batch_rerank.store.records import Mark, parse

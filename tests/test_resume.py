@@ -14,10 +14,10 @@ import yaml
 from checkpoints import bert_reranker
 from conftest import candidate_rows, job, rows_of, write
 
-import batch_rerank.job.write_unit as write_unit
+import batch_rerank.publish.write_unit as write_unit
 from batch_rerank.errors import StorageError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.manifest import Manifest
 
 

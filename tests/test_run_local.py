@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from batch_rerank.config import parse_config
 from batch_rerank.errors import ModelError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 
 def test_nested_and_flat_give_the_same_rows(flat_shards: Path, nested_shards: Path, tmp_path: Path) -> None:

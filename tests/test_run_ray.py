@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from batch_rerank.errors import ConfigError, InputError, ModelError
 from batch_rerank.job import run_ray
-from batch_rerank.job.plan import make_plan
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
 from batch_rerank.job.watch import Heartbeat, Watch
+from batch_rerank.publish.verify import verify
+from batch_rerank.score.plan import make_plan
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest
 

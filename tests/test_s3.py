@@ -18,7 +18,7 @@ from conftest import candidate_rows, job, nested, rows_of
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import list_files, locate
 
 SECRET = "canary-secret-4711"

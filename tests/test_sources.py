@@ -12,11 +12,11 @@ from conftest import Row, rows_of, write
 from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
 
 from batch_rerank.errors import BatchRerankError, InputError
+from batch_rerank.input.stage import describe_stage, plan_stage
+from batch_rerank.input.text_files import line_blocks
 from batch_rerank.job.run import run
-from batch_rerank.job.stage import describe_stage, plan_stage
-from batch_rerank.job.stage import stage as stage_input
+from batch_rerank.job.staging import stage as stage_input
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.text_files import line_blocks
 
 
 def staged(given: dict[str, Any], folder: Path, **keys: Any) -> list[Row]:

@@ -21,12 +21,11 @@ from test_resume import start, wait_for, wait_for_silence
 
 from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
-from batch_rerank.job import candidates, exchange, join, passes
+from batch_rerank.input import candidates, exchange, join, passes, sources, text_files
 from batch_rerank.job.run import plan_job, run
-from batch_rerank.job.stage import stage as stage_input
-from batch_rerank.job.trec import falling
-from batch_rerank.job.verify import verify
-from batch_rerank.store import sources, text_files
+from batch_rerank.job.staging import stage as stage_input
+from batch_rerank.publish.trec import falling
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import File, Location, locate
 from batch_rerank.store.lease import hold
 
@@ -540,8 +539,8 @@ def test_one_huge_query_is_a_unit_of_its_own_that_comes_first(tmp_path: Path, lo
     summary = run(job_of(given, tmp_path / "out"), local=True)
     assert summary.totals.rows_out == 3150
     assert any("has 3,000 pairs: a query is never cut" in message for message in logged)
-    from batch_rerank.job.output import open_output
-    from batch_rerank.job.read_unit import read_ranges
+    from batch_rerank.publish.output import open_output
+    from batch_rerank.score.read_unit import read_ranges
 
     ranges = read_ranges(open_output(str(tmp_path / "out"))[1], frozenset())
     assert 3000 in [unit.pairs for unit in ranges[0].units]

@@ -15,9 +15,9 @@ import yaml
 from conftest import candidate_rows, job, write
 from test_lease import SLOW_JOB, elsewhere
 
-from batch_rerank.job.output import Place
 from batch_rerank.job.run import run
-from batch_rerank.job.status import status_of_output
+from batch_rerank.publish.output import Place
+from batch_rerank.publish.status import status_of_output
 from batch_rerank.store.filesystem import locate
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -11,7 +11,7 @@ from conftest import candidate_rows, job, nested, rows_of
 
 from batch_rerank.errors import InputError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 TEXTS = [
     pa.large_string(),

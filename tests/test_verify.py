@@ -13,7 +13,7 @@ from conftest import candidate_rows, job, write
 
 from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import hold
 

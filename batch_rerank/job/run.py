@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
-from batch_rerank.job.bookkeeping import Expected, mark_done, recording, refuse_strays, resume, status_of
+from batch_rerank.input.places import refuse_overlap
+from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
-from batch_rerank.job.places import refuse_overlap
-from batch_rerank.job.plan import configured_model, make_plan
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
-from batch_rerank.job.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage, stage
-from batch_rerank.job.trec import write_trec_run
+from batch_rerank.job.staging import stage
+from batch_rerank.publish.trec import write_trec_run
+from batch_rerank.score.plan import configured_model, make_plan
+from batch_rerank.store.bookkeeping import Expected, mark_done, recording, refuse_strays, resume, status_of
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside, Totals

@@ -9,8 +9,8 @@ from typing import TypeVar
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import make_encoder
-from batch_rerank.job.read_unit import read_range, read_ranges
-from batch_rerank.job.steps import EncodedUnit, LoadedScorer, commit_unit, encode_unit, or_set_aside, score_unit
+from batch_rerank.score.read_unit import read_range, read_ranges
+from batch_rerank.score.steps import EncodedUnit, LoadedScorer, commit_unit, encode_unit, or_set_aside, score_unit
 from batch_rerank.store.manifest import Plan, Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")

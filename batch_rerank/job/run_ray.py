@@ -26,9 +26,9 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, UnfinishedError, from_value
 from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
-from batch_rerank.job.read_unit import read_ranges
-from batch_rerank.job.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
 from batch_rerank.job.watch import Heartbeat, Watch, head_answers
+from batch_rerank.score.read_unit import read_ranges
+from batch_rerank.score.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
 from batch_rerank.store.manifest import Plan, Receipt, SetAside
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.engine.selftest import SelfTest, not_loaded, self_test
 from batch_rerank.errors import ModelError
 from batch_rerank.job.devices import settle, this_machine
-from batch_rerank.job.plan import configured_model
-from batch_rerank.job.steps import placed, token_budget
+from batch_rerank.score.plan import configured_model
+from batch_rerank.score.steps import placed, token_budget
 
 
 @dataclass(frozen=True)

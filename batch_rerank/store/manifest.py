@@ -13,9 +13,8 @@ from typing import Any
 from batch_rerank.errors import ConfigError, ConflictError, StorageError
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.names import TREC_RUNS, Files, checked, part_name
-from batch_rerank.store.plans import parse_plan, refuse_protocol
+from batch_rerank.store.plans import Shard, Unit, differing_shards, parse_plan, refuse_protocol
 from batch_rerank.store.records import Count, Mark, Seconds, Status, UnitId, parse
-from batch_rerank.store.shards import Shard, Unit, differing_shards
 
 MANIFEST_VERSION = 1
 

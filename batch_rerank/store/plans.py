@@ -1,5 +1,6 @@
-"""The schema of a plan as it lies on storage: what a job believes of it, and what it refuses."""
+"""What a plan is made of, and its schema as it lies on storage: what a job believes of it, and what it refuses."""
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,10 +8,35 @@ from typing import Any
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.store.filesystem import INPUT_PROTOCOLS, File, protocol_of
 from batch_rerank.store.records import Count, Line, UnitId, parse
-from batch_rerank.store.shards import Shard, Unit
 
 JOB_COUNTS = ("shards", "zero_row_shards", "queries", "queries_without_candidates")
 STAGE_COUNTS = ("candidates", "queries", "queries_without_candidates")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A range of whole queries of one shard: rows `start` to `stop` of the file."""
+
+    id: str
+    shard: int
+    start: int
+    stop: int
+    queries: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file as the plan saw it: `file.version` says what is in it, the etag, or a hash of the footer where the
+    store has none. row_groups: rows and bytes of each; listed: the file with its mtime. Both are known to the run that
+    has planned, and in no plan's file."""
+
+    index: int
+    url: str
+    file: File
+    rows: int
+    row_groups: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    listed: File | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,21 @@ def parse_plan(data: bytes) -> tuple[int, dict[str, Any]]:
     _check_units(units, shards, staged)
     counts = {**dict.fromkeys(STAGE_COUNTS if staged else JOB_COUNTS, 0), **read.counts}
     return version, {**vars(read), "shards": shards, "units": units, "counts": counts}
+
+
+def differing_shards(there: Sequence[Shard], here: Sequence[Shard]) -> str:
+    """Which shards of two plans are not the same, in a line; empty where all are."""
+    names = [posixpath.basename(shard.url) for shard in (*there, *here)]
+    contents = [{(shard.file.size, shard.file.version): shard for shard in shards} for shards in (there, here)]
+    only = [[shard for key, shard in one.items() if key not in other] for one, other in (contents, contents[::-1])]
+    if not any(only):
+        return "" if names[: len(there)] == names[len(there) :] else "the same shards in another order"
+    said = [
+        f"{len(shards)} only {place}, e.g. {shards[0].url} ({shards[0].file.size:,} bytes, {shards[0].file.version})"
+        for place, shards in zip(("there", "here"), only, strict=True)
+        if shards
+    ]
+    return "shards: " + "; ".join(said)
 
 
 def refuse_protocol(url: str, error: type[BatchRerankError | ValueError]) -> None:

@@ -21,7 +21,7 @@ from conftest import candidate_rows, job, write
 
 from batch_rerank.config import load_config
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 
 FAULTS = Path(__file__).parent / "faults"
 REPOSITORY = Path(__file__).parents[2]

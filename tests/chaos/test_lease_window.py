@@ -19,7 +19,7 @@ from conftest import candidate_rows, job
 
 from batch_rerank.config import load_config
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import locate
 from chaos.harness import FAULTS, REPOSITORY, Chaos
 from chaos.servers import Moto

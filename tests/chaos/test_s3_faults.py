@@ -21,7 +21,7 @@ import yaml
 from conftest import candidate_rows, job
 
 from batch_rerank.job.run import run
-from batch_rerank.job.verify import verify
+from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import locate
 from chaos.faultproxy import FaultProxy, Rule
 from chaos.servers import Ceph, Server, any_server, ceph_installed

@@ -138,7 +138,7 @@ if "BATCH_RERANK_FAULTS" in os.environ:
     _faults = Faults(**json.loads(os.environ["BATCH_RERANK_FAULTS"]))
     _patches = {
         "batch_rerank.store.filesystem": _faults.patch_filesystem,
-        "batch_rerank.job.steps": _faults.patch_steps,
+        "batch_rerank.score.steps": _faults.patch_steps,
     }
     sys.meta_path.insert(0, Finder(_patches))
     sys.addaudithook(_faults.audit)

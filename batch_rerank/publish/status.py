@@ -4,7 +4,7 @@
 holder is known to have ended where it was on this machine, and elsewhere its counter must move.
 """
 
-from batch_rerank.job.output import Place, lease_seconds_of, open_output
+from batch_rerank.publish.output import Place, lease_seconds_of, open_output
 from batch_rerank.store.lease import sign_of_life
 from batch_rerank.store.manifest import Manifest, Plan
 

@@ -2,19 +2,19 @@
 
 import hashlib
 import io
-import posixpath
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.layouts import Columns, Queries, find_columns, queries_of
 from batch_rerank.store.filesystem import File, Location, input_errors
-from batch_rerank.store.layouts import Columns, Queries, find_columns, queries_of
+from batch_rerank.store.plans import Shard
 
 BATCH_BYTES = 8 * 2**20
 """Of decoded rows, at a time."""
@@ -36,32 +36,6 @@ NESTED_ROWS = 8192
 
 ID_BYTES = 512 * 2**20
 """Of rows whose ids alone are read at a time."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A range of whole queries of one shard: rows `start` to `stop` of the file."""
-
-    id: str
-    shard: int
-    start: int
-    stop: int
-    queries: int
-    pairs: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One input file as the plan saw it: `file.version` says what is in it, the etag, or a hash of the footer where the
-    store has none. row_groups: rows and bytes of each; listed: the file with its mtime. Both are known to the run that
-    has planned, and in no plan's file."""
-
-    index: int
-    url: str
-    file: File
-    rows: int
-    row_groups: tuple[tuple[int, int], ...] = field(default=(), compare=False)
-    listed: File | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -218,21 +192,6 @@ def check_planned(location: Location, shard: Shard) -> File:
         found = with_content(location, now) if now.size == planned.size else now
     _refuse_changed(location, planned, found)
     return now
-
-
-def differing_shards(there: Sequence[Shard], here: Sequence[Shard]) -> str:
-    """Which shards of two plans are not the same, in a line; empty where all are."""
-    names = [posixpath.basename(shard.url) for shard in (*there, *here)]
-    contents = [{(shard.file.size, shard.file.version): shard for shard in shards} for shards in (there, here)]
-    only = [[shard for key, shard in one.items() if key not in other] for one, other in (contents, contents[::-1])]
-    if not any(only):
-        return "" if names[: len(there)] == names[len(there) :] else "the same shards in another order"
-    said = [
-        f"{len(shards)} only {place}, e.g. {shards[0].url} ({shards[0].file.size:,} bytes, {shards[0].file.version})"
-        for place, shards in zip(("there", "here"), only, strict=True)
-        if shards
-    ]
-    return "shards: " + "; ".join(said)
 
 
 def check_unchanged(location: Location, planned: File) -> None:

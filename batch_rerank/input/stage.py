@@ -13,21 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import batch_rerank
+from batch_rerank.calls import Each, in_turn
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConfigError, ConflictError, InputError
-from batch_rerank.job.bookkeeping import mark_done, recording, resume
-from batch_rerank.job.exchange import EXCHANGE
-from batch_rerank.job.join import SHARD_PAIRS, Join, join_flat, join_run
-from batch_rerank.job.passes import clean, in_turn, on_ray, run_passes
-from batch_rerank.job.places import is_within, same_store
-from batch_rerank.job.stage_sources import find_sources
-from batch_rerank.store.contents import contents
+from batch_rerank.input.contents import contents
+from batch_rerank.input.exchange import EXCHANGE
+from batch_rerank.input.join import SHARD_PAIRS, Join, join_flat, join_run
+from batch_rerank.input.passes import clean, run_passes
+from batch_rerank.input.places import is_within, same_store
+from batch_rerank.input.sources import Source
+from batch_rerank.input.stage_sources import find_sources
+from batch_rerank.store.bookkeeping import mark_done, recording, resume
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, Plan, Totals, fingerprint
+from batch_rerank.store.plans import Shard
 from batch_rerank.store.records import Mark
-from batch_rerank.store.shards import Shard
-from batch_rerank.store.sources import Source
 
 log = logging.getLogger("batch_rerank")
 STAGING_VERSION = 2
@@ -55,8 +56,8 @@ def needs_stage(config: JobConfig) -> bool:
     return config.input.layout in ("run", "beir")
 
 
-def stage(config: JobConfig, *, local: bool = False) -> Staged:
-    """Stage a job's input, or what is left of it, on Ray or in this process; nothing to do where that is done.
+def stage_with(config: JobConfig, each: Each) -> Staged:
+    """Stage a job's input, or what is left of it, with large passes run by `each`; nothing to do where that is done.
 
     Raises ConfigError, InputError, StorageError, and ConflictError where the place holds the stage of other sources.
     """
@@ -82,8 +83,7 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
         with recording(manifest, plan, totals, lease):
             done = resume(manifest, plan, totals, lease)
             small = len(join.pieces) + len(join.units) <= SMALL
-            calls = in_turn if local or small else on_ray(config)
-            run_passes(config, manifest, plan, join, sources, done, totals, lease, calls)
+            run_passes(config, manifest, plan, join, sources, done, totals, lease, in_turn if small else each)
             _finalise(manifest, plan, join, lease)
     return _staged(config, manifest, plan, False, started)
 

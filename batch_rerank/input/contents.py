@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from batch_rerank.input.shards import check_unchanged
 from batch_rerank.store.filesystem import File, Options, input_errors, locate
-from batch_rerank.store.shards import check_unchanged
 
 HASH_THREADS = 4
 READ_BYTES = 4 * 2**20

@@ -6,17 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.errors import ConfigError, InputError, ScatteredError
+from batch_rerank.input.layouts import OPTIONAL, Columns, Queries, Scattered, find_scattered
+from batch_rerank.input.shards import read_queries, with_content
+from batch_rerank.input.units import cut_units
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
-from batch_rerank.store.layouts import OPTIONAL, Columns, Queries, Scattered, find_scattered
 from batch_rerank.store.manifest import Plan, fingerprint
-from batch_rerank.store.shards import Shard, Unit, read_queries, with_content
+from batch_rerank.store.plans import Shard, Unit
 
 SCORING_VERSION = 1
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
@@ -199,28 +200,6 @@ def _units_of(index: int, shard: Seen, config: JobConfig) -> Iterator[Unit]:
             queries=int(last - first),
             pairs=int(pairs[first:last].sum()),
         )
-
-
-def cut_units(
-    pairs: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], row_group_ends: Sequence[int], unit_pairs: int
-) -> list[int]:
-    """Cut a shard's queries into units: indexes of first queries, and the number of queries at the end.
-
-    A unit ends when it has `unit_pairs` pairs, or at the end of a row group once it has half of them, so that a row
-    group is seldom decoded for two units. A query is never cut; one that fills a unit is a unit of its own.
-    """
-    ends = set(row_group_ends)
-    cuts, count = [0], 0
-    for query, size in enumerate(pairs.tolist()):
-        if count and size >= unit_pairs:
-            cuts.append(query)
-            count = 0
-        count += size
-        full = count >= unit_pairs or (2 * count >= unit_pairs and int(rows[query + 1]) in ends)
-        if full or query == len(pairs) - 1:
-            cuts.append(query + 1)
-            count = 0
-    return cuts
 
 
 def _first_queries(units: Sequence[Unit], seen: Sequence[Seen], limit: int) -> list[Unit]:

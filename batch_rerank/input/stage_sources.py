@@ -4,10 +4,10 @@ import pyarrow as pa
 
 from batch_rerank.config import Input, JobConfig, as_list
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.job.places import refuse_overlap
+from batch_rerank.input.layouts import Columns, find_columns
+from batch_rerank.input.places import refuse_overlap
+from batch_rerank.input.sources import Source, find_files, find_source, footers
 from batch_rerank.store.filesystem import input_errors, list_files, locate
-from batch_rerank.store.layouts import Columns, find_columns
-from batch_rerank.store.sources import Source, find_files, find_source, footers
 
 
 def find_sources(config: JobConfig) -> list[Source]:

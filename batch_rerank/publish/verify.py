@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
-from batch_rerank.job.output import Place, config_of, input_ids, is_stage, lease_seconds_of, open_output
+from batch_rerank.input.layouts import run_starts
+from batch_rerank.publish.output import Place, config_of, input_ids, is_stage, lease_seconds_of, open_output
 from batch_rerank.schema import OUTPUT_NAMES
 from batch_rerank.store.filesystem import Location, storage_errors
-from batch_rerank.store.layouts import run_starts
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import SUMMED, Manifest, Plan, Receipt, sha256, versions
 from batch_rerank.store.names import TREC_RUNS
+from batch_rerank.store.plans import Unit
 from batch_rerank.store.records import Mark, TrecRun, parse, parse_counts
-from batch_rerank.store.shards import Unit
 
 VERIFY_THREADS = 4
 COMPARED = ["query_id", "doc_id", "first_stage_rank"]

@@ -20,17 +20,18 @@ from pydantic import Field
 import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
-from batch_rerank.job.candidates import Int32, Int64
-from batch_rerank.job.join import Ranked
-from batch_rerank.job.write_unit import commit
+from batch_rerank.input.candidates import Int32, Int64
+from batch_rerank.input.canonical import canonical, with_title
+from batch_rerank.input.join import Ranked
+from batch_rerank.input.layouts import Columns, find_columns
+from batch_rerank.input.shards import TEXT_ROWS, check_unchanged, leaf_paths, open_parquet, read_groups, reading
+from batch_rerank.input.sources import NUMBERS, Piece, Source, read_piece
+from batch_rerank.publish.write_unit import commit
 from batch_rerank.schema import PASSED
-from batch_rerank.store.canonical import canonical, with_title
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.layouts import Columns, find_columns
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
+from batch_rerank.store.plans import Unit
 from batch_rerank.store.records import Count, parse
-from batch_rerank.store.shards import TEXT_ROWS, Unit, check_unchanged, leaf_paths, open_parquet, read_groups, reading
-from batch_rerank.store.sources import NUMBERS, Piece, Source, read_piece
 
 EXCHANGE = "_manifest/exchange"
 FLUSH_BYTES = 64 * 2**20

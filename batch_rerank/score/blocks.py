@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_rerank.errors import BatchRerankError, as_value
-from batch_rerank.job.steps import EncodedUnit, ScoredUnit
+from batch_rerank.score.steps import EncodedUnit, ScoredUnit
 from batch_rerank.store.manifest import Receipt, SetAside
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from batch_rerank.input.sources import Piece, Source, pieces, read_piece
 from batch_rerank.store.filesystem import Options
-from batch_rerank.store.sources import Piece, Source, pieces, read_piece
 
 READ_THREADS = 4
 MERGE_VALUES = 2**20

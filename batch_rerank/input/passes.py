@@ -2,35 +2,24 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from batch_rerank.calls import Each
 from batch_rerank.config import JobConfig
-from batch_rerank.job.bookkeeping import Expected, status_of
-from batch_rerank.job.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
-from batch_rerank.job.join import Join
+from batch_rerank.input.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
+from batch_rerank.input.join import Join
+from batch_rerank.input.sources import Source
+from batch_rerank.store.bookkeeping import Expected, status_of
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest, Plan, Totals
-from batch_rerank.store.sources import Source
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
 LOG_SECONDS = 10.0
-
-
-def in_turn(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """What each call returns, in this process."""
-    return (call() for call in calls)
-
-
-def on_ray(config: JobConfig) -> Any:
-    """The same on Ray, as they finish."""
-    from batch_rerank.job.run_ray import each_on_ray  # not at the top: --local does without ray
-
-    return partial(each_on_ray, config)
 
 
 def run_passes(
@@ -42,7 +31,7 @@ def run_passes(
     done: frozenset[str],
     totals: Totals,
     lease: Lease,
-    calls: Any,
+    each: Each,
 ) -> None:
     """Spread what is not spread yet, then gather the shards that are not done."""
     units = [unit for unit in join.units if unit.id not in done]
@@ -61,7 +50,7 @@ def run_passes(
     portions: list[list[Portion]] = [[] for _ in plan.units]
     for note in notes.values():
         _add_portions(portions, note)
-    for note in calls([partial(spread, work, config, str(root)) for work in pending]):
+    for note in each([partial(spread, work, config, str(root)) for work in pending]):
         progress.count("pieces of the sources read", len(pending), note.rows)
         totals.storage_retries += note.retries
         _add_portions(portions, note)
@@ -77,7 +66,7 @@ def run_passes(
         for unit in units
     ]
     expected = Expected(manifest, plan, done)
-    for receipt in calls(gathers):
+    for receipt in each(gathers):
         if expected.take(receipt):
             totals.add(receipt)
             progress.count("shards written", len(units), receipt.rows_in)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from threading import Lock
 
 from batch_rerank.errors import BatchRerankError
-from batch_rerank.job.poison import Trial
+from batch_rerank.score.poison import Trial
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.records import Count, Line, parse
 

@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Group
+from batch_rerank.input.shards import twice_read
+from batch_rerank.input.unit_reader import read_units
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Plan
-from batch_rerank.store.shards import Shard, Unit, twice_read
-from batch_rerank.store.unit_reader import read_units
+from batch_rerank.store.plans import Shard, Unit
 
 NULL_QUERY = "query is null"
 NULL_TEXT = "text is null"

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.layouts import OF_QUERY, TEXTS, Columns, Int64, field_of, run_starts
 from batch_rerank.schema import PASSED
-from batch_rerank.store.layouts import OF_QUERY, TEXTS, Columns, Int64, field_of, run_starts
 
 ONCE = pa.dictionary(pa.int32(), pa.large_string())
 """The type of texts. Large: the texts of a unit may have more than 2 GiB."""

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batch_rerank.input.layouts import run_starts
 from batch_rerank.store.filesystem import storage_errors
-from batch_rerank.store.layouts import run_starts
 from batch_rerank.store.manifest import Manifest, Plan
 from batch_rerank.store.records import TrecRun
 

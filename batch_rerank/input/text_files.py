@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.shards import reading
 from batch_rerank.store.filesystem import Location, input_errors
-from batch_rerank.store.shards import reading
 
 BLOCK_BYTES = 16 * 2**20
 """Of a text file, parsed at once."""

@@ -23,8 +23,8 @@ from batch_rerank.schema import PASSED
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.manifest import SUMMED, Manifest, Receipt, sha256
 from batch_rerank.store.names import part_name
+from batch_rerank.store.plans import Unit
 from batch_rerank.store.records import parse_counts
-from batch_rerank.store.shards import Unit
 
 ROW_GROUP_ROWS = 100_000
 

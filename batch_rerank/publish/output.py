@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from batch_rerank.config import Cluster, JobConfig, load_config
 from batch_rerank.errors import ConfigError, StorageError
+from batch_rerank.input.unit_reader import read_units
 from batch_rerank.store.filesystem import Options, locate
 from batch_rerank.store.manifest import Manifest, Plan
-from batch_rerank.store.shards import Unit
-from batch_rerank.store.unit_reader import read_units
+from batch_rerank.store.plans import Unit
 
 T = TypeVar("T", bound=BaseModel)
 

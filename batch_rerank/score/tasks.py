@@ -18,11 +18,11 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoding import Encoder, make_encoder
 from batch_rerank.errors import BatchRerankError, ModelError
-from batch_rerank.job.attempts import Attempts
-from batch_rerank.job.blocks import block, failure, row, unpack
-from batch_rerank.job.poison import DeviceLostError, Trial
-from batch_rerank.job.read_unit import ReadRange, read_range
-from batch_rerank.job.steps import (
+from batch_rerank.score.attempts import Attempts
+from batch_rerank.score.blocks import block, failure, row, unpack
+from batch_rerank.score.poison import DeviceLostError, Trial
+from batch_rerank.score.read_unit import ReadRange, read_range
+from batch_rerank.score.steps import (
     EncodedUnit,
     LoadedScorer,
     ScoredUnit,

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
-from batch_rerank.job.candidates import Int32, Int64, ids_of, positions, rank_candidates, read_all, read_run
-from batch_rerank.job.join_checks import (
+from batch_rerank.input.candidates import Int32, Int64, ids_of, positions, rank_candidates, read_all, read_run
+from batch_rerank.input.join_checks import (
     files_of,
     refuse_missing,
     refuse_repeated,
@@ -23,10 +23,10 @@ from batch_rerank.job.join_checks import (
     refuse_spaces,
     refuse_unranked,
 )
-from batch_rerank.job.plan import cut_units
+from batch_rerank.input.sources import Piece, Source, pieces
+from batch_rerank.input.units import cut_units
 from batch_rerank.store.filesystem import Options
-from batch_rerank.store.shards import Unit
-from batch_rerank.store.sources import Piece, Source, pieces
+from batch_rerank.store.plans import Unit
 
 SHARD_PAIRS = 50_000
 """Candidates of a staged shard: some 50 MB of text, which one task holds, and three or four read tasks of a job."""

@@ -16,11 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
-from batch_rerank.schema import ALIASES
-from batch_rerank.store.filesystem import File, Location, Options, input_errors, list_files, locate
-from batch_rerank.store.layouts import wrong_type
-from batch_rerank.store.shards import ID_ROWS, TEXT_ROWS, check_unchanged, open_parquet, read_groups, reading
-from batch_rerank.store.text_files import (
+from batch_rerank.input.layouts import wrong_type
+from batch_rerank.input.shards import ID_ROWS, TEXT_ROWS, check_unchanged, open_parquet, read_groups, reading
+from batch_rerank.input.text_files import (
     IDS,
     LineNumber,
     codec_of,
@@ -30,6 +28,8 @@ from batch_rerank.store.text_files import (
     parse_trec,
     trec_fields,
 )
+from batch_rerank.schema import ALIASES
+from batch_rerank.store.filesystem import File, Location, Options, input_errors, list_files, locate
 
 log = logging.getLogger("batch_rerank")
 FOOTER_THREADS = 16

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
-from batch_rerank.job.candidates import Run
-from batch_rerank.store.sources import Source
+from batch_rerank.input.candidates import Run
+from batch_rerank.input.sources import Source
 
 
 def files_of(source: Source) -> str:

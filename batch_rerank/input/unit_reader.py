@@ -7,12 +7,9 @@ from statistics import median
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_rerank.store.canonical import candidates, whole
-from batch_rerank.store.filesystem import Location
-from batch_rerank.store.layouts import TEXTS, Columns, find_columns
-from batch_rerank.store.shards import (
-    Shard,
-    Unit,
+from batch_rerank.input.canonical import candidates, whole
+from batch_rerank.input.layouts import TEXTS, Columns, find_columns
+from batch_rerank.input.shards import (
     check_planned,
     check_unchanged,
     group_rows,
@@ -24,6 +21,8 @@ from batch_rerank.store.shards import (
     read_groups,
     reading,
 )
+from batch_rerank.store.filesystem import Location
+from batch_rerank.store.plans import Shard, Unit
 
 INDEX_BYTES = 4
 """Of a dictionary's index, at most."""

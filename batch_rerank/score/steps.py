@@ -23,13 +23,13 @@ from batch_rerank.engine.packing import Float32, best_chunks, unreadable
 from batch_rerank.engine.selftest import unit_fault
 from batch_rerank.engine.tested import tested_scorer
 from batch_rerank.errors import BatchRerankError, ModelError
-from batch_rerank.job.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
-from batch_rerank.job.rank import rank
-from batch_rerank.job.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
-from batch_rerank.job.write_unit import write_unit
+from batch_rerank.publish.rank import rank
+from batch_rerank.publish.write_unit import write_unit
+from batch_rerank.score.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
+from batch_rerank.score.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
 from batch_rerank.store import filesystem
 from batch_rerank.store.manifest import Manifest, Receipt, SetAside
-from batch_rerank.store.shards import Unit
+from batch_rerank.store.plans import Unit
 
 log = logging.getLogger("batch_rerank")
 NO_TOKENS = "no tokens: the model's tokenizer makes none of a text of this pair"
