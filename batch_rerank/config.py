@@ -103,14 +103,22 @@ def as_list(places: Places | None) -> list[str]:
 
 
 class Output(Section):
-    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec."""
+    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec.
+
+    `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `file_bytes`: about
+    how large a part becomes. `keep_scores`: false removes the scores once they are published; they are what other
+    settings are published from without scoring. `latest`: a small file that names the newest finished output.
+    """
 
     path: Place
-    layout: Literal["flat"] = "flat"
+    layout: Literal["flat", "nested"] = "flat"
     top_k: Annotated[int, Field(ge=1)] | None = None
     include_text: bool = False
     passthrough: list[str] = []
     trec_run: bool = False
+    file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
+    keep_scores: bool = True
+    latest: Place | None = None
     storage_options: StorageOptions = Field(default={}, exclude=True)
 
     @model_validator(mode="after")

@@ -86,4 +86,4 @@ def test_in_bfloat16_the_fused_forward_is_as_near_to_float32_as_the_cpus(name: s
     exact = Packed(body.float(), "cpu").last_hidden(pack)
     plain, fused = (float((error - exact).norm() / exact.norm()) for error in errors)
     assert fused < 0.05
-    assert fused < 1.2 * plain
+    assert fused < 2 * plain  # how a CPU rounds between its steps is its own: 0.9 to 1.5 were seen

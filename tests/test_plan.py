@@ -15,7 +15,7 @@ from batch_rerank.input.units import cut_units
 from batch_rerank.score.plan import make_plan
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import Holder, hold
-from batch_rerank.store.manifest import Plan
+from batch_rerank.store.plans import Plan
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -20,7 +20,9 @@ from batch_rerank.publish.status import status_of_output
 from batch_rerank.publish.verify import verify
 from batch_rerank.score.attempts import Attempts
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.manifest import Manifest, Plan, Receipt
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Receipt
 from batch_rerank.store.records import Mark, parse
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -15,7 +15,9 @@ from batch_rerank.input.sources import Source
 from batch_rerank.store.bookkeeping import Expected, status_of
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.lease import Lease
-from batch_rerank.store.manifest import Manifest, Plan, Totals
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Totals
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from batch_rerank.input.layouts import OPTIONAL, Columns, Queries, Scattered, fi
 from batch_rerank.input.shards import read_queries, with_content
 from batch_rerank.input.units import cut_units
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
-from batch_rerank.store.manifest import Plan, fingerprint
-from batch_rerank.store.plans import Shard, Unit
+from batch_rerank.store.manifest import fingerprint
+from batch_rerank.store.plans import Plan, Shard, Unit
 
 SCORING_VERSION = 1
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
@@ -239,7 +239,8 @@ def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Seq
 
 
 def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -> dict[str, object]:
-    """Everything that changes an output byte but timing: not the cluster, the token budget, or the failure limits."""
+    """Everything that changes a score, or which pairs have one: not the cluster, the token budget, the failure limits,
+    nor what the output makes of the scores."""
     shards = [[shard.file.size, shard.file.version] for shard in seen]  # wherever they lie
     return {
         "scoring_version": SCORING_VERSION,
@@ -254,9 +255,5 @@ def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen
         "input.layout": config.input.layout,
         "input.columns": [shard.columns.names for shard in seen[:1]],
         "input.shards": fingerprint({"shards": shards}),
-        "output.layout": config.output.layout,
-        "output.top_k": config.output.top_k,
-        "output.include_text": config.output.include_text,
-        "output.passthrough": config.output.passthrough,
         "limit": config.limit,
     }

@@ -1,0 +1,53 @@
+"""What is made of the scores: which settings decide it, and which units are in which part."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from batch_rerank.config import Output
+from batch_rerank.store.manifest import fingerprint
+from batch_rerank.store.plans import Plan, Unit
+from batch_rerank.store.receipts import Publication
+
+PUBLISHING_VERSION = 1
+"""Raised when the same scores would be published differently."""
+
+HASH_BYTES = 16
+"""Of a row of a score file, which the output does not have."""
+
+
+def publishing_fields(output: Output) -> dict[str, Any]:
+    """Everything that changes the output of the same scores."""
+    names = ("layout", "top_k", "include_text", "passthrough", "trec_run", "file_bytes")
+    return {"publishing_version": PUBLISHING_VERSION, **{name: getattr(output, name) for name in names}}
+
+
+def make_publication(plan: Plan, sizes: Mapping[str, int], fields: dict[str, Any]) -> Publication:
+    """Whole units in the order of the plan, in parts of about `file_bytes`. sizes: bytes of the units' score files."""
+    parts: list[tuple[int, int]] = []
+    first, size = 0, 0.0
+    for index, unit in enumerate(plan.units):
+        size += _published_bytes(unit, sizes[unit.id], fields["top_k"])
+        if size >= fields["file_bytes"] or index == len(plan.units) - 1:
+            parts.append((first, index))
+            first, size = index + 1, 0.0
+    told = {"fingerprint": plan.fingerprint, "fields": fields, "parts": parts}
+    return Publication(id=fingerprint(told), fingerprint=plan.fingerprint, fields=fields, parts=parts)
+
+
+def _published_bytes(unit: Unit, size: int, top_k: int | None) -> float:
+    """About how much a unit's score file adds to the output."""
+    kept = 1.0 if top_k is None else min(1.0, unit.queries * top_k / max(1, unit.pairs))
+    return kept * max(1, size - HASH_BYTES * unit.pairs)
+
+
+def of_units(publication: Publication, plan: Plan, number: int) -> list[Unit]:
+    """The units of a part."""
+    first, last = publication.parts[number]
+    return plan.units[first : last + 1]
+
+
+def output_of(publication: Publication, output: Output) -> Output:
+    """The output's settings as they were published."""
+    names = ("layout", "top_k", "include_text", "passthrough", "trec_run", "file_bytes")
+    told = {name: publication.fields[name] for name in names if name in publication.fields}
+    return Output.model_validate({**output.model_dump(), **told, "storage_options": output.storage_options})
