@@ -31,6 +31,9 @@ from batch_rerank.store.receipts import PartReceipt
 from batch_rerank.store.records import parse
 
 ROW_GROUP_ROWS = 100_000
+Int64 = npt.NDArray[np.int64]
+Ranked = tuple[pa.Table, Int64]
+"""Rows of whole queries, and the first row of each query."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ def build(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSpe
         "batch_rerank.template": model.template,
     }
     sink, writer, count = io.BytesIO(), None, 0
-    for rows in row_groups(ranked(work, manifest, config, model)):
+    for rows, starts in row_groups(ranked(work, manifest, config, model)):
         count += len(rows)
-        table = nest(rows) if config.output.layout == "nested" else rows.drop_columns(["query_index"])
+        table = nest(rows, starts) if config.output.layout == "nested" else rows
         table = table.replace_schema_metadata(metadata)
         writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
         writer.write_table(table, row_group_size=max(1, len(table)))
@@ -99,8 +102,8 @@ def build(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSpe
     return sink.getvalue(), count
 
 
-def ranked(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSpec) -> Iterator[pa.Table]:
-    """The output rows of each unit."""
+def ranked(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSpec) -> Iterator[Ranked]:
+    """The output rows of each unit, and where its queries start."""
     output = config.output
     extra = [*(["text"] if output.include_text else []), *output.passthrough]
     scores = ScoreFiles(manifest, work.places)
@@ -110,39 +113,40 @@ def ranked(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSp
                 f"{manifest.root}: the score file of unit {unit.id} has {len(rows):,} rows, the plan {unit.pairs:,}; "
                 "see batch-rerank verify --repair"
             )
-        yield rank(rows, model, output.top_k, extra)
+        made, index = rank(rows, model, output.top_k, extra)
+        yield made, np.flatnonzero(np.diff(index, prepend=-1))
 
 
-def row_groups(units: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The rows of units in tables of whole queries and about ROW_GROUP_ROWS, `query_index` rising in each; one at
-    least."""
-    pending: list[pa.Table] = []
-    size = queries = 0
-    for rows in units:
-        for piece in _pieces(rows):
-            if pending and size + len(piece) > ROW_GROUP_ROWS:
-                yield pa.concat_tables(pending).combine_chunks()
+def row_groups(units: Iterator[Ranked]) -> Iterator[Ranked]:
+    """The rows of units in tables of whole queries and about ROW_GROUP_ROWS, each with where its queries start; one
+    table at least."""
+    pending: list[Ranked] = []
+    size = 0
+    for rows, starts in units:
+        for piece in _pieces(rows, starts):
+            if pending and size + len(piece[0]) > ROW_GROUP_ROWS:
+                yield _together(pending)
                 pending, size = [], 0
-            index = piece["query_index"].to_numpy().astype(np.int64) + queries
-            pending.append(piece.set_column(piece.num_columns - 1, "query_index", pa.array(index)))
-            size += len(piece)
-        queries += 1 + int(rows["query_index"].to_numpy().max(initial=-1))
-    yield pa.concat_tables(pending).combine_chunks()
+            pending.append(piece)
+            size += len(piece[0])
+    yield _together(pending)
 
 
-def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
-    for start, stop in _cuts(rows["query_index"].to_numpy()):
-        yield rows.slice(start, stop - start)
+def _together(pieces: list[Ranked]) -> Ranked:
+    firsts = itertools.accumulate((len(rows) for rows, _ in pieces), initial=0)
+    starts = [starts + first for (_, starts), first in zip(pieces, firsts, strict=False)]
+    return pa.concat_tables([rows for rows, _ in pieces]).combine_chunks(), np.concatenate(starts)
 
 
-def _cuts(index: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Ranges of rows that begin and end with a query; one at least."""
-    borders = [*np.flatnonzero(np.diff(index, prepend=-1)).tolist(), len(index)]
+def _pieces(rows: pa.Table, starts: Int64) -> Iterator[Ranked]:
+    """A unit's rows in pieces that begin with a query, of ROW_GROUP_ROWS at most unless a query has more."""
+    borders = [*starts.tolist(), len(rows)]
     cuts = [0]
     for border, following in itertools.pairwise(borders):
         if following - cuts[-1] > ROW_GROUP_ROWS and border > cuts[-1]:
             cuts.append(border)
-    return list(itertools.pairwise([*cuts, len(index)]))
+    for start, stop in itertools.pairwise([*cuts, len(rows)]):
+        yield rows.slice(start, stop - start), starts[(starts >= start) & (starts < stop)] - start
 
 
 def _adopt(location: Location, work: PartWork, manifest: Manifest, ours: bytes, rows: int) -> bytes:

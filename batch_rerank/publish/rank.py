@@ -19,8 +19,11 @@ ORDER = [
 ]
 
 
-def rank(rows: pa.Table, model: ModelSpec, top_k: int | None, extra: Sequence[str]) -> pa.Table:
-    """The output rows of a unit, out of its score file: sorted by query in input order, then rank; `query_index` last.
+def rank(
+    rows: pa.Table, model: ModelSpec, top_k: int | None, extra: Sequence[str]
+) -> tuple[pa.Table, npt.NDArray[np.int32]]:
+    """The output rows of a unit, out of its score file, sorted by query in input order, then rank; and int32[n], which
+    query of the unit each is of: not as a column, because passed-through columns may have any name.
 
     `extra`: the columns behind the fixed ones, `text` and the passed-through ones under their own names; with chunks
     `chunk_offset` follows them.
@@ -32,8 +35,8 @@ def rank(rows: pa.Table, model: ModelSpec, top_k: int | None, extra: Sequence[st
         rows = rows.filter(pc.less_equal(rows["rank"], top_k))
     taken = {name: name if name == "text" else f"{PASSED}{name}" for name in extra}
     offset = [CHUNK_OFFSET] if CHUNK_OFFSET in rows.column_names else []
-    chosen = rows.select([*OUTPUT_NAMES, *taken.values(), *offset, "query_index"])
-    return chosen.rename_columns([*OUTPUT_NAMES, *taken, *offset, "query_index"])
+    chosen = rows.select([*OUTPUT_NAMES, *taken.values(), *offset])
+    return chosen.rename_columns([*OUTPUT_NAMES, *taken, *offset]), rows["query_index"].to_numpy()
 
 
 def _relevance(scores: pa.ChunkedArray, model: ModelSpec) -> pa.Array:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import StorageError
-from batch_rerank.publish.nested import LIST, flat
+from batch_rerank.publish.nested import LIST, flat, is_nested
 from batch_rerank.store.filesystem import Location, storage_errors
 
 
@@ -16,7 +16,7 @@ def read_part(location: Location, columns: Sequence[str]) -> Iterator[pa.Table]:
         try:
             with location.open() as file:
                 parquet = pq.ParquetFile(file)
-                nested = LIST in parquet.schema_arrow.names
+                nested = is_nested(parquet.schema_arrow.names)
                 wanted = [*(name for name in columns if name == "query_id"), LIST] if nested else list(columns)
                 for group in range(parquet.metadata.num_row_groups):
                     rows = parquet.read_row_group(group, columns=wanted)
