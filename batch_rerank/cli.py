@@ -255,7 +255,7 @@ def _shown(value: object) -> str:
 def verify(
     output: Output,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make damaged units not done: the next run scores them again.")
+        bool, typer.Option("--repair", help="Make what is damaged not done: the next run makes it again.")
     ] = False,
     output_only: Annotated[
         bool, typer.Option("--output-only", help="Without the input: for when it has expired.")
@@ -274,7 +274,8 @@ def verify(
     for problem in verdict.problems[:20]:
         log.error("%s", problem)
     if verdict.problems:
-        mended = f"; {len(verdict.damaged)} unit(s) are made not done: run the job again" if verdict.repaired else ""
+        mended = f"; {len(verdict.damaged)} damaged file(s) are made not done: run the job again"
+        mended = mended if verdict.repaired else ""
         _leave(6, f"error: {output}: {len(verdict.problems)} problem(s) found{mended}")
     log.info(
         "verified: %s rows of %s candidates in %d units", f"{verdict.rows:,}", f"{verdict.candidates:,}", verdict.units

@@ -1,13 +1,14 @@
 """Records on storage are somebody's bytes: whatever stands there, nothing outside the output is touched, and what
 cannot be understood ends in one of our errors."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import candidate_rows, job, rows_of, write
+from conftest import candidate_rows, job, rows_of, scored_only, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -158,21 +159,22 @@ def test_a_receipt_of_another_version_costs_no_scored_unit(
     assert verify(str(output)).problems == []
 
 
-def test_a_part_of_a_version_that_counted_less_is_adopted(output: Path, tmp_path: Path) -> None:
+def test_a_score_file_of_a_version_that_counted_less_is_adopted(output: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    part = output / f"part-{UNIT}.parquet"
+    scored_only(job(tmp_path / "in.parquet", tmp_path / "scored"))
+    part = tmp_path / "scored" / f"_work/{UNIT}.parquet"
     table = pq.read_table(part)
     metadata = dict(table.schema.metadata)
     counts = json.loads(metadata[b"batch_rerank.counts"])
     del counts["engine_failed"]
     metadata[b"batch_rerank.counts"] = json.dumps({**counts, "invented": 3}).encode()
     pq.write_table(table.replace_schema_metadata(metadata), part, compression="none")
-    theirs = part.read_bytes()
-    (output / f"_manifest/receipts/{UNIT}.json").unlink()
-    run(job(tmp_path / "in.parquet", output), local=True)
-    assert part.read_bytes() == theirs
-    assert verify(str(output)).problems == []
+    theirs = hashlib.sha256(part.read_bytes()).hexdigest()
+    (tmp_path / f"scored/_manifest/receipts/{UNIT}.json").unlink()
+    assert run(job(tmp_path / "in.parquet", tmp_path / "scored"), local=True).units == 1
+    assert json.loads((tmp_path / f"scored/_manifest/receipts/{UNIT}.json").read_text())["sha256"] == theirs
+    assert verify(str(tmp_path / "scored")).problems == []
 
 
 HOSTILE_LEASES = [
@@ -239,7 +241,7 @@ def test_a_manifest_that_is_a_link_to_elsewhere_removes_nothing_there(output: Pa
     (output / "_manifest").rename(elsewhere)
     (output / "_manifest").symlink_to(elsewhere)
     before = {path: path.read_bytes() for path in elsewhere.glob("receipts/*")}
-    (output / f"part-{UNIT}.parquet").unlink()
+    (output / "part-00000.parquet").unlink()
     run(job(tmp_path / "in.parquet", output), local=True)
     assert before.keys() <= {*elsewhere.glob("receipts/*")}
 

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import groupby
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_rerank.config import JobConfig
@@ -114,6 +115,10 @@ def _verify(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig | Non
         works = [partial(_verify_staged, manifest, plan, unit) for unit in plan.units]
     elif found.publication is not None:
         marked = {} if mark is None else {part.name: part for part in mark.parts}
+        done = {receipt.unit for receipt in found.committed}
+        for unit in plan.units:
+            if unit.id not in done:
+                verdict.add(f"unit {unit.id}", [found.broken.get(unit.id, _no_receipt(manifest, unit))])
         works = [
             partial(_verify_part, manifest, plan, found, config, output_only, number, marked.get(part_name(number)))
             for number in range(len(found.publication.parts))
@@ -121,7 +126,7 @@ def _verify(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig | Non
     else:
         shards = groupby(plan.units, key=lambda unit: unit.shard)
         works = [partial(_verify_shard, manifest, plan, found, config, output_only, list(units)) for _, units in shards]
-    works += [partial(_verify_scores, manifest, plan, name) for name in found.files.matching(SCORES)]
+    works += [partial(_verify_scores, manifest, plan, found, name) for name in found.files.matching(SCORES)]
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         for result in pool.map(lambda work: work(), works):
             verdict.take(result)
@@ -240,15 +245,34 @@ def _read_part(
     return (None if problems else rows), problems
 
 
-def _verify_scores(manifest: Manifest, plan: Plan, name: str) -> Verdict:
-    """A file below `_scores/` against its receipt; one without is none yet, and nothing reads it."""
+def _verify_scores(manifest: Manifest, plan: Plan, found: Scan, name: str) -> Verdict:
+    """A file below `_scores/` against its receipt and those of its units; one without is none yet, and nothing reads
+    it."""
     verdict, receipt = Verdict(), manifest.read_scores_receipt(name)
     if receipt is None or receipt.fingerprint != plan.fingerprint:
         return verdict
     data = _content(manifest.root / name)
     if data is None or (len(data), sha256(data)) != (receipt.size, receipt.sha256):
         verdict.add(name, ["not what its receipt says (another size or checksum)"])
+        return verdict
+    of_units = {place[1]: one for one in found.committed if (place := found.place(one)) and place[0] == name}
+    file = pq.ParquetFile(io.BytesIO(data))
+    for group, one in of_units.items():
+        rows = file.read_row_group(group, columns=["score", "n_tokens", "truncated"])
+        counts = {
+            "rows_in": len(rows),
+            "scored": len(rows) - rows["score"].null_count,
+            "tokens": pc.sum(rows["n_tokens"]).as_py() or 0,
+            "truncated": pc.sum(rows["truncated"]).as_py() or 0,
+        }
+        edited = [counted for counted, value in counts.items() if getattr(one, counted) != value]
+        if edited:
+            verdict.add(f"unit {one.unit}", [f"the receipt's counts are not its scores': {', '.join(edited)}"])
     return verdict
+
+
+def _no_receipt(manifest: Manifest, unit: Unit) -> str:
+    return f"its receipt is missing ({manifest.receipt(unit.id)})"
 
 
 def _verify_shard(
@@ -262,7 +286,7 @@ def _verify_shard(
         for unit, candidates in rows:
             receipt = receipts.get(unit.id)
             if receipt is None:
-                verdict.add(f"unit {unit.id}", [found.broken.get(unit.id, "its receipt is missing")])
+                verdict.add(f"unit {unit.id}", [found.broken.get(unit.id, _no_receipt(manifest, unit))])
                 continue
             table, problems = _read_unit(manifest, plan, unit, receipt)
             if table is not None:
@@ -283,7 +307,7 @@ def _verify_shard(
 def _verify_staged(manifest: Manifest, plan: Plan, unit: Unit) -> Verdict:
     verdict, body = Verdict(), _content(manifest.receipt(unit.id))
     if body is None:
-        verdict.add(f"unit {unit.id}", [f"its receipt is missing ({manifest.receipt(unit.id)})"])
+        verdict.add(f"unit {unit.id}", [_no_receipt(manifest, unit)])
         return verdict
     try:
         receipt = Receipt.from_json(body, manifest.receipt(unit.id))

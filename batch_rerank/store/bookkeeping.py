@@ -15,7 +15,7 @@ from batch_rerank.store.names import TREC_RUN, part_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Publication, Receipt, Totals
 from batch_rerank.store.records import Mark
-from batch_rerank.store.scan import Scan, discard, note_name, part_files, scan
+from batch_rerank.store.scan import Scan, discard, note_name, part_files, scan, scores_files
 
 log = logging.getLogger("batch_rerank")
 
@@ -41,6 +41,9 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
         # each removal is of what the scan saw: a driver that was paused here must not touch what a successor wrote
         _withdraw(manifest, plan, found, units)
         discard(manifest, found, again)
+        for name in found.spoiled:
+            for file in scores_files(name):
+                manifest.remove_seen(file, found.files)
         kept = {f"_manifest/failures/{unit}.json" for unit in units}
         for name in found.files.leftovers():
             if name not in kept:

@@ -28,8 +28,8 @@ Held = dict[str, list[tuple[str, int, str]]]
 @dataclass(frozen=True)
 class Scan:
     """An output as a listing shows it. broken: units with a receipt that does not fit, and why; loose: receipts that
-    are alone; rolled: those of each roll; held: what is below `_scores/`; publication and parts: what is published and
-    whole."""
+    are alone; rolled: those of each roll; held: what is below `_scores/`; spoiled: files there that `verify --repair`
+    has found damaged; publication and parts: what is published and whole."""
 
     files: Files
     committed: list[Receipt] = field(default_factory=list)
@@ -39,6 +39,7 @@ class Scan:
     held: Held = field(default_factory=dict)
     publication: Publication | None = None
     parts: dict[int, PartReceipt] = field(default_factory=dict)
+    spoiled: list[str] = field(default_factory=list)
 
     def set_aside(self) -> list[str]:
         """Units that could not be scored."""
@@ -76,10 +77,9 @@ def scan(manifest: Manifest, plan: Plan) -> Scan:
         return damaged.get(note_name(name)) == evidence(files, files_of)
 
     parts = {number: part for number, part in parts.items() if not is_damaged(part.part, *part_files(number))}
-    whole = {name: found for name, found in receipts.items() if not is_damaged(name, name)}
-    found = Scan(
-        files, loose=loose, rolled=rolled, held=_held(files, plan, whole), publication=publication, parts=parts
-    )
+    spoiled = [name for name in scores if is_damaged(name, name)]
+    held = _held(files, plan, {name: receipt for name, receipt in receipts.items() if name not in spoiled})
+    found = Scan(files, loose=loose, rolled=rolled, held=held, publication=publication, parts=parts, spoiled=spoiled)
     published = {
         unit.id
         for number in parts
@@ -187,7 +187,12 @@ def unused_scores(found: Scan) -> Iterator[str]:
     used = {place[0] for receipt in found.committed if (place := found.place(receipt)) is not None}
     for name in found.files.matching(SCORES):
         if name not in used:
-            yield from (scores_receipt_name(name), name, index_name(name))
+            yield from scores_files(name)
+
+
+def scores_files(name: str) -> list[str]:
+    """A file below `_scores/` with its receipt, which goes first, and its index."""
+    return [scores_receipt_name(name), name, index_name(name)]
 
 
 def index_name(name: str) -> str:
