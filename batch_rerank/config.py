@@ -51,6 +51,8 @@ class Input(Section):
     Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
     `stage`, by default <output.path>-stage. `candidates_per_query`: the best of the first stage, all if null.
     `max_missing`: share of the candidates, 0 to 1, that may lack their query or document and are then left out.
+    `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work. `unit_bytes`: of
+    text in a unit at most, where a query has less.
     """
 
     layout: Literal["nested", "flat", "run", "beir"]
@@ -62,7 +64,7 @@ class Input(Section):
     candidates_per_query: Annotated[int, Field(ge=1)] | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = {}
-    unit_pairs: Annotated[int, Field(ge=1)] = 2000
+    unit_pairs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
     storage_options: StorageOptions = Field(default={}, exclude=True)  # may hold secrets: never stored
 

@@ -11,14 +11,16 @@ from batch_rerank.store.receipts import Publication
 PUBLISHING_VERSION = 1
 """Raised when the same scores would be published differently."""
 
+FIELDS = ("layout", "top_k", "include_text", "passthrough", "file_bytes")
+"""Of a job's output section."""
+
 HASH_BYTES = 16
 """Of a row of a score file, which the output does not have."""
 
 
 def publishing_fields(output: Output) -> dict[str, Any]:
-    """Everything that changes the output of the same scores."""
-    names = ("layout", "top_k", "include_text", "passthrough", "trec_run", "file_bytes")
-    return {"publishing_version": PUBLISHING_VERSION, **{name: getattr(output, name) for name in names}}
+    """Everything that changes the parts of the same scores. Not the TREC run, which can be had beside them."""
+    return {"publishing_version": PUBLISHING_VERSION, **{name: getattr(output, name) for name in FIELDS}}
 
 
 def make_publication(plan: Plan, sizes: Mapping[str, int], fields: dict[str, Any]) -> Publication:
@@ -48,6 +50,5 @@ def of_units(publication: Publication, plan: Plan, number: int) -> list[Unit]:
 
 def output_of(publication: Publication, output: Output) -> Output:
     """The output's settings as they were published."""
-    names = ("layout", "top_k", "include_text", "passthrough", "trec_run", "file_bytes")
-    told = {name: publication.fields[name] for name in names if name in publication.fields}
+    told = {name: publication.fields[name] for name in FIELDS if name in publication.fields}
     return Output.model_validate({**output.model_dump(), **told, "storage_options": output.storage_options})

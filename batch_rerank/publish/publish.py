@@ -49,13 +49,11 @@ def publish(
     for receipt in each([partial(publish_part, work, config, model) for work in works]):
         done[int(receipt.part[len("part-") : -len(".parquet")])] = receipt
         lease.check()
-    run = None
-    if config.output.trec_run:
+    there = None if missing else manifest.read_mark()  # of these parts
+    run = None if there is None else there.trec_run
+    if config.output.trec_run and (run is None or found.files.size(TREC_RUN) != run.size):
         lease.check()
-        there = None if missing else manifest.read_mark()  # of these parts
-        run = None if there is None else there.trec_run
-        if run is None or found.files.size(TREC_RUN) != run.size:
-            run = write_trec_run(manifest, range(len(publication.parts)))
+        run = write_trec_run(manifest, range(len(publication.parts)))
     parts = [done[number] for number in range(len(publication.parts))]
     mark = Mark(
         rows=sum(part.rows for part in parts),

@@ -15,6 +15,7 @@ from batch_rerank.errors import ConfigError, InputError, ScatteredError
 from batch_rerank.input.layouts import OPTIONAL, Columns, Queries, Scattered, find_scattered
 from batch_rerank.input.shards import read_queries, with_content
 from batch_rerank.input.units import cut_units
+from batch_rerank.score.unit_size import unit_pairs
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
 from batch_rerank.store.manifest import fingerprint
 from batch_rerank.store.plans import Plan, Shard, Unit
@@ -58,7 +59,9 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1]), shard.row_groups, shard.listed)
         for index, shard in enumerate(seen)
     ]
-    units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, config)]
+    pairs = sum(int(shard.queries.pairs.sum()) for shard in seen)
+    sizes = [unit_pairs(config, model, pairs, shard.pair_bytes) for shard in seen]
+    units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, sizes[index])]
     if config.limit is not None:
         units = _first_queries(units, seen, config.limit)
     fields = _fingerprint_fields(config, model, seen)
@@ -75,7 +78,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         model=asdict(model),
         version=batch_rerank.__version__,
         counts=counts,
-        notes=_notes(config, model, seen, units),
+        notes=_notes(model, seen, units, sizes),
         shards=shards,
         units=units,
     )
@@ -183,12 +186,12 @@ def _verdict(config: JobConfig, scattered: Sequence[Scattered]) -> None:
     raise InputError(f"{found}; expected each query in one row; give different queries different ids")
 
 
-def _units_of(index: int, shard: Seen, config: JobConfig) -> Iterator[Unit]:
+def _units_of(index: int, shard: Seen, size: int) -> Iterator[Unit]:
     cuts = cut_units(
         shard.queries.pairs,
         shard.queries.rows,
         list(itertools.accumulate(rows for rows, _ in shard.row_groups)),
-        min(config.input.unit_pairs, max(1, int(config.input.unit_bytes / max(1.0, shard.pair_bytes)))),
+        size,
     )
     for number, (first, last) in enumerate(itertools.pairwise(cuts)):
         rows, pairs = shard.queries.rows, shard.queries.pairs
@@ -217,7 +220,7 @@ def _first_queries(units: Sequence[Unit], seen: Sequence[Seen], limit: int) -> l
     return kept
 
 
-def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Sequence[Unit]) -> list[str]:
+def _notes(model: ModelSpec, seen: Sequence[Seen], units: Sequence[Unit], sizes: Sequence[int]) -> list[str]:
     notes = []
     if not model.takes_instruction and any("instruction" in shard.columns.names for shard in seen):
         notes.append(
@@ -231,7 +234,7 @@ def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Seq
                 f"column {name!r} is in {len(having)} of {len(seen)} shards, e.g. not in {lacks}: read without it"
             )
     largest = max(units, key=lambda unit: unit.pairs, default=None)
-    if largest is not None and largest.pairs > 4 * config.input.unit_pairs:
+    if largest is not None and largest.pairs > 4 * max(sizes, default=1):
         notes.append(
             f"unit {largest.id} has {largest.pairs:,} pairs: a query is never cut, so one task scores them all"
         )
