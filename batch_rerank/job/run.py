@@ -283,6 +283,7 @@ def _check_failed_rows(manifest: Manifest, totals: Totals, config: JobConfig) ->
         raise UnfinishedError(
             f"{manifest.root}: {totals.failed:,} of {totals.rows_in:,} rows failed "
             f"({totals.null_queries:,} null queries, {totals.null_texts:,} null texts, {totals.engine_failed:,} in the "
-            f"engine); expected at most {max_failed_rows:.2%}; the rows name their error; "
+            f"engine); expected at most {max_failed_rows:.2%}; the score files below "
+            "_work name the error of each, and _manifest/failures what the engine failed on; "
             "mend the input, or raise scoring.max_failed_rows and run again"
         )
