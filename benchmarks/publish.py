@@ -123,7 +123,8 @@ def write_shards(folder: Path, pairs: int, text_bytes: int) -> None:
     texts = pa.LargeStringArray.from_buffers(DOCUMENTS, offsets, pa.py_buffer(letters.tobytes()))
     queries = pairs // CANDIDATES // SHARDS
     for shard in range(SHARDS):
-        chosen = random.integers(0, DOCUMENTS, queries * CANDIDATES)
+        first, step = random.integers(0, DOCUMENTS, queries), random.integers(1, DOCUMENTS // CANDIDATES, queries)
+        chosen = ((first[:, None] + step[:, None] * np.arange(CANDIDATES)) % DOCUMENTS).ravel()  # each once a query
         ids = pa.array(np.char.add("d", chosen.astype(str)))
         structs = pa.StructArray.from_arrays(
             [ids, texts.take(pa.array(chosen)).cast(pa.string()), pa.array(random.random(len(chosen), np.float32))],
