@@ -271,11 +271,21 @@ def mutated(value: Any, data: st.DataObject) -> Any:
     return value
 
 
-RECORDS = ["plan.json", "status.json", f"receipts/{UNIT}.json", "lease/1", "../_SUCCESS", f"damaged/{UNIT}.json"]
+RECORDS = [
+    *("plan.json", "status.json", f"receipts/{UNIT}.json", "lease/1", "../_SUCCESS", f"damaged/{UNIT}.json"),
+    *(
+        "publication.json",
+        "parts/00000.json",
+        "scores/00000.json",
+        "damaged/part-00000.json",
+        "damaged/scores-00000.json",
+    ),
+    "receipts/rolled-00000.jsonl",
+]
 
 
 @settings(
-    max_examples=150,
+    max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from batch_rerank.config import Output
-from batch_rerank.store.manifest import fingerprint
+from batch_rerank.errors import StorageError
+from batch_rerank.store.manifest import PUBLICATION, fingerprint
 from batch_rerank.store.plans import Plan, Unit
 from batch_rerank.store.receipts import Publication
 
@@ -49,6 +52,13 @@ def of_units(publication: Publication, plan: Plan, number: int) -> list[Unit]:
 
 
 def output_of(publication: Publication, output: Output) -> Output:
-    """The output's settings as they were published."""
+    """The output's settings as they were published. Raises StorageError where they are none that we write."""
     told = {name: publication.fields[name] for name in FIELDS if name in publication.fields}
-    return Output.model_validate({**output.model_dump(), **told, "storage_options": output.storage_options})
+    try:
+        return Output.model_validate({**output.model_dump(), **told, "storage_options": output.storage_options})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise StorageError(
+            f"{PUBLICATION}: {'.'.join(map(str, first['loc']))[:100]}: {first['msg']}; it is damaged; delete it and "
+            "run again"
+        ) from None

@@ -29,6 +29,7 @@ from batch_rerank.store.records import Mark, PartMark
 from batch_rerank.store.scan import Scan, scan
 
 log = logging.getLogger("batch_rerank")
+LOG_SECONDS = 10.0
 
 
 def publish(
@@ -45,10 +46,14 @@ def publish(
         log.info("publishing %d parts of %d units", len(missing), len(plan.units))
     done = dict(found.parts)
     places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
+    said = time.monotonic()
     works = [_work(publication, plan, number, places) for number in missing]
     for receipt in each([partial(publish_part, work, config, model) for work in works]):
         done[int(receipt.part[len("part-") : -len(".parquet")])] = receipt
         lease.check()
+        if time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            log.info("published %d of %d parts", len(done), len(publication.parts))
     there = None if missing else manifest.read_mark()  # of these parts
     run = None if there is None else there.trec_run
     if config.output.trec_run and (run is None or found.files.size(TREC_RUN) != run.size):

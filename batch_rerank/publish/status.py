@@ -33,6 +33,8 @@ def status_of_output(place: Place) -> dict[str, Shown]:
         "units_planned": len(plan.units),
         "units_broken": list(found.broken),
         "units_set_aside": found.set_aside(),
+        "parts_published": len(found.parts),
+        "parts_planned": None if found.publication is None else len(found.publication.parts),
         "pairs_done": sum(receipt.rows_in for receipt in found.committed),
         "pairs_planned": plan.pairs,
         "failed_rows": sum(receipt.failed for receipt in found.committed),
