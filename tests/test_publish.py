@@ -150,7 +150,7 @@ def test_success_is_a_readers_manifest(flat_shards: Path, tmp_path: Path) -> Non
     import hashlib
 
     out = tmp_path / "out"
-    run(job(flat_shards, out, output__file_bytes=5000), local=True)
+    run(job(flat_shards, out, output__file_bytes=8000), local=True)
     mark = json.loads((out / "_SUCCESS").read_text())
     assert 1 < len(mark["parts"]) < 6
     assert sorted(part["name"] for part in mark["parts"]) == sorted(part.name for part in out.glob("*.parquet"))

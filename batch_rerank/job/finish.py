@@ -40,8 +40,7 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     manifest.refuse_other(existing, plan)
     found = scan(manifest, existing)
     refuse_strays(manifest, found, existing)
-    if found.publication is not None:
-        refuse_other_publication(manifest, found.publication, config.output)
+    refuse_other_publication(manifest, found.publication, config.output)
     if not Lease(manifest.root, config.cluster.lease_seconds).look():
         return None
     totals = Totals()

@@ -71,13 +71,12 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
+        refuse_other_publication(manifest, manifest.read_publication(), config.output)
         with recording(manifest, plan, totals, lease):
             done, found = resume(manifest, plan, totals, lease)
-            if found.publication is not None:
-                refuse_other_publication(manifest, found.publication, config.output)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
-            expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, found.loose)
+            expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
             followed = _Followed(expected, rolls, manifest, plan, totals, lease)
             rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
             expected.check({unit.unit: unit.error for unit in failed})
@@ -190,8 +189,7 @@ def _refuse_taken(config: JobConfig, plan: Plan) -> None:
         manifest.refuse_other(existing, plan)
         found = scan(manifest, existing)
         refuse_strays(manifest, found, existing)
-        if found.publication is not None:
-            refuse_other_publication(manifest, found.publication, config.output)
+        refuse_other_publication(manifest, found.publication, config.output)
     Lease(manifest.root, config.cluster.lease_seconds).look()
 
 

@@ -5,13 +5,14 @@ Beside each file lies an index, `<number>.queries.parquet`: `query_hash uint64`,
 
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_rerank.calls import Each
+from batch_rerank.calls import Each, ahead
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import StorageError
 from batch_rerank.schema import QUERY_HASH
@@ -22,6 +23,9 @@ from batch_rerank.store.names import SCORES, work_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import ScoresReceipt
 from batch_rerank.store.scan import Scan, index_name, scan, unused_scores
+
+REMOVALS = 16
+"""Requests at once."""
 
 
 def tidy(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, each: Each) -> None:
@@ -42,8 +46,8 @@ def tidy(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, each: 
         found = scan(manifest, plan) if groups else found
     lease.check()
     names = list(_needless(found, config.output.keep_scores))
-    for name in names:
-        manifest.remove_seen(name, found.files)
+    with ThreadPoolExecutor(REMOVALS) as pool:
+        list(pool.map(lambda name: manifest.remove_seen(name, found.files), names))
 
 
 def _groups(found: Scan, file_bytes: int) -> Iterator[list[tuple[str, str]]]:
@@ -78,8 +82,8 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
     name = f"_scores/{number:05d}.parquet"
     sink, writer = io.BytesIO(), None
     hashes, groups = [], []
-    for group, (unit, checksum) in enumerate(units):
-        data = manifest.read(work_name(unit))
+    reads = ahead([partial(manifest.read, work_name(unit)) for unit, _ in units])
+    for group, ((unit, checksum), data) in enumerate(zip(units, reads, strict=True)):
         if sha256(data) != checksum:
             raise StorageError(
                 f"{manifest.unit_file(unit)}: not what its receipt says (another checksum); "

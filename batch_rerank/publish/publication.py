@@ -17,9 +17,6 @@ PUBLISHING_VERSION = 1
 FIELDS = ("layout", "top_k", "include_text", "passthrough", "file_bytes")
 """Of a job's output section."""
 
-HASH_BYTES = 16
-"""Of a row of a score file, which the output does not have."""
-
 
 def publishing_fields(output: Output) -> dict[str, Any]:
     """Everything that changes the parts of the same scores. Not the TREC run, which can be had beside them."""
@@ -40,9 +37,9 @@ def make_publication(plan: Plan, sizes: Mapping[str, int], fields: dict[str, Any
 
 
 def _published_bytes(unit: Unit, size: int, top_k: int | None) -> float:
-    """About how much a unit's score file adds to the output."""
+    """About how much a unit's score file adds to the output: it has hashes that this has not, and no ranks."""
     kept = 1.0 if top_k is None else min(1.0, unit.queries * top_k / max(1, unit.pairs))
-    return kept * max(1, size - HASH_BYTES * unit.pairs)
+    return kept * size
 
 
 def of_units(publication: Publication, plan: Plan, number: int) -> list[Unit]:

@@ -83,9 +83,9 @@ def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> Pu
     return there
 
 
-def refuse_other_publication(manifest: Manifest, publication: Publication, output: Output) -> None:
+def refuse_other_publication(manifest: Manifest, publication: Publication | None, output: Output) -> None:
     """Raise ConflictError that names the settings in which an output is published otherwise."""
-    lines = differing(publication.fields, publishing_fields(output))
+    lines = {} if publication is None else differing(publication.fields, publishing_fields(output))
     if lines:
         names = ", ".join(f"output.{name}" for name in lines)
         raise ConflictError(

@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_rerank.calls import ahead
 from batch_rerank.errors import StorageError
 from batch_rerank.schema import QUERY_HASH, TEXT_HASH
-from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.names import work_name
 from batch_rerank.store.plans import Unit
@@ -25,32 +26,33 @@ class ScoreFiles:
         self._opened: tuple[str, pq.ParquetFile] | None = None
 
     def read(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        """Units with their rows, without the hashes; one is held at a time. Raises StorageError."""
+        """Units with their rows, without the hashes; some are held at a time. Raises StorageError."""
+        units = list(units)
+        alone = ahead(partial(self._manifest.read, work_name(unit.id)) for unit in units if unit.id not in self._places)
         for unit in units:
             place = self._places.get(unit.id)
             location = self._manifest.root / (work_name(unit.id) if place is None else place[0])
-            with storage_errors(location):
-                try:
-                    rows = self._rows(unit, place)
-                except FileNotFoundError:
-                    raise
-                except (pa.ArrowException, OSError) as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    raise StorageError(
-                        f"{location}: the scores of unit {unit.id} cannot be read ({reason}); "
-                        "see batch-rerank verify --repair"
-                    ) from None
+            try:
+                rows = self._gathered(place) if place else _rows(next(alone))
+            except (pa.ArrowException, OSError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise StorageError(
+                    f"{location}: the scores of unit {unit.id} cannot be read ({reason}); "
+                    "see batch-rerank verify --repair"
+                ) from None
             yield unit, rows
 
-    def _rows(self, unit: Unit, place: Place | None) -> pa.Table:
-        if place is None:
-            alone = pq.ParquetFile(io.BytesIO((self._manifest.root / work_name(unit.id)).read_bytes()))
-            return alone.read(columns=_columns(alone))
+    def _gathered(self, place: Place) -> pa.Table:
         name, group = place
         if self._opened is None or self._opened[0] != name:
             self._opened = (name, pq.ParquetFile((self._manifest.root / name).open(), pre_buffer=True))
         file = self._opened[1]
         return file.read_row_group(group, columns=_columns(file))
+
+
+def _rows(data: bytes) -> pa.Table:
+    file = pq.ParquetFile(io.BytesIO(data))
+    return file.read(columns=_columns(file))
 
 
 def _columns(file: pq.ParquetFile) -> list[str]:

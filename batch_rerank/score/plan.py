@@ -1,6 +1,7 @@
 """Planning: shards, checks, units and the fingerprint. Reads footers and id columns, no text, and touches no GPU."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,11 +24,13 @@ from batch_rerank.store.plans import Plan, Shard, Unit
 SCORING_VERSION = 1
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
 
-PLANNING_THREADS = 8
+PLANNING_THREADS = max(2, min(8, os.cpu_count() or 2))
+"""More than cores make nothing faster where shards are near, and hold a shard's ids each."""
+
 MOST_THREADS = 32
 """Where shards are small and far away: 500 of them at 50 ms a request take 10 s with 8 threads, 3.7 s with 32."""
 
-PLANNED_BYTES = 4 * 2**30
+PLANNED_BYTES = 2**30
 """Of shards that may be planned at once by more than PLANNING_THREADS: their ids are a driver's memory."""
 
 

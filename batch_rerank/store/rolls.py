@@ -1,6 +1,6 @@
 """Rolling receipts up, so that a million units are a thousand objects: the driver's work, under its lease."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from batch_rerank.store.filesystem import storage_errors
@@ -22,9 +22,10 @@ REMOVALS = 16
 class Rolls:
     """Gathers the receipts of a run, and those that earlier runs have left alone."""
 
-    def __init__(self, manifest: Manifest, lease: Lease, loose: Mapping[str, bytes]) -> None:
+    def __init__(self, manifest: Manifest, lease: Lease, done: Collection[str], loose: Mapping[str, bytes]) -> None:
+        """done: units that are; loose: receipts that are alone, of these and of others."""
         self._manifest, self._lease = manifest, lease
-        self._pending = dict(loose)
+        self._pending = {unit: body for unit, body in loose.items() if unit in done}
 
     def add(self, receipt: Receipt) -> None:
         """One more, which is on storage. Raises StorageError, and ConflictError where the lease is lost."""
