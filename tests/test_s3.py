@@ -214,3 +214,12 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
         config.model_copy(update={"output": config.output.model_copy(update={"top_k": 3, "path": f"{outputs[0]}-2"})})
     )
     assert summary.totals.rows_out == 18
+
+
+def test_a_large_part_is_created_in_one_request(bucket: str) -> None:
+    location = locate(f"s3://{bucket}") / "large"
+    data = bytes(101 * 2**20)
+    assert location.create_exclusive(data)
+    assert "-" not in location.stat().version, "an etag of a multipart upload"
+    assert not location.create_exclusive(b"other")
+    assert location.stat().size == len(data)
