@@ -356,3 +356,22 @@ def test_evaluate_reads_no_unit_of_another_name(output: Path, tmp_path: Path) ->
     with pytest.raises(StorageError, match="not a plan"):
         evaluate(str(output), str(tmp_path / "qrels"))
     assert len(rows_of(output)) == 100
+
+
+def test_an_output_of_an_earlier_version_names_it_and_a_stage_of_one_is_used(tmp_path: Path) -> None:
+    from test_stage import given_as, job_of
+
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    run(config, local=True)
+    for place in (tmp_path / "out", tmp_path / "out-stage"):
+        edit(place / "_manifest/plan.json", lambda plan: plan.update(manifest_version=1))
+    for call in (status, check):
+        with pytest.raises(StorageError, match=r"written by batch_rerank 0\.1\.0, whose output has no score files"):
+            call(tmp_path / "out")
+    assert verify(str(tmp_path / "out-stage")).problems == []
+    stage = config.input.model_copy(update={"stage": str(tmp_path / "out-stage")})
+    again = config.model_copy(
+        update={"input": stage, "output": config.output.model_copy(update={"path": str(tmp_path / "other")})}
+    )
+    run(again, local=True)
+    assert len(rows_of(tmp_path / "other")) == len(rows_of(tmp_path / "out"))
