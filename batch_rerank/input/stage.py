@@ -17,7 +17,6 @@ from batch_rerank.calls import Each, in_turn
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConfigError, ConflictError, InputError
 from batch_rerank.input.contents import contents
-from batch_rerank.input.exchange import EXCHANGE
 from batch_rerank.input.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.input.passes import clean, run_passes
 from batch_rerank.input.places import is_within, same_store
@@ -72,7 +71,7 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
         _refuse_other(manifest, existing, plan)
         if _finished(manifest, existing):
             _check_missing(config, existing)
-            if manifest.list_files().within(EXCHANGE):  # killed while it was removed
+            if manifest.list_files().matching(EXCHANGED):  # killed while it was removed
                 with hold(manifest.root, config.cluster.lease_seconds):
                     clean(manifest)
             return _staged(config, manifest, existing, True, started)

@@ -23,7 +23,7 @@ from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, r
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.plans import Plan
+from batch_rerank.store.plans import Plan, refuse_protocol
 from batch_rerank.store.receipts import Receipt, SetAside, Totals
 from batch_rerank.store.rolls import Rolls
 from batch_rerank.store.scan import scan
@@ -184,6 +184,8 @@ def _refuse_taken(config: JobConfig, plan: Plan) -> None:
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
     existing = manifest.read_plan()
     if existing is None:
+        for shard in plan.shards:
+            refuse_protocol(shard.url, ConfigError)
         manifest.refuse_foreign()
     else:
         manifest.refuse_other(existing, plan)

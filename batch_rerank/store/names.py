@@ -20,6 +20,9 @@ _LEFTOVER = re.compile(
 ROLL = r"_manifest/receipts/rolled-[0-9]{5,9}\.jsonl"
 """Many receipts in one file."""
 
+EXCHANGED = rf"_manifest/exchange/(?:[0-9]{{5,9}}(?:-[0-9]{{4,9}}\.arrows|\.json)|{TEMPORARY_NAME})"
+"""What a stage exchanges between its passes."""
+
 NOTE = rf"_manifest/damaged/(?:part-|scores-)?{UNIT}\.json"
 PART = r"part-[0-9]{5,9}\.parquet"
 SCORES = r"_scores/[0-9]{5,9}\.parquet"
