@@ -26,6 +26,7 @@ from batch_rerank.store.bookkeeping import expected_parts, mark_done, recording,
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, fingerprint
+from batch_rerank.store.names import EXCHANGED
 from batch_rerank.store.plans import Plan, Shard
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.records import Mark
