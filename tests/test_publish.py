@@ -120,6 +120,18 @@ def test_what_cannot_be_published_leaves_what_is(flat_shards: Path, tmp_path: Pa
         assert rows_of(output).replace_schema_metadata() == before.replace_schema_metadata()
 
 
+def test_columns_that_only_some_units_were_scored_with_are_read_for_the_others(
+    flat_shards: Path, tmp_path: Path
+) -> None:
+    """A job that is resumed with `include_text` and another `passthrough`: one unit has them, its neighbour has not."""
+    keys = {"output__include_text": True, "output__passthrough": ["query", "lang"]}
+    run(job(flat_shards, tmp_path / "own", **keys), local=True)
+    out = scored_only(job(flat_shards, tmp_path / "out", output__passthrough=["lang"]))
+    (out / "_work/00001-00000.parquet").unlink()
+    assert run(job(flat_shards, out, **keys), local=True).units == 1
+    assert plain(out) == plain(tmp_path / "own")
+
+
 # ---- what readers meet
 
 
