@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import yaml
 from checkpoints import bert_reranker
 from conftest import Killed, candidate_rows, job, rows_of, scored_only, write
 
+import batch_rerank.job.finish as finish
+import batch_rerank.job.republish as republishing
 import batch_rerank.publish.keep as keep
 import batch_rerank.store.rolls as rolls
 from batch_rerank.config import JobConfig
 from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
 from batch_rerank.publish.nested import flat
+from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import Location
 
@@ -130,6 +133,25 @@ def test_columns_that_only_some_units_were_scored_with_are_read_for_the_others(
     (out / "_work/00001-00000.parquet").unlink()
     assert run(job(flat_shards, out, **keys), local=True).units == 1
     assert plain(out) == plain(tmp_path / "own")
+
+
+@pytest.mark.parametrize(("small", "calls"), [(2**20, 0), (1, 1)])
+def test_many_scores_are_published_again_side_by_side(
+    small: int, calls: int, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they lie below `_scores/` too: what runs the calls of a large job is asked, and not the driver's loop."""
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    asked: list[int] = []
+
+    def each(work: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+        asked.append(len(work))
+        return (call() for call in work)
+
+    monkeypatch.setattr(finish, "SMALL_BYTES", small)
+    monkeypatch.setattr(republishing, "in_turn", each)
+    config = job(flat_shards, tmp_path / "out", output__top_k=2)
+    assert republishing.republish(Place(config.output.path, {}, config), local=True).rows_out == 24
+    assert sum(asked) == calls
 
 
 # ---- what readers meet
