@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import yaml
 from checkpoints import bert_reranker
 from conftest import Killed, candidate_rows, job, rows_of, scored_only, write
 
+import batch_rerank.job.finish as finish
+import batch_rerank.job.republish as republishing
 import batch_rerank.publish.keep as keep
 import batch_rerank.store.rolls as rolls
 from batch_rerank.config import JobConfig
 from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
 from batch_rerank.publish.nested import flat
+from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import Location
 
@@ -118,6 +121,37 @@ def test_what_cannot_be_published_leaves_what_is(flat_shards: Path, tmp_path: Pa
     for output in (tmp_path / "out", tmp_path / "kept"):
         assert (output / "_SUCCESS").exists()
         assert rows_of(output).replace_schema_metadata() == before.replace_schema_metadata()
+
+
+def test_columns_that_only_some_units_were_scored_with_are_read_for_the_others(
+    flat_shards: Path, tmp_path: Path
+) -> None:
+    """A job that is resumed with `include_text` and another `passthrough`: one unit has them, its neighbour has not."""
+    keys = {"output__include_text": True, "output__passthrough": ["query", "lang"]}
+    run(job(flat_shards, tmp_path / "own", **keys), local=True)
+    out = scored_only(job(flat_shards, tmp_path / "out", output__passthrough=["lang"]))
+    (out / "_work/00001-00000.parquet").unlink()
+    assert run(job(flat_shards, out, **keys), local=True).units == 1
+    assert plain(out) == plain(tmp_path / "own")
+
+
+@pytest.mark.parametrize(("small", "calls"), [(2**20, 0), (1, 1)])
+def test_many_scores_are_published_again_side_by_side(
+    small: int, calls: int, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they lie below `_scores/` too: what runs the calls of a large job is asked, and not the driver's loop."""
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    asked: list[int] = []
+
+    def each(work: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+        asked.append(len(work))
+        return (call() for call in work)
+
+    monkeypatch.setattr(finish, "SMALL_BYTES", small)
+    monkeypatch.setattr(republishing, "in_turn", each)
+    config = job(flat_shards, tmp_path / "out", output__top_k=2)
+    assert republishing.republish(Place(config.output.path, {}, config), local=True).rows_out == 24
+    assert sum(asked) == calls
 
 
 # ---- what readers meet

@@ -21,8 +21,9 @@ def finish(
     manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, model: ModelSpec, lease: Lease, each: Each
 ) -> None:
     """Publish a plan whose units are all scored. Raises what `publish` and `tidy` raise."""
-    files = manifest.list_files("_work")
-    small = sum(file.size for file in files.found.values()) < SMALL_BYTES
+    files = manifest.list_files()
+    scores = (*files.within("_work"), *files.within("_scores"))
+    small = sum(files.found[name].size for name in scores) < SMALL_BYTES
     mark, _ = publish(manifest, plan, config, model, lease, in_turn if small else each)
     totals.rows_out = mark.rows
     move_latest(manifest, plan, mark, config)

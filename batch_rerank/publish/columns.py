@@ -24,14 +24,14 @@ def completed(scored: Rows, work: "PartWork", config: JobConfig, extra: Sequence
     """Units with score-file rows that have the columns `extra`, `text` or `+` and a name. Raises InputError where the
     input has to be read and is not the one that was scored."""
     for shard, units in groupby(scored, key=lambda pair: pair[0].shard):
-        read: Iterator[pa.Table] | None = None
+        read: Rows | None = None
         for unit, rows in units:
             wanted = [name for name in extra if _column(name) not in rows.column_names]
             if not wanted:
                 yield unit, rows
                 continue
-            read = read or _from_input(work, config, shard, [name for name in wanted if name != "text"])
-            found = next(read)
+            read = read or _from_input(work, config, shard, [name for name in extra if name != "text"])
+            found = next(rows for other, rows in read if other.id == unit.id)  # units before it may lack nothing
             same = rows["doc_id"].combine_chunks().equals(found["doc_id"].combine_chunks())
             if not same or not rows["query_id"].combine_chunks().equals(found["query_id"].combine_chunks()):
                 raise InputError(f"{work.shards[shard].url}: other rows than were scored in unit {unit.id}")
@@ -41,12 +41,12 @@ def completed(scored: Rows, work: "PartWork", config: JobConfig, extra: Sequence
             yield unit, rows
 
 
-def _from_input(work: "PartWork", config: JobConfig, shard: int, passthrough: list[str]) -> Iterator[pa.Table]:
+def _from_input(work: "PartWork", config: JobConfig, shard: int, passthrough: list[str]) -> Rows:
     planned = work.shards[shard]
     location = locate(planned.url, config.input.storage_options)
     units = [unit for unit in work.units if unit.shard == shard]
     given = config.input
-    return (rows for _, rows in read_units(location, planned, units, given.layout, given.columns, passthrough))
+    return read_units(location, planned, units, given.layout, given.columns, passthrough)
 
 
 def _column(name: str) -> str:

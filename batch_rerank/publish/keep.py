@@ -80,23 +80,17 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
     says."""
     manifest = Manifest(locate(config.output.path, config.output.storage_options, reached=True))
     name = f"_scores/{number:05d}.parquet"
-    sink, writer = io.BytesIO(), None
+    bodies = list(ahead([partial(_body, manifest, unit, checksum) for unit, checksum in units]))
+    schema = _shared([pq.read_schema(io.BytesIO(body)) for body in bodies], fingerprint)
+    sink = io.BytesIO()
     hashes, groups = [], []
-    reads = ahead([partial(manifest.read, work_name(unit)) for unit, _ in units])
-    for group, ((unit, checksum), data) in enumerate(zip(units, reads, strict=True)):
-        if sha256(data) != checksum:
-            raise StorageError(
-                f"{manifest.unit_file(unit)}: not what its receipt says (another checksum); "
-                "see batch-rerank verify --repair"
-            )
-        rows = pq.read_table(io.BytesIO(data)).replace_schema_metadata({"batch_rerank.fingerprint": fingerprint})
-        writer = writer or pq.ParquetWriter(sink, rows.schema, compression="zstd")
-        writer.write_table(rows, row_group_size=max(1, len(rows)))
-        found = np.unique(rows[QUERY_HASH].drop_null().to_numpy())
-        hashes.append(found)
-        groups.append(np.full(len(found), group, np.int32))
-    assert writer is not None, "a group has a unit"
-    writer.close()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for group, body in enumerate(bodies):
+            rows = pq.read_table(io.BytesIO(body), columns=schema.names).replace_schema_metadata(schema.metadata)
+            writer.write_table(rows.select(schema.names), row_group_size=max(1, len(rows)))
+            found = np.unique(rows[QUERY_HASH].drop_null().to_numpy())
+            hashes.append(found)
+            groups.append(np.full(len(found), group, np.int32))
     _write_index(manifest, name, np.concatenate(hashes), np.concatenate(groups))
     data, location = sink.getvalue(), manifest.root / name
     with storage_errors(location):
@@ -108,6 +102,25 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
     with storage_errors(where):
         where.write_bytes(receipt.to_json())
     return receipt
+
+
+def _body(manifest: Manifest, unit: str, checksum: str) -> bytes:
+    data = manifest.read(work_name(unit))
+    if sha256(data) != checksum:
+        raise StorageError(
+            f"{manifest.unit_file(unit)}: not what its receipt says (another checksum); "
+            "see batch-rerank verify --repair"
+        )
+    return data
+
+
+def _shared(schemas: Sequence[pa.Schema], fingerprint: str) -> pa.Schema:
+    """The columns that all units have with the same type. Others are passed-through columns, or texts, that a job was
+    told of between two runs: publishing reads them from the input."""
+    names = schemas[0].names
+    fields = [schemas[0].field(name) for name in names if all(name in other.names for other in schemas)]
+    same = [field for field in fields if all(other.field(field.name).type == field.type for other in schemas)]
+    return pa.schema(same, {"batch_rerank.fingerprint": fingerprint})
 
 
 def _write_index(manifest: Manifest, name: str, hashes: np.ndarray, groups: np.ndarray) -> None:
