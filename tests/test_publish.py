@@ -404,3 +404,39 @@ def test_scores_that_changed_on_the_way_are_not_gathered(flat_shards: Path, tmp_
     config = job(flat_shards, out)
     with pytest.raises(StorageError, match=r"00000-00000\.parquet: not what its receipt says"):
         keep.gather_scores(0, [("00000-00000", "0" * 64)], config, "x")
+
+
+def test_late_parts_of_a_withdrawn_publication_are_removed(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out"
+    run(job(flat_shards, out, output__file_bytes=1), local=True)
+    late = (out / "part-00005.parquet").read_bytes()
+    file = job_file(tmp_path, job(flat_shards, out))
+    assert cli("publish", file, "--local")[0] == 0
+    for command in ("publish", "run"):
+        (out / "part-00005.parquet").write_bytes(late)
+        (out / "_SUCCESS").unlink()
+        assert cli(command, file, "--local")[0] == 0
+        assert [part.name for part in out.glob("*.parquet")] == ["part-00000.parquet"]
+    write(out / "part-00005.parquet", candidate_rows(1, 1))
+    assert cli("run", file, "--local")[0] == 4, "one that is not ours stays"
+
+
+def test_a_finished_output_drops_its_scores_when_told(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    before = rows_of(tmp_path / "out")
+    config = job(flat_shards, tmp_path / "out", output__keep_scores=False)
+    assert run(config, local=True).units == 0
+    assert not list((tmp_path / "out/_scores").iterdir()) and rows_of(tmp_path / "out") == before
+    assert run(config, local=True).units == 0
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+def test_a_job_file_of_another_input_than_was_staged_publishes_nothing(tmp_path: Path, cli: Cli) -> None:
+    from test_stage import given_as, job_of
+
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    run(config, local=True)
+    assert cli("publish", job_file(tmp_path, config), "--local", "--set", "output.top_k=1")[0] == 0
+    other = job_of(given_as("beir", tmp_path / "in2"), tmp_path / "out")
+    code, _, error = cli("publish", job_file(tmp_path, other), "--local")
+    assert code == 4 and "is not what was staged" in error

@@ -57,7 +57,7 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     if {part.name: (part.size, part.sha256) for part in mark.parts} != whole:
         return None
     absent = config.output.trec_run and not (mark.trec_run and found.files.size(TREC_RUN) == mark.trec_run.size)
-    untidy = found.files.within("_work")
+    untidy = found.files.within("_work") or (not config.output.keep_scores and found.files.within("_scores"))
     if absent or untidy or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
         return None
     return totals

@@ -2,24 +2,30 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from batch_rerank.calls import in_turn
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_rerank.calls import ahead, in_turn
 from batch_rerank.config import JobConfig, Section
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConflictError, StorageError, UnfinishedError
+from batch_rerank.input.places import matches, patterns_of
 from batch_rerank.input.shards import check_planned
 from batch_rerank.job.finish import finish
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
 from batch_rerank.publish.publish import unavailable, withdraw
-from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.schema import PASSED
-from batch_rerank.store.bookkeeping import recording, refuse_strays
-from batch_rerank.store.filesystem import locate
+from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
+from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.names import work_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import Scan, scan
@@ -54,6 +60,7 @@ def republish(place: Place, *, local: bool = False) -> Published:
     totals = Totals()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         found = scan(manifest, plan)
+        remove_late_parts(manifest, found, plan)
         refuse_strays(manifest, found, plan)
         if place.job is None and found.publication is not None:
             output = output_of(found.publication, output)
@@ -74,7 +81,10 @@ def republish(place: Place, *, local: bool = False) -> Published:
 def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -> None:
     """Raise ConflictError that names the settings by which a job would score otherwise than an output was."""
     lines = []
-    inputs = () if _is_stage_of(job, stored) else ("layout", "path", "columns")
+    staged = _is_stage_of(job, stored)
+    if staged:
+        lines += [f"  {line}" for line in _other_sources(job)]
+    inputs = () if staged else ("layout", "path", "columns")
     sections: tuple[tuple[str, Section, Section, tuple[str, ...]], ...] = (
         ("input", stored.input, job.input, inputs),
         ("model", stored.model, job.model, tuple(type(job.model).model_fields)),
@@ -98,6 +108,23 @@ def _is_stage_of(job: JobConfig, stored: JobConfig) -> bool:
     return stored.input.layout == "nested" and all(path.startswith(f"{stage}/") for path in stored.input.patterns)
 
 
+def _other_sources(job: JobConfig) -> Iterator[str]:
+    """What a job reads that its stage was not made of, and the reverse, by the places of the files."""
+    plan = Manifest(locate(job.stage, job.output.storage_options), staged=True).read_plan()
+    if plan is None:
+        log.warning("%s: the stage is gone; whether it was made of this job's input cannot be told", job.stage)
+        return
+    given = [(key, locate(pattern, job.input.storage_options)) for key, pattern in patterns_of(job)]
+    urls = [(shard.url, locate(shard.url, job.input.storage_options)) for shard in plan.shards]
+    for key, pattern in given:
+        if not any(matches(pattern, location) for _, location in urls):
+            yield f"{key}: {str(pattern)!r} is not what was staged"
+    for url, location in urls:
+        if not any(matches(pattern, location) for _, pattern in given):
+            yield f"input: {url} was staged, and is not read here"
+            return
+
+
 def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> None:
     """Raise before anything is withdrawn, where the new publication could not be made."""
     missing = unavailable(manifest, plan, found)
@@ -112,17 +139,32 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
         )
     if same or not plan.units:
         return
-    places = {r.unit: place for r in found.committed if (place := found.place(r)) is not None}
-    _, rows = next(ScoreFiles(manifest, places).read(plan.units[:1]))
     wanted = [
         *(["text"] if config.output.include_text else []),
         *(f"{PASSED}{name}" for name in config.output.passthrough),
     ]
-    lacking = [name.removeprefix(PASSED) for name in wanted if name not in rows.column_names]
+    columns = _columns(manifest, found)
+    lacking = [name.removeprefix(PASSED) for name in wanted if any(name not in names for names in columns)]
     if lacking:
         log.info("%s: not in the score files; read from the input", ", ".join(lacking))
         for shard in plan.shards:
             check_planned(locate(shard.url, config.input.storage_options), shard)
+
+
+def _columns(manifest: Manifest, found: Scan) -> list[list[str]]:
+    """The columns of every file that has scores: those below `_scores/`, and of the others."""
+    names = {place[0] if (place := found.place(one)) else work_name(one.unit) for one in found.committed}
+
+    def columns(name: str) -> list[str]:
+        location = manifest.root / name
+        with storage_errors(location), location.open() as file:
+            try:
+                found: list[str] = pq.read_schema(file).names
+            except (pa.ArrowException, OSError) as error:
+                raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None
+        return found
+
+    return list(ahead([partial(columns, name) for name in sorted(names)]))
 
 
 def model_of(plan: Plan) -> ModelSpec:

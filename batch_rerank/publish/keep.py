@@ -91,12 +91,13 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
             found = np.unique(rows[QUERY_HASH].drop_null().to_numpy())
             hashes.append(found)
             groups.append(np.full(len(found), group, np.int32))
-    _write_index(manifest, name, np.concatenate(hashes), np.concatenate(groups))
     data, location = sink.getvalue(), manifest.root / name
     with storage_errors(location):
         if not location.create_exclusive(data):
             raise StorageError(f"{location}: written by another job meanwhile; run again when it has ended")
         etag = "" if location.is_local else location.stat().version
+    # behind its file, which another gatherer may have won, and before the receipt, without which nobody reads it
+    _write_index(manifest, name, np.concatenate(hashes), np.concatenate(groups))
     receipt = ScoresReceipt(name, fingerprint, list(units), len(data), sha256(data), etag)
     where = manifest.root / scores_receipt_name(name)
     with storage_errors(where):

@@ -1,17 +1,21 @@
 """What a job and a stage share: what is done already, and a status that is true to how they end."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from batch_rerank.errors import BatchRerankError, ConflictError, UnfinishedError
-from batch_rerank.store.filesystem import storage_errors
+from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.names import TREC_RUN, part_name
+from batch_rerank.store.names import PART, TREC_RUN, part_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Publication, Receipt, Totals
 from batch_rerank.store.records import Mark
@@ -24,6 +28,7 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
     """What is done already. Units that are not as they should be are named and made not done, and so are those with
     pairs that the engine could not score: it may have been the engine. Under the lease."""
     found = scan(manifest, plan)
+    remove_late_parts(manifest, found, plan)
     refuse_strays(manifest, found, plan)
     again = dict(found.broken)
     if "_SUCCESS" not in found.files.found:
@@ -69,6 +74,26 @@ def _withdraw(manifest: Manifest, plan: Plan, found: Scan, done: frozenset[str])
         for name in (*part_files(number), note_name(part_name(number))):
             manifest.remove_seen(name, found.files)
         found.parts.pop(number, None)
+
+
+def remove_late_parts(manifest: Manifest, found: Scan, plan: Plan) -> None:
+    """Remove parts of this job that no publication has: a publisher that was paused while another withdrew its
+    publication has written them since. Under the lease."""
+    for name in found.files.strays(expected_parts(manifest, plan, found.publication)):
+        if not manifest.staged and re.fullmatch(PART, name) and _is_ours(manifest.root / name, plan):
+            log.warning("%s: a part of a publication that was withdrawn; removed", manifest.root / name)
+            manifest.remove_seen(name, found.files)
+            del found.files.found[name]
+
+
+def _is_ours(part: Location, plan: Plan) -> bool:
+    with storage_errors(part), part.open() as file:
+        try:
+            metadata = pq.read_schema(file).metadata or {}
+        except (pa.ArrowException, OSError):
+            return False
+    told = metadata.get(b"batch_rerank.fingerprint") == plan.fingerprint.encode()
+    return told and b"batch_rerank.publication" in metadata
 
 
 def refuse_strays(manifest: Manifest, found: Scan, plan: Plan) -> None:
