@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 DOCUMENTS, CANDIDATES, SHARDS = 1_000_000, 100, 10
@@ -125,7 +126,7 @@ def write_shards(folder: Path, pairs: int, text_bytes: int) -> None:
     for shard in range(SHARDS):
         first, step = random.integers(0, DOCUMENTS, queries), random.integers(1, DOCUMENTS // CANDIDATES, queries)
         chosen = ((first[:, None] + step[:, None] * np.arange(CANDIDATES)) % DOCUMENTS).ravel()  # each once a query
-        ids = pa.array(np.char.add("d", chosen.astype(str)))
+        ids = pc.binary_join_element_wise(pa.scalar("d"), pc.cast(pa.array(chosen), pa.string()), "")
         structs = pa.StructArray.from_arrays(
             [ids, texts.take(pa.array(chosen)).cast(pa.string()), pa.array(random.random(len(chosen), np.float32))],
             names=["doc_id", "text", "score"],
