@@ -1,6 +1,8 @@
 """Independent calls of a room, run by whoever knows where: one after the other in this process, or each in a task."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -17,3 +19,19 @@ class Each(Protocol):
 def in_turn(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
     """What each call returns, in this process."""
     return (call() for call in calls)
+
+
+AHEAD = 8
+"""Calls that are begun before their result is wanted: small requests to a store far away."""
+
+
+def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each call returns, in their order, some of them begun early by threads."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[Future[T]] = deque()
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) >= AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -187,6 +187,27 @@ def stage(
 
 @app.command()
 @_verb
+def publish(
+    output: Output,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    limit: LimitOfJob = None,
+    overrides: SetOfJob = None,
+    as_json: Json = False,
+) -> None:
+    """Publish scores that are there: with another top_k, layout or columns than before, and without a model."""
+    from batch_rerank.job.republish import republish
+    from batch_rerank.publish.output import find_place
+
+    done = republish(find_place(output, overrides or (), limit), local=local)
+    how = "published again" if done.again else "published"
+    log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
+    log.info("output: %s", done.output)
+    if as_json:
+        _print_json({**asdict(done), "exit_code": 0})
+
+
+@app.command()
+@_verb
 def selftest(job: Job, overrides: Set = None, as_json: Json = False) -> None:
     """Load a job's model on this machine and test it, as every actor does before its first unit. Needs no input."""
     from batch_rerank.job.selftest import run_self_test
@@ -234,7 +255,7 @@ def _shown(value: object) -> str:
 def verify(
     output: Output,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make damaged units not done: the next run scores them again.")
+        bool, typer.Option("--repair", help="Make what is damaged not done: the next run makes it again.")
     ] = False,
     output_only: Annotated[
         bool, typer.Option("--output-only", help="Without the input: for when it has expired.")
@@ -253,7 +274,8 @@ def verify(
     for problem in verdict.problems[:20]:
         log.error("%s", problem)
     if verdict.problems:
-        mended = f"; {len(verdict.damaged)} unit(s) are made not done: run the job again" if verdict.repaired else ""
+        mended = f"; {len(verdict.damaged)} damaged file(s) are made not done: run the job again"
+        mended = mended if verdict.repaired else ""
         _leave(6, f"error: {output}: {len(verdict.problems)} problem(s) found{mended}")
     log.info(
         "verified: %s rows of %s candidates in %d units", f"{verdict.rows:,}", f"{verdict.candidates:,}", verdict.units

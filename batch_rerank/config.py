@@ -51,6 +51,8 @@ class Input(Section):
     Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
     `stage`, by default <output.path>-stage. `candidates_per_query`: the best of the first stage, all if null.
     `max_missing`: share of the candidates, 0 to 1, that may lack their query or document and are then left out.
+    `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work. `unit_bytes`: of
+    text in a unit at most, where a query has less.
     """
 
     layout: Literal["nested", "flat", "run", "beir"]
@@ -62,7 +64,7 @@ class Input(Section):
     candidates_per_query: Annotated[int, Field(ge=1)] | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = {}
-    unit_pairs: Annotated[int, Field(ge=1)] = 2000
+    unit_pairs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
     storage_options: StorageOptions = Field(default={}, exclude=True)  # may hold secrets: never stored
 
@@ -103,14 +105,22 @@ def as_list(places: Places | None) -> list[str]:
 
 
 class Output(Section):
-    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec."""
+    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec.
+
+    `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `file_bytes`: about
+    how large a part becomes. `keep_scores`: false removes the scores once they are published; they are what other
+    settings are published from without scoring. `latest`: a small file that names the newest finished output.
+    """
 
     path: Place
-    layout: Literal["flat"] = "flat"
+    layout: Literal["flat", "nested"] = "flat"
     top_k: Annotated[int, Field(ge=1)] | None = None
     include_text: bool = False
     passthrough: list[str] = []
     trec_run: bool = False
+    file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
+    keep_scores: bool = True
+    latest: Place | None = None
     storage_options: StorageOptions = Field(default={}, exclude=True)
 
     @model_validator(mode="after")

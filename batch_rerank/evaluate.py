@@ -12,12 +12,13 @@ from itertools import groupby
 import ir_measures
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.errors import ConfigError, InputError, StorageError
 from batch_rerank.publish.output import Place, config_of, input_ids, open_output
+from batch_rerank.publish.read_parts import read_part
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.manifest import Manifest, Plan
+from batch_rerank.store.manifest import PUBLICATION, Manifest
+from batch_rerank.store.receipts import Publication
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@10")
 
@@ -56,9 +57,12 @@ def evaluate(
         raise InputError(
             f"{manifest.root}: no _SUCCESS, the job has not finished; run it again to the end, then evaluate"
         )
-    whole = config.output.top_k is None
+    publication = manifest.read_publication()
+    if publication is None:
+        raise StorageError(f"{manifest.root}: _SUCCESS without {PUBLICATION}; the manifest is damaged; run it again")
+    whole = publication.fields.get("top_k") is None
     before, after = (_Sums(parsed, qrels, per_query) for _ in range(2))
-    for part in _parts(manifest, plan):
+    for part in _parts(manifest, publication):
         after.add(part, "rank")
         if whole:
             before.add(part, "first_stage_rank")
@@ -78,10 +82,9 @@ def evaluate(
     )
 
 
-def _parts(manifest: Manifest, plan: Plan) -> Iterator[pa.Table]:
-    for unit in plan.units:
-        with storage_errors(manifest.part(unit.id)), manifest.part(unit.id).open() as file:
-            yield pq.read_table(file, columns=["query_id", "doc_id", "rank", "first_stage_rank"])
+def _parts(manifest: Manifest, publication: Publication) -> Iterator[pa.Table]:
+    for number in range(len(publication.parts)):
+        yield from read_part(manifest.part(number), ["query_id", "doc_id", "rank", "first_stage_rank"])
 
 
 class _Sums:

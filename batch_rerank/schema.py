@@ -32,6 +32,9 @@ column may have any name, ours too."""
 CHUNK_OFFSET = "chunk_offset"
 """With scoring.long_documents: chunk, the first token of the best chunk within its document; null in an error row."""
 
+QUERY_HASH, TEXT_HASH = "query_hash", "text_hash"
+"""Columns of a score file: which (instruction, query) and which document was scored."""
+
 OUTPUT_NAMES: Sequence[str] = (
     "query_id",
     "doc_id",

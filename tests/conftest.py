@@ -66,6 +66,23 @@ def job(input_path: str | Path, output: str | Path, **keys: Any) -> JobConfig:
     return parse_config(raw, "test")
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program catches it."""
+
+
+def scored_only(config: JobConfig) -> Path:
+    """The output of a job that is stopped where all its units are scored and nothing is published."""
+    import batch_rerank.job.run as run_module
+
+    def stop(*_: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_module, "finish", stop)
+        run_module.run(config, local=True)
+    return Path(config.output.path)
+
+
 @pytest.fixture
 def flat_shards(tmp_path: Path) -> Path:
     """Three flat shards of 4 queries with 25 candidates each; row groups cut through queries."""

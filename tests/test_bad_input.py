@@ -256,8 +256,10 @@ def test_an_output_that_belongs_to_another_job_names_the_fields(tmp_path: Path, 
     parts = {path: path.read_bytes() for path in (tmp_path / "out").glob("part-*")}
     code, _, error = cli(*arguments, "--set", "output.top_k=2", "--set", "model.max_length=100")
     assert code == 4
-    assert "differs in model.max_length, output.top_k" in error
-    assert "output.top_k: there null, here 2" in error
+    assert "differs in model.max_length" in error and "model.max_length: there 8192, here 100" in error
+    code, _, error = cli(*arguments, "--set", "output.top_k=2")
+    assert code == 4
+    assert "top_k: there null, here 2" in error and "batch-rerank publish JOB" in error
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("part-*")} == parts
     assert (tmp_path / "out" / "_SUCCESS").exists()
 

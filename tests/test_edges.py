@@ -264,7 +264,7 @@ class Broken:
     def __init__(self, spec: ModelSpec, word: str, raises: bool) -> None:
         (self._token,) = load_tokenizer(Path(spec.directory)).encode(word, add_special_tokens=False).ids
         self.model, self._scorer = spec, scorer_of(spec)
-        self.tag = self.self_test = self.fallback = ""
+        self.about: dict[str, str] = {}
         assert self._scorer.network is not None
         if raises:
             self._scorer.network.register_forward_pre_hook(self._refuse, with_kwargs=True)

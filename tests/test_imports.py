@@ -1,9 +1,10 @@
-"""Who may import what: the engine runs on a bare GPU machine, the bookkeeping without torch, and Ray stays in one file.
+"""Who may import what: rooms one way, the engine on a bare GPU machine, the bookkeeping without torch, Ray in one file.
 
 Each case runs in a fresh process in which the named packages are as good as not installed.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -146,16 +147,71 @@ def test_one_file_imports_ray() -> None:
     assert importers(".", "ray") == {"job/run_ray.py"}
 
 
-def test_the_engine_and_the_store_name_nothing_above_or_beside_them() -> None:
-    above = (
-        *(f"batch_rerank.{room}" for room in ("input", "score", "publish", "job")),
-        "batch_rerank.cli",
-        "batch_rerank.config",
-        "batch_rerank.evaluate",
-        "batch_rerank.demo",
-    )
-    assert importers("engine", "ray", "pyarrow", "fsspec", "batch_rerank.store", *above) == set()
-    assert importers("store", "ray", "torch", "transformers", "batch_rerank.engine", *above) == set()
+ROOMS = ("engine", "store", "input", "score", "publish", "job")
+TABLE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+ALLOWED = {
+    "engine": set(),
+    "store": set(),
+    "input": {"store"},
+    "score": {"engine", "input", "store"},
+    "publish": {"engine", "input", "store"},
+    "job": {"engine", "input", "store", "score", "publish"},
+}
+"""Which rooms a room may import."""
+
+BESIDE = {name: {"errors", "calls", "schema", "config"} for name in ROOMS} | {"engine": {"errors"}, "store": {"errors"}}
+"""Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
+
+ABOVE = {"cli.py", "demo.py", "evaluate.py", "__init__.py"}
+
+
+def in_table(markdown: str) -> dict[str, set[str]]:
+    """The rooms of the page's table, with the rooms that its last column lets each import."""
+    lines = [line.strip("| ").split("|") for line in markdown.split("| room |")[1].split("\n\n")[0].splitlines()[2:]]
+    return {cells[0].strip(" `"): set(re.findall(r"`(\w+)`", cells[3] if len(cells) > 3 else "")) for cells in lines}
+
+
+def reached(path: str, source: str) -> set[str]:
+    """What a file of the package takes from other rooms, and from the files beside them."""
+    names = [name.split(".") for name in imported(source)]
+    found = {parts[1] for parts in names if parts[0] == "batch_rerank" and len(parts) > 1}
+    return found - {path.split("/")[0], "__version__"}
+
+
+def off_the_way(path: str, source: str) -> set[str]:
+    """What a file imports and must not."""
+    room = path.split("/")[0]
+    if room in ROOMS:
+        return reached(path, source) - ALLOWED[room] - BESIDE[room]
+    if path in ABOVE:
+        return {"job"} & reached(path, source) if path == "evaluate.py" else set()
+    return reached(path, source) - ({"engine", "errors", "schema"} if path == "config.py" else set())
+
+
+def test_the_pages_table_is_what_is_allowed() -> None:
+    assert in_table(TABLE) == ALLOWED
+
+
+def test_imports_between_rooms_go_one_way() -> None:
+    files = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert {path.split("/")[0] for path in files if "/" in path} == set(ROOMS)
+    assert {path: found for path, source in files.items() if (found := off_the_way(path, source))} == {}
+
+
+def test_the_page_says_who_imports_the_job() -> None:
+    assert {path for path in importers(".", "batch_rerank.job") if "/" not in path} == ABOVE - {"evaluate.py"}
+
+
+def test_the_engine_and_the_store_name_no_heavy_packages_of_others() -> None:
+    assert importers("engine", "ray", "pyarrow", "fsspec") == set()
+    assert importers("store", "ray", "torch", "transformers") == set()
+
+
+def test_files_that_the_page_names_exist() -> None:
+    named = set(re.findall(r"`((?!tests/)[\w/]+\.py)`", TABLE))
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not (PACKAGE / name).exists()] == []
 
 
 # ---- these checks can fail
@@ -172,3 +228,28 @@ def test_an_import_inside_a_function_is_seen() -> None:
     assert list(imported(source)) == ["os", "ray.data.Dataset", "rayon", "torch.nn"]
     assert importers("job", "ray.data") == {"job/run_ray.py"}
     assert importers(".", "ra") == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "named"),
+    [
+        ("publish/rank.py", "from batch_rerank.score.plan import make_plan", {"score"}),
+        ("score/plan.py", "from batch_rerank.publish import rank", {"publish"}),
+        ("store/scan.py", "from batch_rerank.engine.checkpoint import ModelSpec", {"engine"}),
+        ("store/scan.py", "def f():\n    import batch_rerank.config", {"config"}),
+        ("engine/kinds.py", "from batch_rerank import store", {"store"}),
+        ("input/units.py", "from batch_rerank.engine.encoded import Group", {"engine"}),
+        ("input/units.py", "from batch_rerank.job.run import run", {"job"}),
+        ("evaluate.py", "from batch_rerank.job.run import run", {"job"}),
+        ("config.py", "from batch_rerank.input.layouts import Columns", {"input"}),
+        ("schema.py", "from batch_rerank.config import JobConfig", {"config"}),
+        ("job/run.py", "from batch_rerank.cli import app", {"cli"}),
+        ("score/plan.py", "import batch_rerank\nfrom batch_rerank import __version__", set()),
+    ],
+)
+def test_an_import_the_wrong_way_is_named(path: str, line: str, named: set[str]) -> None:
+    assert off_the_way(path, line) == named
+
+
+def test_a_table_with_another_cell_is_another_one() -> None:
+    assert in_table(TABLE.replace("| `engine`, `input`, `store` |", "| `engine`, `store` |", 1)) != ALLOWED

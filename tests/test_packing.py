@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -159,7 +159,7 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
     monkeypatch.setattr(DecoderModel, "scores", small)
 
     class Loaded:
-        tag = self_test = fallback = "here"
+        about: ClassVar[dict[str, str]] = {}
         model = resolve_model(str(qwen))
 
         def score(self, encoded: Encoded) -> np.ndarray:

@@ -12,10 +12,11 @@ from conftest import candidate_rows, job, nested, write
 
 from batch_rerank.config import load_config
 from batch_rerank.input.units import cut_units
+from batch_rerank.publish.publication import publishing_fields
 from batch_rerank.score.plan import make_plan
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import Holder, hold
-from batch_rerank.store.manifest import Plan
+from batch_rerank.store.plans import Plan
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -67,13 +68,10 @@ def test_a_plan_survives_its_file(flat_shards: Path, tmp_path: Path) -> None:
     [
         ({"model__max_length": 100}, "model.max_length"),
         ({"model__instruction": "judge"}, "model.instruction"),
-        ({"output__top_k": 3}, "output.top_k"),
-        ({"output__include_text": True}, "output.include_text"),
-        ({"output__passthrough": ["lang"]}, "output.passthrough"),
         ({"input__columns": {"text": "lang"}}, "input.columns"),
     ],
 )
-def test_what_changes_the_output_changes_the_fingerprint(
+def test_what_changes_a_score_changes_the_fingerprint(
     change: dict[str, Any], field: str, flat_shards: Path, tmp_path: Path
 ) -> None:
     plain, _ = make_plan(job(flat_shards, tmp_path / "out"))
@@ -81,6 +79,19 @@ def test_what_changes_the_output_changes_the_fingerprint(
     differing = {key for key, value in other.fingerprint_fields.items() if value != plain.fingerprint_fields[key]}
     assert differing == {field}
     assert other.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change", [{"top_k": 3}, {"include_text": True}, {"passthrough": ["lang"]}, {"layout": "nested"}]
+)
+def test_what_changes_no_score_changes_the_publication_alone(
+    change: dict[str, Any], flat_shards: Path, tmp_path: Path
+) -> None:
+    one = job(flat_shards, tmp_path / "out")
+    other = job(flat_shards, tmp_path / "out", **{f"output__{key}": value for key, value in change.items()})
+    assert make_plan(one)[0].fingerprint == make_plan(other)[0].fingerprint
+    fields = [publishing_fields(config.output) for config in (one, other)]
+    assert {name for name in fields[0] if fields[0][name] != fields[1][name]} == set(change)
 
 
 def test_a_rewritten_shard_changes_the_fingerprint(flat_shards: Path, tmp_path: Path) -> None:
@@ -135,7 +146,7 @@ def test_plan_says_what_run_would_say_of_the_output(flat_shards: Path, tmp_path:
     (tmp_path / "out" / "mine.parquet").rename(tmp_path / "mine.parquet")
     assert cli("run", file, "--local")[0] == 0
     assert cli("plan", file)[0] == 0
-    assert "differs in output.top_k" in same_as_run(cli, file, "--set", "output.top_k=3")
+    assert "output.top_k differ" in same_as_run(cli, file, "--set", "output.top_k=3")
     (tmp_path / "mine.parquet").rename(tmp_path / "out" / "mine.parquet")
     assert "not of this job, e.g. mine.parquet" in same_as_run(cli, file)
     (tmp_path / "out" / "mine.parquet").unlink()

@@ -227,11 +227,12 @@ def test_a_bad_pair_is_a_row_with_its_error_and_a_resume_tries_it_again(
     monkeypatch.setattr(LoadedScorer, "score", lambda self, encoded: raising(encoded))
     with pytest.raises(UnfinishedError, match=r"1 of 400 rows failed \(.*, 1 in the engine\)"):
         run(config, local=True)
-    rows = rows_of(tmp_path / "out")
+    rows = pa.concat_tables([pq.read_table(file) for file in (tmp_path / "out/_work").iterdir()])
     failed = rows.filter(pc.is_valid(rows["error"])).to_pylist()
-    assert [(row["query_id"], row["doc_id"], row["rank"], row["score"], row["error"]) for row in failed] == [
-        ("q12", "d3", 10, None, "engine: RuntimeError: cannot score this")
+    assert [(row["query_id"], row["doc_id"], row["score"], row["error"]) for row in failed] == [
+        ("q12", "d3", None, "engine: RuntimeError: cannot score this")
     ]
+    assert (failed[0]["query_hash"], failed[0]["n_tokens"]) != (None, 0), "known, but not scored"
     failures = list((tmp_path / "out/_manifest/failures").iterdir())
     assert json.loads(failures[0].read_text())["rows"] == [
         {"query_id": "q12", "doc_id": "d3", "error": "engine: RuntimeError: cannot score this"}
@@ -263,7 +264,7 @@ def test_a_bad_unit_is_set_aside_named_and_limited(tmp_path: Path, monkeypatch: 
     config = job(shard, tmp_path / "out")
     with pytest.raises(UnfinishedError, match=r"1 of 10 units did not finish: 00000-00003 \(17 pairs raised"):
         run(config, local=True)
-    assert len(list((tmp_path / "out").glob("part-*"))) == 9
+    assert len(list((tmp_path / "out/_work").iterdir())) == 9
     assert json.loads((tmp_path / "out/_manifest/failures/00000-00003.json").read_text())["tries"] == 1
     with pytest.raises(UnfinishedError, match=r"1 units could not be scored, .*scoring\.max_failed_units = 0"):
         run(job(shard, tmp_path / "out", scoring__max_failed_units=0), local=True)
@@ -315,7 +316,7 @@ def test_on_ray_a_bad_pair_is_found_across_processes_and_a_killer_is_set_aside(k
     environment = {**os.environ, "POISON": kind, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "batch_rerank.cli", "run", str(tmp_path / "job.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    parts = sorted(path.name for path in (tmp_path / "out").glob("part-*"))
+    scored = {path.stem for path in (tmp_path / "out/_work").glob("*.parquet")}
     if kind == "lost":
         assert done.returncode == 0, done.stderr
         rows = rows_of(tmp_path / "out")
@@ -327,10 +328,10 @@ def test_on_ray_a_bad_pair_is_found_across_processes_and_a_killer_is_set_aside(k
     assert done.returncode == 1, done.stderr
     assert "unit 00000-00003 is set aside after 2 tries: its actor died 2 times while scoring it" in done.stderr
     assert "1 of 10 units did not finish: 00000-00003 (its actor died 2 times" in done.stderr
-    assert len(parts) == 9 and "part-00000-00003.parquet" not in parts
+    assert len(scored) == 9 and "00000-00003" not in scored
     environment["POISON"] = ""  # the fault is gone: the same command finishes the job
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     assert "resuming: 9 of 10 units are done" in again.stderr
     assert verify(str(tmp_path / "out")).problems == []
-    assert pa.concat_tables([pq.read_table(tmp_path / "out" / name) for name in parts]).num_rows == 360
+    assert len(rows_of(tmp_path / "out")) == 400

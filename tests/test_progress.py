@@ -13,7 +13,7 @@ import pytest
 from conftest import job
 
 from batch_rerank.job.progress import Meter
-from batch_rerank.store.manifest import Totals
+from batch_rerank.store.receipts import Totals
 
 
 def test_rates_start_with_the_first_finished_unit() -> None:

@@ -174,7 +174,7 @@ def submitted(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Submitted
         yaml.safe_dump(
             {
                 "input": {"layout": "nested", "path": f"{folder}/in/*.parquet", "unit_pairs": 40},
-                "output": {"path": f"{folder}/submitted"},
+                "output": {"path": f"{folder}/submitted", "file_bytes": 1},
                 "model": {"name": "none", "kind": "checksum"},
                 "cluster": {"actors": 2, "gpus_per_actor": 0},
             }
@@ -200,7 +200,7 @@ def test_its_log_has_the_summary(head: Head, submitted: Submitted) -> None:
 
 def test_its_parts_are_those_of_the_local_loop_byte_for_byte(submitted: Submitted) -> None:
     folder = submitted.folder
-    keys: dict[str, Any] = {"input__layout": "nested", "output__top_k": 20}
+    keys: dict[str, Any] = {"input__layout": "nested", "output__top_k": 20, "output__file_bytes": 1}
     run(job(f"{folder}/in/*.parquet", folder / "local", **keys), local=True)
     parts = {part.name: part.read_bytes() for part in (folder / "local").glob("part-*")}
     assert len(parts) == 6

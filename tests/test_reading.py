@@ -21,8 +21,7 @@ from batch_rerank.input.shards import STREAM_BYTES
 from batch_rerank.score.plan import make_plan
 from batch_rerank.score.read_unit import read_range, read_ranges
 from batch_rerank.store.filesystem import File
-from batch_rerank.store.manifest import Plan
-from batch_rerank.store.plans import Shard, Unit
+from batch_rerank.store.plans import Plan, Shard, Unit
 
 MIB = 2**20
 

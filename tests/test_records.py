@@ -1,13 +1,14 @@
 """Records on storage are somebody's bytes: whatever stands there, nothing outside the output is touched, and what
 cannot be understood ends in one of our errors."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import candidate_rows, job, rows_of, write
+from conftest import candidate_rows, job, rows_of, scored_only, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,9 @@ from batch_rerank.publish.status import status_of_output
 from batch_rerank.publish.verify import verify
 from batch_rerank.score.attempts import Attempts
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.manifest import Manifest, Plan, Receipt
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Receipt
 from batch_rerank.store.records import Mark, parse
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -156,21 +159,22 @@ def test_a_receipt_of_another_version_costs_no_scored_unit(
     assert verify(str(output)).problems == []
 
 
-def test_a_part_of_a_version_that_counted_less_is_adopted(output: Path, tmp_path: Path) -> None:
+def test_a_score_file_of_a_version_that_counted_less_is_adopted(output: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    part = output / f"part-{UNIT}.parquet"
+    scored_only(job(tmp_path / "in.parquet", tmp_path / "scored"))
+    part = tmp_path / "scored" / f"_work/{UNIT}.parquet"
     table = pq.read_table(part)
     metadata = dict(table.schema.metadata)
     counts = json.loads(metadata[b"batch_rerank.counts"])
     del counts["engine_failed"]
     metadata[b"batch_rerank.counts"] = json.dumps({**counts, "invented": 3}).encode()
     pq.write_table(table.replace_schema_metadata(metadata), part, compression="none")
-    theirs = part.read_bytes()
-    (output / f"_manifest/receipts/{UNIT}.json").unlink()
-    run(job(tmp_path / "in.parquet", output), local=True)
-    assert part.read_bytes() == theirs
-    assert verify(str(output)).problems == []
+    theirs = hashlib.sha256(part.read_bytes()).hexdigest()
+    (tmp_path / f"scored/_manifest/receipts/{UNIT}.json").unlink()
+    assert run(job(tmp_path / "in.parquet", tmp_path / "scored"), local=True).units == 1
+    assert json.loads((tmp_path / f"scored/_manifest/receipts/{UNIT}.json").read_text())["sha256"] == theirs
+    assert verify(str(tmp_path / "scored")).problems == []
 
 
 HOSTILE_LEASES = [
@@ -237,7 +241,7 @@ def test_a_manifest_that_is_a_link_to_elsewhere_removes_nothing_there(output: Pa
     (output / "_manifest").rename(elsewhere)
     (output / "_manifest").symlink_to(elsewhere)
     before = {path: path.read_bytes() for path in elsewhere.glob("receipts/*")}
-    (output / f"part-{UNIT}.parquet").unlink()
+    (output / "part-00000.parquet").unlink()
     run(job(tmp_path / "in.parquet", output), local=True)
     assert before.keys() <= {*elsewhere.glob("receipts/*")}
 
@@ -267,11 +271,21 @@ def mutated(value: Any, data: st.DataObject) -> Any:
     return value
 
 
-RECORDS = ["plan.json", "status.json", f"receipts/{UNIT}.json", "lease/1", "../_SUCCESS", f"damaged/{UNIT}.json"]
+RECORDS = [
+    *("plan.json", "status.json", f"receipts/{UNIT}.json", "lease/1", "../_SUCCESS", f"damaged/{UNIT}.json"),
+    *(
+        "publication.json",
+        "parts/00000.json",
+        "scores/00000.json",
+        "damaged/part-00000.json",
+        "damaged/scores-00000.json",
+    ),
+    "receipts/rolled-00000.jsonl",
+]
 
 
 @settings(
-    max_examples=150,
+    max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -342,3 +356,22 @@ def test_evaluate_reads_no_unit_of_another_name(output: Path, tmp_path: Path) ->
     with pytest.raises(StorageError, match="not a plan"):
         evaluate(str(output), str(tmp_path / "qrels"))
     assert len(rows_of(output)) == 100
+
+
+def test_an_output_of_an_earlier_version_names_it_and_a_stage_of_one_is_used(tmp_path: Path) -> None:
+    from test_stage import given_as, job_of
+
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    run(config, local=True)
+    for place in (tmp_path / "out", tmp_path / "out-stage"):
+        edit(place / "_manifest/plan.json", lambda plan: plan.update(manifest_version=1))
+    for call in (status, check):
+        with pytest.raises(StorageError, match=r"written by batch_rerank 0\.1\.0, whose output has no score files"):
+            call(tmp_path / "out")
+    assert verify(str(tmp_path / "out-stage")).problems == []
+    stage = config.input.model_copy(update={"stage": str(tmp_path / "out-stage")})
+    again = config.model_copy(
+        update={"input": stage, "output": config.output.model_copy(update={"path": str(tmp_path / "other")})}
+    )
+    run(again, local=True)
+    assert len(rows_of(tmp_path / "other")) == len(rows_of(tmp_path / "out"))

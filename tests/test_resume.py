@@ -8,17 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from checkpoints import bert_reranker
-from conftest import candidate_rows, job, rows_of, write
+from conftest import Killed, candidate_rows, job, rows_of, scored_only, write
 
-import batch_rerank.publish.write_unit as write_unit
+import batch_rerank.store.filesystem as filesystem
 from batch_rerank.errors import StorageError
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.scan import scan
 
 
 def test_a_finished_job_has_nothing_to_do(flat_shards: Path, tmp_path: Path) -> None:
@@ -64,45 +66,75 @@ def test_settings_that_change_no_score_may_change_between_runs(flat_shards: Path
     assert run(other, local=True).units == 0
 
 
-@pytest.mark.parametrize("lost", ["receipt", "part", "part cut short"])
+@pytest.mark.parametrize("lost", ["receipt", "score file", "score file cut short"])
 def test_only_the_unit_that_lost_a_file_is_scored_again(lost: str, flat_shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(job(flat_shards, out), local=True)
-    before = rows_of(out)
-    part, receipt = out / "part-00001-00000.parquet", out / "_manifest" / "receipts" / "00001-00000.json"
+    run(job(flat_shards, tmp_path / "undisturbed"), local=True)
+    out = scored_only(job(flat_shards, tmp_path / "out"))
+    assert not list(out.glob("*.parquet")), "readers see nothing before it is published"
+    file, receipt = out / "_work" / "00001-00000.parquet", out / "_manifest" / "receipts" / "00001-00000.json"
     if lost == "receipt":
         receipt.unlink()
-    elif lost == "part":
-        part.unlink()
+    elif lost == "score file":
+        file.unlink()
     else:
-        part.write_bytes(part.read_bytes()[:-20])
+        file.write_bytes(file.read_bytes()[:-20])
     assert verify(str(out)).problems
     again = run(job(flat_shards, out), local=True)
     assert (again.units, again.resumed_units) == (1, 5)
-    assert rows_of(out) == before
+    assert rows_of(out) == rows_of(tmp_path / "undisturbed")
     assert verify(str(out)).problems == []
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the program catches it."""
+@pytest.mark.parametrize("lost", ["receipt", "part", "part cut short", "part's receipt", "scores"])
+def test_a_finished_output_that_lost_a_file_is_mended_with_what_is_there(
+    lost: str, flat_shards: Path, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "out", job(flat_shards, tmp_path / "out", output__file_bytes=1)
+    run(config, local=True)
+    before = {part.name: part.read_bytes() for part in out.glob("part-*")}
+    assert len(before) == 6
+    part = out / "part-00002.parquet"
+    lose = {
+        "receipt": (out / "_manifest/receipts/00001-00000.json").unlink,
+        "part": part.unlink,
+        "part cut short": lambda: part.write_bytes(part.read_bytes()[:-20]),
+        "part's receipt": (out / "_manifest/parts/00002.json").unlink,
+        "scores": (out / "_scores/00002.parquet").unlink,
+    }
+    lose[lost]()
+    again = run(config, local=True)
+    assert again.units == (lost == "receipt")
+    assert {part.name: part.read_bytes() for part in out.glob("part-*")} == before
+    assert verify(str(out)).problems == []
 
 
-@pytest.mark.parametrize("step", ["part", "receipt"])
+def test_scores_that_were_not_kept_are_made_again_where_their_part_is_lost(flat_shards: Path, tmp_path: Path) -> None:
+    config = job(flat_shards, tmp_path / "out", output__file_bytes=1, output__keep_scores=False)
+    run(config, local=True)
+    assert not (tmp_path / "out/_scores").exists() and not list((tmp_path / "out/_work").iterdir())
+    assert run(config, local=True).units == 0
+    before = rows_of(tmp_path / "out")
+    (tmp_path / "out/part-00002.parquet").unlink()
+    assert run(config, local=True).units == 1
+    assert rows_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("step", ["score file", "receipt"])
 def test_killed_before_a_files_creation_reruns_only_that_unit(
     step: str, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(job(flat_shards, tmp_path / "undisturbed"), local=True)
-    create = write_unit.Location.create_exclusive
+    create = filesystem.Location.create_exclusive
     created: list[str] = []
 
-    def create_until_the_third(self: write_unit.Location, data: bytes) -> bool:
-        if self.name.endswith(".parquet") if step == "part" else "/receipts/" in self.path:
+    def create_until_the_third(self: filesystem.Location, data: bytes) -> bool:
+        if "/_work/" in self.path if step == "score file" else "/receipts/" in self.path:
             created.append(self.name)
             if len(created) == 3:
                 raise Killed
         return create(self, data)
 
-    monkeypatch.setattr(write_unit.Location, "create_exclusive", create_until_the_third)
+    monkeypatch.setattr(filesystem.Location, "create_exclusive", create_until_the_third)
     with pytest.raises(Killed):
         run(job(flat_shards, tmp_path / "out"), local=True)
     monkeypatch.undo()
@@ -114,27 +146,26 @@ def test_killed_before_a_files_creation_reruns_only_that_unit(
     assert verify(str(tmp_path / "out")).problems == []
 
 
-def test_a_late_attempt_adopts_the_part_that_is_there(flat_shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(job(flat_shards, out), local=True)
-    part = out / "part-00000-00000.parquet"
-    # another attempt's part of the same unit: same rows, other bytes, as GPU scores would make them
-    table = pq.read_table(part)
-    pq.write_table(table, part, compression="none")
-    theirs = part.read_bytes()
+def test_a_late_attempt_adopts_the_score_file_that_is_there(flat_shards: Path, tmp_path: Path) -> None:
+    out = scored_only(job(flat_shards, tmp_path / "out"))
+    file = out / "_work/00000-00000.parquet"
+    # another attempt's file of the same unit: same rows, other scores, as GPUs make them
+    table = pq.read_table(file)
+    scores = pc.add(table["score"], 0.5).cast("float32")
+    pq.write_table(table.set_column(table.column_names.index("score"), "score", scores), file)
     (out / "_manifest" / "receipts" / "00000-00000.json").unlink()
     run(job(flat_shards, out), local=True)
-    assert part.read_bytes() == theirs
+    first = rows_of(out).slice(0, len(table)).sort_by([("query_id", "ascending"), ("first_stage_rank", "ascending")])
+    assert sorted(first["score"].to_pylist()) == sorted(scores.to_pylist())
     assert verify(str(out)).problems == []
 
 
-def test_a_part_of_another_job_is_not_adopted(flat_shards: Path, tmp_path: Path) -> None:
-    run(job(flat_shards, tmp_path / "other", output__top_k=2), local=True)
-    out = tmp_path / "out"
-    run(job(flat_shards, out), local=True)
+def test_a_score_file_of_another_job_is_not_adopted(flat_shards: Path, tmp_path: Path) -> None:
+    other = scored_only(job(flat_shards, tmp_path / "other", model__max_length=64))
+    out = scored_only(job(flat_shards, tmp_path / "out"))
     (out / "_manifest" / "receipts" / "00000-00000.json").unlink()
-    (out / "part-00000-00000.parquet").write_bytes((tmp_path / "other" / "part-00000-00000.parquet").read_bytes())
-    with pytest.raises(StorageError, match=r"part-00000-00000\.parquet: exists and is another job's"):
+    (out / "_work/00000-00000.parquet").write_bytes((other / "_work/00000-00000.parquet").read_bytes())
+    with pytest.raises(StorageError, match=r"00000-00000\.parquet: exists and is another job's"):
         run(job(flat_shards, out), local=True)
     assert not (out / "_SUCCESS").exists()
 
@@ -217,6 +248,6 @@ def test_the_manifest_lists_each_unit_once(flat_shards: Path, tmp_path: Path) ->
     manifest = Manifest(locate(str(tmp_path / "out")))
     plan = manifest.read_plan()
     assert plan is not None
-    scan = manifest.scan(plan)
-    assert [receipt.unit for receipt in scan.committed] == [f"0000{s}-0000{u}" for s in range(3) for u in range(2)]
-    assert scan.broken == {}
+    found = scan(manifest, plan)
+    assert [receipt.unit for receipt in found.committed] == [f"0000{s}-0000{u}" for s in range(3) for u in range(2)]
+    assert found.broken == {}

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checkpoints import bert_reranker
-from conftest import candidate_rows, job, nested, rows_of, write
+from conftest import candidate_rows, job, nested, rows_of, scored_only, write
 from safetensors.torch import load_file, save_file
 
 from batch_rerank.config import parse_config
@@ -49,14 +49,17 @@ def test_the_output_has_the_documented_schema_and_order(flat_shards: Path, tmp_p
     assert {b"batch_rerank.model", b"batch_rerank.fingerprint", b"batch_rerank.template"} <= set(metadata)
 
 
-def test_units_hold_whole_queries_and_part_names_are_deterministic(flat_shards: Path, tmp_path: Path) -> None:
-    run(job(flat_shards, tmp_path / "out"), local=True)
-    parts = sorted(part.name for part in (tmp_path / "out").glob("part-*.parquet"))
-    assert parts == [f"part-0000{shard}-0000{unit}.parquet" for shard in range(3) for unit in range(2)]
-    for part in (tmp_path / "out").glob("part-*.parquet"):
-        rows = pq.read_table(part)
-        assert len(rows) == 50
-        assert pq.ParquetFile(part).num_row_groups == 1
+def test_units_hold_whole_queries_and_file_names_are_deterministic(flat_shards: Path, tmp_path: Path) -> None:
+    out = scored_only(job(flat_shards, tmp_path / "out"))
+    files = sorted((out / "_work").glob("*.parquet"))
+    assert [file.name for file in files] == [
+        f"0000{shard}-0000{unit}.parquet" for shard in range(3) for unit in range(2)
+    ]
+    for file in files:
+        assert pq.read_metadata(file).num_rows == 50
+        assert pq.read_metadata(file).num_row_groups == 1
+    run(job(flat_shards, out), local=True)
+    assert [part.name for part in out.glob("*.parquet")] == ["part-00000.parquet"]
 
 
 def test_top_k_cuts_after_ranking_and_verify_knows(flat_shards: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from conftest import candidate_rows, job, rows_of, write
 from safetensors.torch import load_file, save_file
 
 from batch_rerank.errors import ConfigError, InputError, ModelError
-from batch_rerank.job import run_ray
+from batch_rerank.job import finish, run_ray
 from batch_rerank.job.run import run
 from batch_rerank.job.watch import Heartbeat, Watch
 from batch_rerank.publish.verify import verify
@@ -33,16 +33,20 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.mark.parametrize("layout", ["flat", "nested"])
 def test_ray_and_the_local_loop_write_the_same_bytes(
-    layout: str, flat_shards: Path, nested_shards: Path, tmp_path: Path
+    layout: str, flat_shards: Path, nested_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Parts, and the gathered scores, made on Ray where there is much to publish."""
+    monkeypatch.setattr(finish, "SMALL_BYTES", 0)
     keys: dict[str, Any] = {"input__layout": layout, "output__passthrough": ["lang"], "output__include_text": True}
+    keys |= {"output__file_bytes": 1, "output__layout": layout}
     shards = {"nested": nested_shards, "flat": flat_shards}[layout]
     run(job(shards, tmp_path / "ray", **keys))
     run(job(shards, tmp_path / "local", **keys), local=True)
-    parts = sorted((tmp_path / "local").glob("part-*"))
-    assert len(parts) >= 6
-    for part in parts:
-        assert (tmp_path / "ray" / part.name).read_bytes() == part.read_bytes()
+    names = [path.relative_to(tmp_path / "local") for path in sorted((tmp_path / "local").rglob("*.parquet"))]
+    assert len([name for name in names if name.name.startswith("part-")]) >= 6
+    assert len([name for name in names if name.parts[0] == "_scores"]) >= 12
+    for name in names:
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     assert verify(str(tmp_path / "ray")).problems == []
 
 

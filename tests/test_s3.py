@@ -94,9 +94,9 @@ def test_a_job_on_s3_resumes_and_repairs(bucket: str, tmp_path: Path) -> None:
     run(s3_job(bucket), local=True)
     fs = locate(f"s3://{bucket}").fs
     fs.rm_file(f"{bucket}/out/_manifest/receipts/00001-00000.json")
-    fs.rm_file(f"{bucket}/out/part-00002-00000.parquet")
+    fs.rm_file(f"{bucket}/out/part-00000.parquet")
     again = run(s3_job(bucket), local=True)
-    assert (again.units, again.resumed_units) == (2, 7)
+    assert (again.units, again.resumed_units) == (1, 8)
     assert verify(f"s3://{bucket}/out").problems == []
 
 
@@ -214,3 +214,12 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
         config.model_copy(update={"output": config.output.model_copy(update={"top_k": 3, "path": f"{outputs[0]}-2"})})
     )
     assert summary.totals.rows_out == 18
+
+
+def test_a_large_part_is_created_in_one_request(bucket: str) -> None:
+    location = locate(f"s3://{bucket}") / "large"
+    data = bytes(101 * 2**20)
+    assert location.create_exclusive(data)
+    assert "-" not in location.stat().version, "an etag of a multipart upload"
+    assert not location.create_exclusive(b"other")
+    assert location.stat().size == len(data)

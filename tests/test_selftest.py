@@ -40,8 +40,8 @@ from batch_rerank.engine.templates import TEMPLATES
 from batch_rerank.errors import ModelError
 from batch_rerank.job.selftest import run_self_test
 from batch_rerank.score.steps import EncodedUnit, score_unit
-from batch_rerank.store.manifest import Receipt
 from batch_rerank.store.plans import Unit
+from batch_rerank.store.receipts import Receipt
 
 Copy = Callable[[str], Path]
 BUILDERS = {

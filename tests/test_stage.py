@@ -937,3 +937,12 @@ def test_a_second_stage_of_the_same_place_is_refused_while_one_is_at_work(tmp_pa
     with hold(locate(str(tmp_path / "out-stage")), 60), pytest.raises(ConflictError, match="out-stage"):
         stage_input(config, local=True)
     assert not (tmp_path / "out-stage" / "_manifest" / "plan.json").exists()
+
+
+def test_files_of_others_beside_the_exchange_stay(tmp_path: Path) -> None:
+    config = job_of(given_as("beir", tmp_path / "in"), tmp_path / "out")
+    theirs = tmp_path / "out-stage/_manifest/exchange/notes.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    run(config, local=True)
+    assert [path.name for path in theirs.parent.iterdir()] == ["notes.txt"]

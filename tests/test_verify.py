@@ -17,12 +17,13 @@ from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import hold
 
-UNIT = "00001-00001"
+UNIT, PART = "00001-00001", "part-00003.parquet"
+"""A unit, and the part that has it alone."""
 
 
 @pytest.fixture
 def output(flat_shards: Path, tmp_path: Path) -> Path:
-    run(job(flat_shards, tmp_path / "out"), local=True)
+    run(job(flat_shards, tmp_path / "out", output__file_bytes=1), local=True)
     return tmp_path / "out"
 
 
@@ -32,23 +33,31 @@ def test_a_good_output_is_verified_with_its_numbers(output: Path) -> None:
 
 
 def test_one_flipped_bit(output: Path) -> None:
-    part = output / f"part-{UNIT}.parquet"
+    part = output / PART
     data = bytearray(part.read_bytes())
     data[100] ^= 1
     part.write_bytes(data)
-    assert verify(str(output)).problems[0].startswith(f"unit {UNIT}: ")
+    assert verify(str(output)).problems[0].startswith(f"{PART}: ")
 
 
 def test_a_part_cut_short(output: Path) -> None:
-    part = output / f"part-{UNIT}.parquet"
+    part = output / PART
     part.write_bytes(part.read_bytes()[:-50])
-    assert [problem[: len(UNIT) + 5] for problem in verify(str(output)).problems] == [f"unit {UNIT}"]
+    assert [problem[: len(PART)] for problem in verify(str(output)).problems] == [PART]
 
 
-@pytest.mark.parametrize(("file", "word"), [("part-{}.parquet", "part"), ("_manifest/receipts/{}.json", "receipt")])
-def test_a_deleted_file(file: str, word: str, output: Path) -> None:
-    (output / file.format(UNIT)).unlink()
-    assert f"unit {UNIT}: its {word} is missing" in verify(str(output)).problems[0]
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        (PART, f"{PART}: its file is missing"),
+        ("_manifest/parts/00003.json", f"{PART}: its receipt is missing"),
+        (f"_manifest/receipts/{UNIT}.json", f"unit {UNIT}: its receipt is missing"),
+        ("_manifest/publication.json", "_SUCCESS is of another publication"),
+    ],
+)
+def test_a_deleted_file(file: str, named: str, output: Path) -> None:
+    (output / file).unlink()
+    assert named in verify(str(output)).problems[0]
 
 
 def test_a_foreign_file_that_a_glob_would_read(output: Path) -> None:
@@ -73,19 +82,16 @@ def test_no_output_at_all(tmp_path: Path) -> None:
 
 def forge(output: Path, change: Callable[[pa.Table], pa.Table]) -> list[str]:
     """Change a part's rows and give it counts and a receipt that fit: only the content is wrong."""
-    part, receipt = output / f"part-{UNIT}.parquet", output / "_manifest" / "receipts" / f"{UNIT}.json"
+    part, receipt, success = output / PART, output / "_manifest" / "parts" / "00003.json", output / "_SUCCESS"
     table = pq.read_table(part)
-    changed, metadata = change(table), dict(table.schema.metadata)
-    counts = json.loads(metadata[b"batch_rerank.counts"]) | {"rows_out": len(changed)}
-    pq.write_table(changed.replace_schema_metadata(metadata | {b"batch_rerank.counts": json.dumps(counts)}), part)
+    changed = change(table)
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), part)
     data = part.read_bytes()
-    claims = json.loads(receipt.read_text())
-    claims |= {
-        "size": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "rows_out": pq.read_metadata(part).num_rows,
-    }
-    receipt.write_text(json.dumps(claims))
+    true = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": len(changed)}
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | true))
+    mark = json.loads(success.read_text())
+    mark["parts"][3] |= true
+    success.write_text(json.dumps(mark))
     return verify(str(output)).problems
 
 
@@ -95,12 +101,12 @@ def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 def test_a_lost_row(output: Path) -> None:
     problems = forge(output, lambda table: table.slice(0, len(table) - 1))
-    assert problems[0].startswith(f"unit {UNIT}: 1 candidates are missing, e.g. ('q7', ")
+    assert problems[0].startswith(f"{PART}: unit {UNIT}: 1 candidates are missing, e.g. ('q7', ")
 
 
 def test_a_doubled_row(output: Path) -> None:
     problems = forge(output, lambda table: pa.concat_tables([table, table.slice(49)]))
-    assert f"unit {UNIT}: 1 candidates appear twice" in problems[0]
+    assert f"{PART}: unit {UNIT}: 1 candidates appear twice" in problems[0]
 
 
 def test_a_row_that_is_no_candidate(output: Path) -> None:
@@ -113,12 +119,12 @@ def test_a_row_that_is_no_candidate(output: Path) -> None:
 
 def test_ranks_with_a_gap(output: Path) -> None:
     problems = forge(output, lambda table: set_column(table, "rank", pc.add(table["rank"], 1).cast(pa.int32())))
-    assert problems == [f"unit {UNIT}: ranks are not 1, 2, … within each query"]
+    assert problems == [f"{PART}: unit {UNIT}: ranks are not 1, 2, … within each query"]
 
 
 def test_scores_that_do_not_fit_the_ranks(output: Path) -> None:
     problems = forge(output, lambda table: set_column(table, "score", pc.negate(table["score"])))
-    assert problems == [f"unit {UNIT}: ranks do not follow the scores"]
+    assert problems == [f"{PART}: unit {UNIT}: ranks do not follow the scores"]
 
 
 def test_a_row_with_neither_score_nor_error(output: Path) -> None:
@@ -126,25 +132,32 @@ def test_a_row_with_neither_score_nor_error(output: Path) -> None:
         last = pc.equal(table["rank"], 25)
         return set_column(table, "score", pc.if_else(last, pa.scalar(None, pa.float32()), table["score"]))
 
-    assert forge(output, lose_last_score) == [f"unit {UNIT}: a row has a score and an error, or neither"]
+    assert forge(output, lose_last_score) == [f"{PART}: unit {UNIT}: a row has a score and an error, or neither"]
 
 
 def test_more_rows_than_top_k(flat_shards: Path, tmp_path: Path) -> None:
-    run(job(flat_shards, tmp_path / "out", output__top_k=5), local=True)
+    run(job(flat_shards, tmp_path / "out", output__top_k=5, output__file_bytes=1), local=True)
     problems = forge(tmp_path / "out", lambda table: table.slice(1))
     assert any("queries have another number of rows than top_k keeps" in problem for problem in problems)
 
 
 def test_queries_out_of_order(output: Path) -> None:
     problems = forge(output, lambda table: pa.concat_tables([table.slice(25), table.slice(0, 25)]))
-    assert problems == [f"unit {UNIT}: queries are not in input order"]
+    assert problems == [f"{PART}: unit {UNIT}: queries are not in input order"]
 
 
 def flip(output: Path) -> None:
-    part = output / f"part-{UNIT}.parquet"
+    part = output / PART
     data = bytearray(part.read_bytes())
     data[len(data) // 3] ^= 1
     part.write_bytes(data)
+
+
+def flip_scores(output: Path) -> None:
+    scores = output / "_scores/00003.parquet"
+    data = bytearray(scores.read_bytes())
+    data[len(data) // 3] ^= 1
+    scores.write_bytes(data)
 
 
 def edit(output: Path) -> None:
@@ -154,26 +167,27 @@ def edit(output: Path) -> None:
 
 
 def swap(output: Path) -> None:
-    """A part of another unit under this one's name, its receipt edited to fit."""
-    other = (output / "part-00001-00000.parquet").read_bytes()
-    (output / f"part-{UNIT}.parquet").write_bytes(other)
-    receipt = output / f"_manifest/receipts/{UNIT}.json"
-    claims = json.loads((output / "_manifest/receipts/00001-00000.json").read_text())
-    receipt.write_text(json.dumps(claims | {"unit": UNIT}))
+    """Another part under this one's name, its receipt edited to fit."""
+    (output / PART).write_bytes((output / "part-00002.parquet").read_bytes())
+    claims = json.loads((output / "_manifest/parts/00002.json").read_text())
+    (output / "_manifest/parts/00003.json").write_text(json.dumps(claims | {"part": PART}))
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("damage", "named", "scored"),
     [
-        (flip, f"unit {UNIT}: "),
-        (lambda output: (output / f"part-{UNIT}.parquet").unlink(), f"unit {UNIT}: its part is missing"),
-        (edit, f"unit {UNIT}: the receipt's counts are not the part's: truncated"),
-        (swap, f"unit {UNIT}: the part is of another unit"),
+        (flip, f"{PART}: ", 0),
+        (lambda output: (output / PART).unlink(), f"{PART}: its file is missing", 0),
+        (edit, f"unit {UNIT}: the receipt's counts are not its scores': truncated", 1),
+        (swap, f"{PART}: _SUCCESS says otherwise than its receipt", 0),
+        (flip_scores, "_scores/00003.parquet: not what its receipt says", 0),
+        (lambda output: [flip(output), flip_scores(output)], f"{PART}: ", 1),
     ],
 )
 def test_repair_marks_what_is_damaged_and_the_next_run_mends_it(
     damage: Callable[[Path], None],
     named: str,
+    scored: int,
     output: Path,
     flat_shards: Path,
     cli: Callable[..., tuple[int, str, str]],
@@ -184,10 +198,10 @@ def test_repair_marks_what_is_damaged_and_the_next_run_mends_it(
     assert code == 6 and named in shown
     assert (output / "_SUCCESS").exists(), "verify alone changes nothing"
     code, _, shown = cli("verify", output, "--repair")
-    assert code == 6 and "1 unit(s) are made not done: run the job again" in shown
+    assert code == 6 and "damaged file(s) are made not done: run the job again" in shown
     assert not (output / "_SUCCESS").exists()
-    again = run(job(flat_shards, output), local=True)
-    assert (again.units, again.resumed_units) == (1, 5)
+    again = run(job(flat_shards, output, output__file_bytes=1), local=True)
+    assert (again.units, again.resumed_units) == (scored, 6 - scored)
     assert {part.name: part.read_bytes() for part in output.glob("part-*")} == before
     assert cli("verify", output)[0] == 0
 
@@ -203,7 +217,7 @@ def test_a_resume_stops_at_a_file_that_readers_would_take_for_output(output: Pat
     (output / "_SUCCESS").unlink()
     write(output / "part-extra.parquet", candidate_rows(1, 1))
     with pytest.raises(ConflictError, match=r"not of this job, e\.g\. part-extra\.parquet"):
-        run(job(flat_shards, output), local=True)
+        run(job(flat_shards, output, output__file_bytes=1), local=True)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"unit": "x"}', "\x00"])
@@ -211,7 +225,7 @@ def test_a_resume_scores_a_unit_again_whose_receipt_cannot_be_read(
     content: str, output: Path, flat_shards: Path, logged: list[str]
 ) -> None:
     (output / f"_manifest/receipts/{UNIT}.json").write_text(content)
-    assert run(job(flat_shards, output), local=True).units == 1
+    assert run(job(flat_shards, output, output__file_bytes=1), local=True).units == 1
     assert any(f"unit {UNIT}: its receipt cannot be read; it is made again" in message for message in logged)
     assert verify(str(output)).problems == []
 
@@ -289,26 +303,3 @@ def test_pandas_reads_the_directory_too(flat_shards: Path, tmp_path: Path) -> No
     pandas = pytest.importorskip("pandas", reason="pandas is no dependency of ours; it is not installed")
     run(job(flat_shards, tmp_path / "out", output__trec_run=True), local=True)
     assert len(pandas.read_parquet(tmp_path / "out")) == 300
-
-
-def test_the_trec_run_of_an_older_version_is_known_and_makes_room(
-    flat_shards: Path, tmp_path: Path, logged: list[str]
-) -> None:
-    out = tmp_path / "out"
-    run(job(flat_shards, out, output__trec_run=True), local=True)
-    mark = json.loads((out / "_SUCCESS").read_text())
-    old = {"fingerprint": mark["fingerprint"], "units": 6, "rows": 300, "run.trec": mark["trec_run"]}
-    (out / "_run.trec").rename(out / "run.trec")
-    (out / "_SUCCESS").write_text(json.dumps(old))
-    assert verify(str(out)).problems == []
-    with (out / "run.trec").open("a") as file:
-        file.write("x\n")
-    assert verify(str(out)).problems == ["run.trec is not what the job wrote; remove _SUCCESS and run the job again"]
-    run(job(flat_shards, out), local=True)
-    assert (out / "run.trec").exists(), "a run without the setting leaves it"
-    run(job(flat_shards, out, output__trec_run=True), local=True)
-    assert not (out / "run.trec").exists() and (out / "_run.trec").exists()
-    assert verify(str(out)).problems == []
-    written = (out / "_run.trec").stat().st_mtime_ns, (out / "_SUCCESS").stat().st_mtime_ns
-    run(job(flat_shards, out, output__trec_run=True), local=True)
-    assert written == ((out / "_run.trec").stat().st_mtime_ns, (out / "_SUCCESS").stat().st_mtime_ns)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,17 @@ def safetensors_header(path: Path) -> bytes:
             f"{path}: found {size:,} bytes, expected {wanted}; the file is cut short or damaged, copy it again"
         )
     return header
+
+
+def matrix_parameters(directory: Path) -> int:
+    """Elements of the matrices that a token is multiplied with, as the headers say: all but embeddings, which are
+    looked up. 0 where there are no safetensors."""
+    count = 0
+    for path in directory.glob("*.safetensors"):
+        for name, entry in json.loads(safetensors_header(path)).items():
+            if name != "__metadata__" and len(entry["shape"]) == 2 and "embed" not in name:
+                count += math.prod(entry["shape"])
+    return count
 
 
 def read_json(path: Path) -> dict[str, Any]:

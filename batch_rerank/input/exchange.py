@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.input.candidates import Int32, Int64
@@ -26,11 +25,12 @@ from batch_rerank.input.join import Ranked
 from batch_rerank.input.layouts import Columns, find_columns
 from batch_rerank.input.shards import TEXT_ROWS, check_unchanged, leaf_paths, open_parquet, read_groups, reading
 from batch_rerank.input.sources import NUMBERS, Piece, Source, read_piece
-from batch_rerank.publish.write_unit import commit
 from batch_rerank.schema import PASSED
+from batch_rerank.store.commit import commit, footer
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.manifest import SUMMED, Manifest, Receipt
+from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Unit
+from batch_rerank.store.receipts import SUMMED, Receipt
 from batch_rerank.store.records import Count, parse
 
 EXCHANGE = "_manifest/exchange"
@@ -223,27 +223,17 @@ def gather(work: Gather, config: JobConfig, stage: str, fingerprint: str) -> Rec
             "delete that folder and run again"
         )
     table = nested(rows)
-    receipt = Receipt(
-        unit=work.unit.id,
-        fingerprint=fingerprint,
-        part="",
-        size=0,
-        sha256="",
-        rows_in=len(rows),
-        rows_out=len(table),
-        queries=len(table),
-        scored=0,
-        failed=0,
-        null_texts=rows["text"].null_count,
-        null_queries=table["query"].null_count,
-        empty_texts=0,
-        truncated=0,
-        tokens=0,
-        seconds=0.0,
-        scorer="",
-        storage_retries=root.patience.retries,
-    )
-    return commit(Manifest(root), work.unit, _serialise(table, receipt), receipt)
+    counts = {
+        **dict.fromkeys(SUMMED, 0),
+        "rows_in": len(rows),
+        "rows_out": len(table),
+        "queries": len(table),
+        "null_texts": rows["text"].null_count,
+        "null_queries": table["query"].null_count,
+    }
+    data = _serialise(table, footer(fingerprint, work.unit.id, counts))
+    manifest = Manifest(root, staged=True)
+    return commit(manifest, work.unit.id, data, fingerprint, counts, storage_retries=root.patience.retries)
 
 
 def _of_run(read: pa.Table, ranked: Ranked) -> pa.Table:
@@ -324,14 +314,8 @@ def _first_of_each(values: pa.Array, starts: Int64) -> pa.Array:
     return values.take(pa.array(np.where(found < ends, found, 0), mask=found >= ends))
 
 
-def _serialise(table: pa.Table, receipt: Receipt) -> bytes:
+def _serialise(table: pa.Table, metadata: dict[str, str]) -> bytes:
     """A staged shard: one row group, so that a text stands once in it; pages with checksums."""
-    metadata = {
-        "batch_rerank.version": batch_rerank.__version__,
-        "batch_rerank.fingerprint": receipt.fingerprint,
-        "batch_rerank.unit": receipt.unit,
-        "batch_rerank.counts": json.dumps({name: getattr(receipt, name) for name in SUMMED}),
-    }
     sink = io.BytesIO()
     pq.write_table(
         table.replace_schema_metadata(metadata),

@@ -15,7 +15,10 @@ from batch_rerank.input.sources import Source
 from batch_rerank.store.bookkeeping import Expected, status_of
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.lease import Lease
-from batch_rerank.store.manifest import Manifest, Plan, Totals
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.names import EXCHANGED
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Totals
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
@@ -122,5 +125,5 @@ def clean(manifest: Manifest) -> None:
     """Remove the exchange: notes first, so that none is left that promises what is gone."""
     with storage_errors(manifest.root):
         files = manifest.list_files()
-        for name in sorted(files.within(EXCHANGE), key=lambda name: not name.endswith(".json")):
+        for name in sorted(files.matching(EXCHANGED), key=lambda name: not name.endswith(".json")):
             manifest.remove_seen(name, files)

@@ -40,7 +40,7 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
             raise ConfigError(
                 f"input.stage {config.stage!r} and output.path {config.output.path!r} lie in each other; use two places"
             )
-    for key, pattern in _patterns(config):
+    for key, pattern in patterns_of(config):
         read = locate(pattern, config.input.storage_options)
         for name, place in places.items():
             if not same_store(read, place):
@@ -55,7 +55,17 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
                 )
 
 
-def _patterns(config: JobConfig) -> Iterator[tuple[str, str]]:
+def matches(pattern: Location, file: Location) -> bool:
+    """Whether a pattern of an input takes in a file: a glob, a folder's files, or the file itself."""
+    if not same_store(pattern, file):
+        return False
+    if re.search(r"[*?\[]", pattern.path):
+        return re.match(glob_translate(pattern.path), file.path) is not None
+    return is_within(file, pattern)
+
+
+def patterns_of(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """The keys of a job's input with each pattern that they have."""
     given = config.input
     for key in ("run", "queries", "corpus"):
         for pattern in as_list(getattr(given, key)):

@@ -17,18 +17,20 @@ from batch_rerank.calls import Each, in_turn
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConfigError, ConflictError, InputError
 from batch_rerank.input.contents import contents
-from batch_rerank.input.exchange import EXCHANGE
 from batch_rerank.input.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.input.passes import clean, run_passes
 from batch_rerank.input.places import is_within, same_store
 from batch_rerank.input.sources import Source
 from batch_rerank.input.stage_sources import find_sources
-from batch_rerank.store.bookkeeping import mark_done, recording, resume
+from batch_rerank.store.bookkeeping import expected_parts, mark_done, recording, resume
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
-from batch_rerank.store.manifest import Manifest, Plan, Totals, fingerprint
-from batch_rerank.store.plans import Shard
+from batch_rerank.store.manifest import Manifest, fingerprint
+from batch_rerank.store.names import EXCHANGED
+from batch_rerank.store.plans import Plan, Shard
+from batch_rerank.store.receipts import Totals
 from batch_rerank.store.records import Mark
+from batch_rerank.store.scan import scan
 
 log = logging.getLogger("batch_rerank")
 STAGING_VERSION = 2
@@ -63,14 +65,14 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
     """
     started = time.monotonic()
     sources = find_sources(config)
-    manifest = Manifest(locate(config.stage, config.output.storage_options))
+    manifest = Manifest(locate(config.stage, config.output.storage_options), staged=True)
     existing = manifest.read_plan()
     plan = _skeleton(config, manifest, existing, sources)
     if existing is not None:
         _refuse_other(manifest, existing, plan)
         if _finished(manifest, existing):
             _check_missing(config, existing)
-            if manifest.list_files().within(EXCHANGE):  # killed while it was removed
+            if manifest.list_files().matching(EXCHANGED):  # killed while it was removed
                 with hold(manifest.root, config.cluster.lease_seconds):
                     clean(manifest)
             return _staged(config, manifest, existing, True, started)
@@ -81,7 +83,7 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
         plan = manifest.write_plan(plan)
         log.info("staging %s into %s", describe_stage(plan), manifest.root)
         with recording(manifest, plan, totals, lease):
-            done = resume(manifest, plan, totals, lease)
+            done, _ = resume(manifest, plan, totals, lease)
             small = len(join.pieces) + len(join.units) <= SMALL
             run_passes(config, manifest, plan, join, sources, done, totals, lease, in_turn if small else each)
             _finalise(manifest, plan, join, lease)
@@ -91,7 +93,7 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
 def find_stage(config: JobConfig) -> Staged | None:
     """The finished stage of exactly this input, where there is one."""
     started = time.monotonic()
-    manifest = Manifest(locate(config.stage, config.output.storage_options))
+    manifest = Manifest(locate(config.stage, config.output.storage_options), staged=True)
     existing = manifest.read_plan()
     if existing is None:
         return None
@@ -105,7 +107,7 @@ def find_stage(config: JobConfig) -> Staged | None:
 def plan_stage(config: JobConfig) -> Plan:
     """What staging would do. Reads ids, writes nothing. Raises ConfigError and InputError."""
     sources = find_sources(config)
-    manifest = Manifest(locate(config.stage, config.output.storage_options))
+    manifest = Manifest(locate(config.stage, config.output.storage_options), staged=True)
     plan = _skeleton(config, manifest, manifest.read_plan(), sources)
     join = join_sources(config, sources)
     return replace(plan, units=join.units, counts=_counts(plan, sources, join))
@@ -214,9 +216,10 @@ def _counts(plan: Plan, sources: Sequence[Source], join: Join) -> dict[str, int]
 
 
 def _finished(manifest: Manifest, plan: Plan) -> bool:
-    scan = manifest.scan(plan)
-    whole = len(scan.committed) == len(plan.units) and not scan.broken
-    return whole and "_SUCCESS" in scan.files.found and not scan.files.strays(unit.id for unit in plan.units)
+    found = scan(manifest, plan)
+    whole = len(found.committed) == len(plan.units) and not found.broken
+    strays = found.files.strays(expected_parts(manifest, plan, None))
+    return whole and "_SUCCESS" in found.files.found and not strays
 
 
 def _check_missing(config: JobConfig, plan: Plan) -> None:

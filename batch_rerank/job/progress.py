@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from batch_rerank.store.manifest import Receipt, Totals
+from batch_rerank.store.receipts import Receipt, Totals
 
 log = logging.getLogger("batch_rerank")
 LINE_SECONDS = 10.0

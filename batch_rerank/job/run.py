@@ -6,23 +6,27 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
+from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
 from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
+from batch_rerank.job.finish import finish, finished
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
-from batch_rerank.job.staging import stage
-from batch_rerank.publish.trec import write_trec_run
+from batch_rerank.job.staging import on_ray, stage
+from batch_rerank.publish.publish import refuse_other_publication
 from batch_rerank.score.plan import configured_model, make_plan
-from batch_rerank.store.bookkeeping import Expected, mark_done, recording, refuse_strays, resume, status_of
+from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
-from batch_rerank.store.manifest import Manifest, Plan, Receipt, SetAside, Totals
-from batch_rerank.store.names import TREC_RUNS, Files
-from batch_rerank.store.records import Mark
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Plan, refuse_protocol
+from batch_rerank.store.receipts import Receipt, SetAside, Totals
+from batch_rerank.store.rolls import Rolls
+from batch_rerank.store.scan import scan
 
 log = logging.getLogger("batch_rerank")
 STATUS_SECONDS = 10.0
@@ -56,24 +60,29 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     # absolute: workers may have another working directory
     output = config.output.model_copy(update={"path": str(manifest.root)})
     config = config.model_copy(update={"output": output})
-    totals = _finished(config, manifest, plan)
+    totals = finished(config, manifest, plan)
     if totals:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
         return replace(described, seconds=time.monotonic() - started)
     totals = Totals()
+    each = in_turn if local else on_ray(config)
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
+        refuse_other_publication(manifest, manifest.read_publication(), config.output)
         with recording(manifest, plan, totals, lease):
-            done = resume(manifest, plan, totals, lease)
+            done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
-            expected = Expected(manifest, plan, done)
-            rates, failed = _follow(receipts, expected, manifest, plan, totals, lease, config.scoring.max_failed_units)
+            expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
+            followed = _Followed(expected, rolls, manifest, plan, totals, lease)
+            rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
             expected.check({unit.unit: unit.error for unit in failed})
-            _finalise(manifest, plan, totals, config, lease)
+            rolls.finish()
+            _check_failed_rows(manifest, totals, config)
+            finish(manifest, plan, totals, config, model, lease, each)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
@@ -98,36 +107,6 @@ def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
     from batch_rerank.job.run_ray import look  # not at the top: --local does without ray
 
     return settle(config, look(config))
-
-
-def _finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None:
-    """The counts of a job that has nothing left to do: nothing is written then, and no model is loaded."""
-    mark = manifest.read_mark()
-    if mark is None:
-        return None
-    existing = manifest.read_plan()
-    if existing is None or manifest.read_status().state != "done":
-        return None
-    manifest.refuse_other(existing, plan)
-    scan = manifest.scan(existing)
-    refuse_strays(manifest, scan.files, existing)
-    if not Lease(manifest.root, config.cluster.lease_seconds).look():
-        return None
-    totals = Totals()
-    for receipt in scan.committed:
-        totals.add(receipt)
-    said = (existing.fingerprint, len(existing.units), totals.rows_out)
-    if (mark.fingerprint, mark.units, mark.rows) != said or totals.units < len(existing.units):
-        return None
-    absent = config.output.trec_run and not _has_trec_run(mark, scan.files)
-    if absent or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
-        return None
-    return totals
-
-
-def _has_trec_run(mark: Mark, files: Files) -> bool:
-    """Whether the TREC run that `_SUCCESS` speaks of is there; `verify` compares what is in it."""
-    return mark.trec_run is not None and files.size(TREC_RUNS[0]) == mark.trec_run.size
 
 
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
@@ -205,10 +184,14 @@ def _refuse_taken(config: JobConfig, plan: Plan) -> None:
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
     existing = manifest.read_plan()
     if existing is None:
+        for shard in plan.shards:
+            refuse_protocol(shard.url, ConfigError)
         manifest.refuse_foreign()
     else:
         manifest.refuse_other(existing, plan)
-        refuse_strays(manifest, manifest.list_files(), existing)
+        found = scan(manifest, existing)
+        refuse_strays(manifest, found, existing)
+        refuse_other_publication(manifest, found.publication, config.output)
     Lease(manifest.root, config.cluster.lease_seconds).look()
 
 
@@ -246,39 +229,45 @@ def describe(plan: Plan, model: ModelSpec) -> None:
         log.warning("%s", note)
 
 
-def _follow(
-    receipts: Iterator[Receipt | SetAside],
-    expected: Expected,
-    manifest: Manifest,
-    plan: Plan,
-    totals: Totals,
-    lease: Lease,
-    max_failed_units: int,
-) -> tuple[tuple[float, float] | None, list[SetAside]]:
-    """Count receipts as they come: this run's rates, and the units set aside. No receipt is kept, so the driver does
-    not grow with the number of units."""
-    next_status = time.monotonic() + STATUS_SECONDS
-    failed: list[SetAside] = []
-    with Display(len(plan.units), plan.pairs, totals) as display:
-        for receipt in receipts:
-            if isinstance(receipt, SetAside):
-                failed.append(receipt)
-                _record_failure(manifest, receipt)
-                if len(failed) > max_failed_units:
-                    raise UnfinishedError(
-                        f"{manifest.root}: {len(failed)} units could not be scored, the last {receipt.unit}: "
-                        f"{receipt.error}; expected at most scoring.max_failed_units = {max_failed_units} before the "
-                        "job gives up; see _manifest/failures; run the job again to retry them"
-                    )
-            elif expected.take(receipt):
-                totals.add(receipt)
-                display.advance(receipt)
-            if lease.lost:
-                lease.check()
-            if time.monotonic() >= next_status:
-                next_status = time.monotonic() + STATUS_SECONDS
-                manifest.write_status(status_of("running", plan, totals, lease))
-        return display.meter.rates, failed
+class _Followed:
+    """Counts receipts as they come. None is kept, so the driver does not grow with the number of units."""
+
+    def __init__(
+        self, expected: Expected, rolls: Rolls, manifest: Manifest, plan: Plan, totals: Totals, lease: Lease
+    ) -> None:
+        self._expected, self._rolls, self._manifest = expected, rolls, manifest
+        self._plan, self._totals, self._lease = plan, totals, lease
+
+    def to_the_end(
+        self, receipts: Iterator[Receipt | SetAside], max_failed_units: int
+    ) -> tuple[tuple[float, float] | None, list[SetAside]]:
+        """Rates of this run, and the units set aside."""
+        next_status = time.monotonic() + STATUS_SECONDS
+        failed: list[SetAside] = []
+        with Display(len(self._plan.units), self._plan.pairs, self._totals) as display:
+            for receipt in receipts:
+                if isinstance(receipt, SetAside):
+                    failed.append(receipt)
+                    _record_failure(self._manifest, receipt)
+                    if len(failed) > max_failed_units:
+                        raise self._too_many(failed, max_failed_units)
+                elif self._expected.take(receipt):
+                    self._totals.add(receipt)
+                    self._rolls.add(receipt)
+                    display.advance(receipt)
+                if self._lease.lost:
+                    self._lease.check()
+                if time.monotonic() >= next_status:
+                    next_status = time.monotonic() + STATUS_SECONDS
+                    self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
+            return display.meter.rates, failed
+
+    def _too_many(self, failed: list[SetAside], most: int) -> UnfinishedError:
+        return UnfinishedError(
+            f"{self._manifest.root}: {len(failed)} units could not be scored, the last {failed[-1].unit}: "
+            f"{failed[-1].error}; expected at most scoring.max_failed_units = {most} before the job gives up; "
+            "see _manifest/failures; run the job again to retry them"
+        )
 
 
 def _record_failure(manifest: Manifest, failed: SetAside) -> None:
@@ -288,19 +277,13 @@ def _record_failure(manifest: Manifest, failed: SetAside) -> None:
         location.write_bytes(json.dumps(asdict(failed)).encode())
 
 
-def _finalise(manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, lease: Lease) -> None:
+def _check_failed_rows(manifest: Manifest, totals: Totals, config: JobConfig) -> None:
     max_failed_rows = config.scoring.max_failed_rows
     if totals.failed > max_failed_rows * totals.rows_in:
         raise UnfinishedError(
             f"{manifest.root}: {totals.failed:,} of {totals.rows_in:,} rows failed "
             f"({totals.null_queries:,} null queries, {totals.null_texts:,} null texts, {totals.engine_failed:,} in the "
-            f"engine); expected at most {max_failed_rows:.2%}; the rows name their error; "
+            f"engine); expected at most {max_failed_rows:.2%}; the score files below "
+            "_work name the error of each, and _manifest/failures what the engine failed on; "
             "mend the input, or raise scoring.max_failed_rows and run again"
         )
-    run = None
-    if config.output.trec_run:
-        lease.check()
-        there = manifest.read_mark()  # of these parts: with any of them the mark would be gone
-        whole = there is not None and _has_trec_run(there, manifest.list_files())
-        run = there.trec_run if there is not None and whole else write_trec_run(manifest, plan)
-    mark_done(manifest, plan, Mark(rows=totals.rows_out, trec_run=run), lease)

@@ -10,8 +10,10 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.score.read_unit import read_range, read_ranges
-from batch_rerank.score.steps import EncodedUnit, LoadedScorer, commit_unit, encode_unit, or_set_aside, score_unit
-from batch_rerank.store.manifest import Plan, Receipt, SetAside
+from batch_rerank.score.score_file import commit_unit
+from batch_rerank.score.steps import EncodedUnit, LoadedScorer, encode_unit, or_set_aside, score_unit
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")

@@ -29,7 +29,8 @@ from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reser
 from batch_rerank.job.watch import Heartbeat, Watch, head_answers
 from batch_rerank.score.read_unit import read_ranges
 from batch_rerank.score.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
-from batch_rerank.store.manifest import Plan, Receipt, SetAside
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Receipt, SetAside
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor

@@ -12,8 +12,8 @@ from batch_rerank.config import Cluster, JobConfig, load_config
 from batch_rerank.errors import ConfigError, StorageError
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.store.filesystem import Options, locate
-from batch_rerank.store.manifest import Manifest, Plan
-from batch_rerank.store.plans import Unit
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Plan, Unit
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -40,7 +40,8 @@ def find_place(output: str, overrides: Sequence[str] = (), limit: int | None = N
 def open_output(place: Place | str, or_stage: bool = False) -> tuple[Manifest, Plan]:
     """The manifest and plan of an output, or of a staged input too. Raises StorageError where there is none."""
     place = Place(place) if isinstance(place, str) else place
-    manifest = Manifest(locate(place.path, place.options))
+    root = locate(place.path, place.options)
+    manifest = Manifest(root)
     plan = manifest.read_plan()
     if plan is None:
         raise StorageError(
@@ -50,7 +51,7 @@ def open_output(place: Place | str, or_stage: bool = False) -> tuple[Manifest, P
         raise StorageError(
             f"{manifest.root}: a staged input, expected the output of `batch-rerank run`; check the path"
         )
-    return manifest, plan
+    return Manifest(root, staged=is_stage(plan)), plan
 
 
 def is_stage(plan: Plan) -> bool:

@@ -6,7 +6,9 @@ holder is known to have ended where it was on this machine, and elsewhere its co
 
 from batch_rerank.publish.output import Place, lease_seconds_of, open_output
 from batch_rerank.store.lease import sign_of_life
-from batch_rerank.store.manifest import Manifest, Plan
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.scan import scan
 
 Shown = str | int | float | bool | None | list[str]
 
@@ -15,7 +17,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
     """The state, counts and rate of an output. Raises ConfigError and StorageError."""
     manifest, plan = open_output(place, or_stage=True)
     last = manifest.read_status()
-    scan = manifest.scan(plan)
+    found = scan(manifest, plan)
     state, message = last.state, last.message
     if state == "running":
         state, message = _of_lease(manifest, plan)
@@ -27,15 +29,17 @@ def status_of_output(place: Place) -> dict[str, Shown]:
         "updated_at": last.updated_at or None,
         "seconds": last.seconds,
         "pairs_per_second": last.pairs_per_second,
-        "units_done": len(scan.committed),
+        "units_done": len(found.committed),
         "units_planned": len(plan.units),
-        "units_broken": list(scan.broken),
-        "units_set_aside": scan.set_aside(),
-        "pairs_done": sum(receipt.rows_in for receipt in scan.committed),
+        "units_broken": list(found.broken),
+        "units_set_aside": found.set_aside(),
+        "parts_published": len(found.parts),
+        "parts_planned": None if found.publication is None else len(found.publication.parts),
+        "pairs_done": sum(receipt.rows_in for receipt in found.committed),
         "pairs_planned": plan.pairs,
-        "failed_rows": sum(receipt.failed for receipt in scan.committed),
-        "units_padded": sum(bool(receipt.fallback) for receipt in scan.committed),
-        "success": "_SUCCESS" in scan.files.found,
+        "failed_rows": sum(receipt.failed for receipt in found.committed),
+        "units_padded": sum(bool(receipt.fallback) for receipt in found.committed),
+        "success": "_SUCCESS" in found.files.found,
     }
 
 

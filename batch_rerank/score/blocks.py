@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from batch_rerank.errors import BatchRerankError, as_value
 from batch_rerank.score.steps import EncodedUnit, ScoredUnit
-from batch_rerank.store.manifest import Receipt, SetAside
+from batch_rerank.store.receipts import Receipt, SetAside
 
 
 def block(value: EncodedUnit | ScoredUnit | Receipt | SetAside) -> pa.Table:

@@ -1,6 +1,7 @@
 """Planning: shards, checks, units and the fingerprint. Reads footers and id columns, no text, and touches no GPU."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,18 +16,21 @@ from batch_rerank.errors import ConfigError, InputError, ScatteredError
 from batch_rerank.input.layouts import OPTIONAL, Columns, Queries, Scattered, find_scattered
 from batch_rerank.input.shards import read_queries, with_content
 from batch_rerank.input.units import cut_units
+from batch_rerank.score.unit_size import unit_pairs
 from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
-from batch_rerank.store.manifest import Plan, fingerprint
-from batch_rerank.store.plans import Shard, Unit
+from batch_rerank.store.manifest import fingerprint
+from batch_rerank.store.plans import Plan, Shard, Unit
 
 SCORING_VERSION = 1
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
 
-PLANNING_THREADS = 8
+PLANNING_THREADS = max(2, min(8, os.cpu_count() or 2))
+"""More than cores make nothing faster where shards are near, and hold a shard's ids each."""
+
 MOST_THREADS = 32
 """Where shards are small and far away: 500 of them at 50 ms a request take 10 s with 8 threads, 3.7 s with 32."""
 
-PLANNED_BYTES = 4 * 2**30
+PLANNED_BYTES = 2**30
 """Of shards that may be planned at once by more than PLANNING_THREADS: their ids are a driver's memory."""
 
 
@@ -58,7 +62,9 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         Shard(index, str(shard.location), shard.file, int(shard.queries.rows[-1]), shard.row_groups, shard.listed)
         for index, shard in enumerate(seen)
     ]
-    units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, config)]
+    pairs = sum(int(shard.queries.pairs.sum()) for shard in seen)
+    sizes = [unit_pairs(config, model, pairs, shard.pair_bytes) for shard in seen]
+    units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, sizes[index])]
     if config.limit is not None:
         units = _first_queries(units, seen, config.limit)
     fields = _fingerprint_fields(config, model, seen)
@@ -75,7 +81,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         model=asdict(model),
         version=batch_rerank.__version__,
         counts=counts,
-        notes=_notes(config, model, seen, units),
+        notes=_notes(model, seen, units, sizes),
         shards=shards,
         units=units,
     )
@@ -183,12 +189,12 @@ def _verdict(config: JobConfig, scattered: Sequence[Scattered]) -> None:
     raise InputError(f"{found}; expected each query in one row; give different queries different ids")
 
 
-def _units_of(index: int, shard: Seen, config: JobConfig) -> Iterator[Unit]:
+def _units_of(index: int, shard: Seen, size: int) -> Iterator[Unit]:
     cuts = cut_units(
         shard.queries.pairs,
         shard.queries.rows,
         list(itertools.accumulate(rows for rows, _ in shard.row_groups)),
-        min(config.input.unit_pairs, max(1, int(config.input.unit_bytes / max(1.0, shard.pair_bytes)))),
+        size,
     )
     for number, (first, last) in enumerate(itertools.pairwise(cuts)):
         rows, pairs = shard.queries.rows, shard.queries.pairs
@@ -217,7 +223,7 @@ def _first_queries(units: Sequence[Unit], seen: Sequence[Seen], limit: int) -> l
     return kept
 
 
-def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Sequence[Unit]) -> list[str]:
+def _notes(model: ModelSpec, seen: Sequence[Seen], units: Sequence[Unit], sizes: Sequence[int]) -> list[str]:
     notes = []
     if not model.takes_instruction and any("instruction" in shard.columns.names for shard in seen):
         notes.append(
@@ -231,7 +237,7 @@ def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Seq
                 f"column {name!r} is in {len(having)} of {len(seen)} shards, e.g. not in {lacks}: read without it"
             )
     largest = max(units, key=lambda unit: unit.pairs, default=None)
-    if largest is not None and largest.pairs > 4 * config.input.unit_pairs:
+    if largest is not None and largest.pairs > 4 * max(sizes, default=1):
         notes.append(
             f"unit {largest.id} has {largest.pairs:,} pairs: a query is never cut, so one task scores them all"
         )
@@ -239,7 +245,8 @@ def _notes(config: JobConfig, model: ModelSpec, seen: Sequence[Seen], units: Seq
 
 
 def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen]) -> dict[str, object]:
-    """Everything that changes an output byte but timing: not the cluster, the token budget, or the failure limits."""
+    """Everything that changes a score, or which pairs have one: not the cluster, the token budget, the failure limits,
+    nor what the output makes of the scores."""
     shards = [[shard.file.size, shard.file.version] for shard in seen]  # wherever they lie
     return {
         "scoring_version": SCORING_VERSION,
@@ -254,9 +261,5 @@ def _fingerprint_fields(config: JobConfig, model: ModelSpec, seen: Sequence[Seen
         "input.layout": config.input.layout,
         "input.columns": [shard.columns.names for shard in seen[:1]],
         "input.shards": fingerprint({"shards": shards}),
-        "output.layout": config.output.layout,
-        "output.top_k": config.output.top_k,
-        "output.include_text": config.output.include_text,
-        "output.passthrough": config.output.passthrough,
         "limit": config.limit,
     }

@@ -1,11 +1,14 @@
 """A unit's canonical rows to what is scored: groups of texts, and the rows that wait for their scores."""
 
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,9 +17,10 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Group
 from batch_rerank.input.shards import twice_read
 from batch_rerank.input.unit_reader import read_units
+from batch_rerank.schema import QUERY_HASH, TEXT_HASH
+from batch_rerank.score.hashes import query_hashes, text_hashes
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.manifest import Plan
-from batch_rerank.store.plans import Shard, Unit
+from batch_rerank.store.plans import Plan, Shard, Unit
 
 NULL_QUERY = "query is null"
 NULL_TEXT = "text is null"
@@ -25,13 +29,13 @@ NULL_TEXT = "text is null"
 @dataclass(frozen=True)
 class ReadUnit:
     """A unit after reading: `rows` without texts (unless the output includes them) and with `error`, which is null for
-    the rows that are scored; `groups` hold the texts of those rows, in row order; `retries`: repeated requests."""
+    the rows that are scored; `groups` hold the texts of those rows, in row order; `about`: fields of its receipt."""
 
     unit: Unit
     rows: pa.Table
     groups: list[Group]
     empty_texts: int
-    retries: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,13 @@ def read_range(work: ReadRange, config: JobConfig, model: ModelSpec) -> Iterator
     """Read the units of a range, each row group once. Raises InputError."""
     location = locate(work.shard.url, config.input.storage_options, reached=True)
     names = (config.input.layout, config.input.columns, config.output.passthrough)
-    before = 0
+    before, started = 0, time.monotonic()
     for unit, rows in read_units(location, work.shard, work.units, *names):
         read = prepare(unit, rows, model.takes_instruction, config.output.include_text)
-        yield replace(read, retries=location.patience.retries - before)
-        before = location.patience.retries
+        read.about["storage_retries"] = location.patience.retries - before
+        read.about["read_seconds"] = round(time.monotonic() - started, 4)
+        yield read
+        before, started = location.patience.retries, time.monotonic()
 
 
 def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: bool) -> ReadUnit:
@@ -106,7 +112,18 @@ def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: b
     if include_text:
         rows = rows.set_column(rows.column_names.index("text"), "text", rows["text"].cast(pa.large_string()))
     kept = rows.drop_columns(["query", "instruction"] if include_text else ["query", "instruction", "text"])
+    scored = pc.is_null(error).to_numpy()
+    of_query = np.repeat(query_hashes(groups), [len(group.documents) for group in groups])
+    for name, hashes in ((QUERY_HASH, of_query), (TEXT_HASH, text_hashes(good["text"]))):
+        kept = kept.append_column(name, spread(hashes, scored, pa.uint64()))
     return ReadUnit(unit, kept.append_column("error", error), groups, empty)
+
+
+def spread(values: npt.NDArray[Any], scored: npt.NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
+    """Values of the scored rows at their places among all rows, null elsewhere."""
+    full = np.zeros(len(scored), values.dtype)
+    full[scored] = values
+    return pa.array(full, kind, mask=~scored)
 
 
 def _groups(rows: pa.Table, takes_instruction: bool) -> list[Group]:

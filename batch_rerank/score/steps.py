@@ -1,19 +1,17 @@
-"""The three steps of a unit, as both `run_local` and the Ray job call them: encode, score, commit."""
+"""A unit on its way to its scores: encoded, then scored. What its receipt will say is gathered on the way."""
 
-import json
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
@@ -23,13 +21,10 @@ from batch_rerank.engine.packing import Float32, best_chunks, unreadable
 from batch_rerank.engine.selftest import unit_fault
 from batch_rerank.engine.tested import tested_scorer
 from batch_rerank.errors import BatchRerankError, ModelError
-from batch_rerank.publish.rank import rank
-from batch_rerank.publish.write_unit import write_unit
 from batch_rerank.score.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
-from batch_rerank.score.read_unit import NULL_QUERY, NULL_TEXT, ReadUnit
-from batch_rerank.store import filesystem
-from batch_rerank.store.manifest import Manifest, Receipt, SetAside
+from batch_rerank.score.read_unit import ReadUnit
 from batch_rerank.store.plans import Unit
+from batch_rerank.store.receipts import SetAside
 
 log = logging.getLogger("batch_rerank")
 NO_TOKENS = "no tokens: the model's tokenizer makes none of a text of this pair"
@@ -38,13 +33,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EncodedUnit:
-    """A unit that waits for its scores."""
+    """A unit that waits for its scores. about: fields of its receipt so far."""
 
     unit: Unit
     rows: pa.Table
     encoded: Encoded
     empty_texts: int
-    retries: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,16 +54,15 @@ class ScoredUnit:
     truncated: npt.NDArray[np.bool_]
     offset: npt.NDArray[np.int32] | None
     empty_texts: int
-    seconds: float
-    scorer: str
-    self_test: str
-    retries: int = 0
-    fallback: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
     """Tokenise a unit."""
-    return EncodedUnit(read.unit, read.rows, encoder.encode(read.groups), read.empty_texts, read.retries)
+    started = time.monotonic()
+    encoded = encoder.encode(read.groups)
+    about = {**read.about, "encode_seconds": round(time.monotonic() - started, 4)}
+    return EncodedUnit(read.unit, read.rows, encoded, read.empty_texts, about)
 
 
 def or_set_aside(unit: Unit, step: Callable[[], T]) -> T | SetAside:
@@ -113,11 +107,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        seconds=scorer.busy(started),
-        scorer=scorer.tag,
-        self_test=scorer.self_test,
-        retries=unit.retries,
-        fallback=scorer.fallback,
+        about={**unit.about, "seconds": round(scorer.busy(started), 4), **scorer.about},
     )
 
 
@@ -151,6 +141,12 @@ class LoadedScorer:
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
         assert tested.result is not None
         self.self_test = "" if model.kind == "checksum" else f"{tested.result.summary()}; {tested.seconds:.1f} s"
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What receipts say of it."""
+        said = {"scorer": self.tag, "self_test": self.self_test, "fallback": self.fallback}
+        return {**said, "host": socket.gethostname(), "device": self._device}
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]. Calls of two threads are begun one after the other, and waited for beside each other."""
@@ -200,53 +196,3 @@ def _threads(model: ModelSpec) -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def commit_unit(scored: ScoredUnit, config: JobConfig, model: ModelSpec, fingerprint: str) -> Receipt:
-    """Rank a unit, write its part, then its receipt. Raises StorageError."""
-    top_k = config.output.top_k
-    ranked = rank(scored.rows, scored.scores, scored.n_tokens, scored.truncated, model, top_k, scored.offset)
-    errors = scored.rows["error"]
-    null_texts, null_queries = _count(errors, NULL_TEXT), _count(errors, NULL_QUERY)
-    failed = len(scored.rows) - len(scored.scores)
-    receipt = Receipt(
-        unit=scored.unit.id,
-        fingerprint=fingerprint,
-        part="",
-        size=0,
-        sha256="",
-        rows_in=len(scored.rows),
-        rows_out=len(ranked),
-        queries=scored.unit.queries,
-        scored=len(scored.scores),
-        failed=failed,
-        null_texts=null_texts,
-        null_queries=null_queries,
-        empty_texts=scored.empty_texts,
-        truncated=int(scored.truncated.sum()),
-        tokens=int(scored.n_tokens.sum()),
-        seconds=round(scored.seconds, 4),
-        scorer=scored.scorer,
-        self_test=scored.self_test,
-        engine_failed=failed - null_texts - null_queries,
-        storage_retries=scored.retries,
-        fallback=scored.fallback,
-    )
-    manifest = Manifest(filesystem.locate(config.output.path, config.output.storage_options, reached=True))
-    if receipt.engine_failed:
-        _record_failures(manifest, scored)
-    return write_unit(manifest, scored.unit, ranked, model, receipt)
-
-
-def _record_failures(manifest: Manifest, scored: ScoredUnit) -> None:
-    """What the engine could not score: top_k may cut the rows that say it."""
-    errors = scored.rows["error"]
-    engine = pc.and_(pc.is_valid(errors), pc.invert(pc.is_in(errors, pa.array([NULL_TEXT, NULL_QUERY]))))
-    rows = scored.rows.filter(engine).select(["query_id", "doc_id", "error"]).to_pylist()
-    location = manifest.failure(scored.unit.id)
-    with filesystem.storage_errors(location):
-        location.write_bytes(json.dumps({"unit": scored.unit.id, "rows": rows}).encode())
-
-
-def _count(errors: pa.ChunkedArray, value: str) -> int:
-    return int(pc.sum(pc.equal(errors, value)).as_py() or 0)

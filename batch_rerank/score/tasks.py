@@ -22,17 +22,11 @@ from batch_rerank.score.attempts import Attempts
 from batch_rerank.score.blocks import block, failure, row, unpack
 from batch_rerank.score.poison import DeviceLostError, Trial
 from batch_rerank.score.read_unit import ReadRange, read_range
-from batch_rerank.score.steps import (
-    EncodedUnit,
-    LoadedScorer,
-    ScoredUnit,
-    commit_unit,
-    encode_unit,
-    or_set_aside,
-    score_unit,
-)
+from batch_rerank.score.score_file import commit_unit
+from batch_rerank.score.steps import EncodedUnit, LoadedScorer, ScoredUnit, encode_unit, or_set_aside, score_unit
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.manifest import Manifest, Receipt, SetAside
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.receipts import Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")
 

@@ -1,64 +1,116 @@
 """What a job and a stage share: what is done already, and a status that is true to how they end."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from batch_rerank.errors import BatchRerankError, ConflictError, UnfinishedError
-from batch_rerank.store.filesystem import storage_errors
+from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
-from batch_rerank.store.manifest import Manifest, Plan, Receipt, Totals
-from batch_rerank.store.names import TREC_RUNS, Files
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.names import PART, TREC_RUN, part_name
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Publication, Receipt, Totals
 from batch_rerank.store.records import Mark
+from batch_rerank.store.scan import Scan, discard, note_name, part_files, scan, scores_files
 
 log = logging.getLogger("batch_rerank")
 
 
-def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> frozenset[str]:
+def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tuple[frozenset[str], Scan]:
     """What is done already. Units that are not as they should be are named and made not done, and so are those with
     pairs that the engine could not score: it may have been the engine. Under the lease."""
-    scan = manifest.scan(plan)
-    refuse_strays(manifest, scan.files, plan)
-    again = dict(scan.broken)
-    if "_SUCCESS" not in scan.files.found:
-        failed = (receipt for receipt in scan.committed if receipt.engine_failed)
+    found = scan(manifest, plan)
+    remove_late_parts(manifest, found, plan)
+    refuse_strays(manifest, found, plan)
+    again = dict(found.broken)
+    if "_SUCCESS" not in found.files.found:
+        failed = (receipt for receipt in found.committed if receipt.engine_failed)
         again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
     for unit_id, reason in again.items():
         log.warning("unit %s: %s; it is made again", unit_id, reason)
-    done = [receipt for receipt in scan.committed if receipt.unit not in again]
+    done = [receipt for receipt in found.committed if receipt.unit not in again]
     for receipt in done:
         totals.add(receipt)
     totals.resumed_pairs = totals.rows_in
+    units = frozenset(receipt.unit for receipt in done)
     lease.check()
     with storage_errors(manifest.root):
         # each removal is of what the scan saw: a driver that was paused here must not touch what a successor wrote
-        if len(done) < len(plan.units):
-            old_run = plan.config.get("output", {}).get("trec_run")  # else a run.trec is somebody else's
-            for name in ("_SUCCESS", *(TREC_RUNS if old_run else TREC_RUNS[:1])):
-                manifest.remove_seen(name, scan.files)
-        for unit_id in again:
-            manifest.discard(unit_id, scan.files)
-        kept = {f"_manifest/failures/{receipt.unit}.json" for receipt in done}
-        for name in scan.files.leftovers():
+        _withdraw(manifest, plan, found, units)
+        discard(manifest, found, again)
+        for name in found.spoiled:
+            for file in scores_files(name):
+                manifest.remove_seen(file, found.files)
+        kept = {f"_manifest/failures/{unit}.json" for unit in units}
+        for name in found.files.leftovers():
             if name not in kept:
-                manifest.remove_seen(name, scan.files)
+                manifest.remove_seen(name, found.files)
     lease.check()
     if done:
         log.info("resuming: %d of %d units are done", len(done), len(plan.units))
-    return frozenset(receipt.unit for receipt in done)
+    return units, found
 
 
-def refuse_strays(manifest: Manifest, files: Files, plan: Plan) -> None:
+def _withdraw(manifest: Manifest, plan: Plan, found: Scan, done: frozenset[str]) -> None:
+    """Remove what is published of units that are not done, and parts that are not whole; the mark before them."""
+    publication, stale = found.publication, set[int]()
+    if publication is not None:
+        for number, (first, last) in enumerate(publication.parts):
+            whole = all(unit.id in done for unit in plan.units[first : last + 1])
+            if not whole or number not in found.parts:
+                stale.add(number)
+    if stale or len(done) < len(plan.units):
+        for name in ("_SUCCESS", TREC_RUN):
+            manifest.remove_seen(name, found.files)
+    for number in stale:
+        for name in (*part_files(number), note_name(part_name(number))):
+            manifest.remove_seen(name, found.files)
+        found.parts.pop(number, None)
+
+
+def remove_late_parts(manifest: Manifest, found: Scan, plan: Plan) -> None:
+    """Remove parts of this job that no publication has: a publisher that was paused while another withdrew its
+    publication has written them since. Under the lease."""
+    for name in found.files.strays(expected_parts(manifest, plan, found.publication)):
+        if not manifest.staged and re.fullmatch(PART, name) and _is_ours(manifest.root / name, plan):
+            log.warning("%s: a part of a publication that was withdrawn; removed", manifest.root / name)
+            manifest.remove_seen(name, found.files)
+            del found.files.found[name]
+
+
+def _is_ours(part: Location, plan: Plan) -> bool:
+    with storage_errors(part), part.open() as file:
+        try:
+            metadata = pq.read_schema(file).metadata or {}
+        except (pa.ArrowException, OSError):
+            return False
+    told = metadata.get(b"batch_rerank.fingerprint") == plan.fingerprint.encode()
+    return told and b"batch_rerank.publication" in metadata
+
+
+def refuse_strays(manifest: Manifest, found: Scan, plan: Plan) -> None:
     """Raise ConflictError where an output holds Parquet files that are not of this plan."""
-    strays = files.strays(unit.id for unit in plan.units)
+    strays = found.files.strays(expected_parts(manifest, plan, found.publication))
     if strays:
         raise ConflictError(
             f"{manifest.root}: holds {len(strays)} Parquet file(s) that are not of this job, e.g. {strays[0]}; readers "
             "would take them for output; move them away and run again"
         )
+
+
+def expected_parts(manifest: Manifest, plan: Plan, publication: Publication | None) -> list[str]:
+    """The names of the parts that an output may hold."""
+    if manifest.staged:
+        return [part_name(unit.id) for unit in plan.units]
+    return [part_name(number) for number in range(len(publication.parts))] if publication else []
 
 
 class Expected:
@@ -98,15 +150,8 @@ def mark_done(manifest: Manifest, plan: Plan, mark: Mark, lease: Lease) -> None:
         if manifest.success.create_exclusive(mark.to_json()):
             return
         there = manifest.read_mark()
-        same = there is not None and (there.fingerprint, there.units, there.rows) == (
-            mark.fingerprint,
-            mark.units,
-            mark.rows,
-        )
-        if there is None or not same or mark.trec_run not in (None, there.trec_run):
+        if there is None or replace(there, lease=mark.lease) != mark:
             manifest.success.write_bytes(mark.to_json())
-            if there is not None and there.old_run:
-                (manifest.root / TREC_RUNS[1]).remove()
 
 
 @contextmanager

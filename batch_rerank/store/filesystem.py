@@ -148,8 +148,10 @@ class Location:
         return self.patiently(self._put_new, data) or self.read_bytes() == data
 
     def _put_new(self, data: bytes) -> bool:
+        # s3fs would upload more than 100 MB in pieces, whose end is not conditional everywhere
+        one = {"chunksize": len(data) + 1} if self._is_s3 else {}
         try:
-            self.fs.pipe_file(self.path, data, mode="create")
+            self.fs.pipe_file(self.path, data, mode="create", **one)
         except FileExistsError:
             return False
         except (OSError, ValueError) as error:

@@ -1,180 +1,37 @@
-"""The job's bookkeeping beside its output: plan, receipts, status and `_SUCCESS`.
+"""The job's bookkeeping beside its output: plan, score files, receipts, publication, status and `_SUCCESS`.
 
-`_manifest/plan.json`, `part-<shard>-<unit>.parquet`, `_manifest/receipts/<unit>.json`, `_SUCCESS`, in this order.
-A unit is done if and only if its receipt is there and its part is there with the receipt's size.
+`_manifest/plan.json`, then for each unit `_work/<unit>.parquet` and `_manifest/receipts/<unit>.json`, then the parts
+that are made of them, `_SUCCESS`, and `_scores/`, which takes over from `_work/`. Of a staged input the units' files
+are its parts. What is done is `scan`'s to say.
 """
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 from batch_rerank.errors import ConfigError, ConflictError, StorageError
 from batch_rerank.store.filesystem import Location, storage_errors
-from batch_rerank.store.names import TREC_RUNS, Files, checked, part_name
-from batch_rerank.store.plans import Shard, Unit, differing_shards, parse_plan, refuse_protocol
-from batch_rerank.store.records import Count, Mark, Seconds, Status, UnitId, parse
+from batch_rerank.store.names import TREC_RUN, Files, checked, part_name, receipt_name, work_name
+from batch_rerank.store.plans import Plan, differing_shards, refuse_protocol
+from batch_rerank.store.receipts import PartReceipt, Publication, ScoresReceipt
+from batch_rerank.store.records import Mark, Status, parse
 
-MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a job is: resolved config and model, fingerprint, shards and units.
-
-    `counts` has what planning saw and passed over: shards, zero-row shards, queries, queries without candidates;
-    `notes` what a user should know before the run.
-    """
-
-    fingerprint: str
-    fingerprint_fields: dict[str, Any]
-    config: dict[str, Any]
-    model: dict[str, Any]
-    version: str
-    counts: dict[str, int]
-    notes: list[str]
-    shards: list[Shard]
-    units: list[Unit]
-
-    @property
-    def pairs(self) -> int:
-        """Candidates of all units."""
-        return sum(unit.pairs for unit in self.units)
-
-    def to_json(self) -> bytes:
-        """Units and shards as lists of values: 50,000 units are about 3 MB."""
-        value = {**asdict(self), "manifest_version": MANIFEST_VERSION}
-        value["shards"] = [[s.url, s.file.path, s.file.size, s.file.version, s.rows] for s in self.shards]
-        value["units"] = [[u.id, u.shard, u.start, u.stop, u.queries, u.pairs] for u in self.units]
-        return json.dumps(value, separators=(",", ":")).encode()
-
-    @staticmethod
-    def from_json(data: bytes, where: object) -> "Plan":
-        """Raises StorageError where the content is no plan that we write."""
-        try:
-            version, fields = parse_plan(data)
-        except ValueError as error:
-            raise StorageError(f"{where}: not a plan ({error}); the manifest is damaged, use a new output") from None
-        if version != MANIFEST_VERSION:
-            raise StorageError(
-                f"{where}: written by another version of batch_rerank; use that version, or a new output"
-            )
-        return Plan(**fields)
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof that a unit is committed: what came in, what went out, and what was odd about it.
-
-    Counts of other versions that are missing here are 0, so a receipt of theirs costs no scored unit.
-    engine_failed: rows among `failed` whose pair the engine could not score, which a resume tries again; scorer: the
-    model copy that scored it; self_test: what its self-test said; storage_retries: requests that were repeated for it;
-    etag: the part's version where the store keeps one; fallback: why its batches were padded, empty where packed
-    """
-
-    unit: UnitId
-    fingerprint: str
-    part: str
-    size: Count
-    sha256: str
-    rows_in: Count = 0
-    rows_out: Count = 0
-    queries: Count = 0
-    scored: Count = 0
-    failed: Count = 0
-    null_texts: Count = 0
-    null_queries: Count = 0
-    empty_texts: Count = 0
-    truncated: Count = 0
-    tokens: Count = 0
-    seconds: Seconds = 0.0
-    scorer: str = ""
-    self_test: str = ""
-    engine_failed: Count = 0
-    storage_retries: Count = 0
-    etag: str = ""
-    fallback: str = ""
-
-    def to_json(self) -> bytes:
-        """One JSON object."""
-        return json.dumps(asdict(self)).encode()
-
-    @staticmethod
-    def from_json(data: bytes, where: object) -> "Receipt":
-        """Fields of a newer version are passed over. Raises StorageError where the content is no receipt."""
-        try:
-            return parse(Receipt, data)
-        except ValueError as error:
-            raise StorageError(f"{where}: not a receipt ({error}); delete it to have its unit scored again") from None
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A unit that could not be scored: the job goes on without it and ends with exit 1; a resume tries it again."""
-
-    unit: str
-    tries: int
-    error: str
-
-
-SUMMED = (
-    "rows_in",
-    "rows_out",
-    "queries",
-    "scored",
-    "failed",
-    "null_texts",
-    "null_queries",
-    "empty_texts",
-    "truncated",
-    "tokens",
-    "engine_failed",
-)
-"""Counts of a receipt that follow from the unit alone: they are in its part's footer too."""
-
-
-@dataclass
-class Totals:
-    """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback;
-    resumed_pairs: done by earlier runs."""
-
-    units: int = 0
-    rows_in: int = 0
-    rows_out: int = 0
-    queries: int = 0
-    scored: int = 0
-    failed: int = 0
-    null_texts: int = 0
-    null_queries: int = 0
-    empty_texts: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    engine_failed: int = 0
-    storage_retries: int = 0
-    padded_units: int = 0
-    seconds: float = 0.0
-    resumed_pairs: int = 0
-
-    def add(self, receipt: Receipt) -> None:
-        """Count one more unit."""
-        self.units += 1
-        self.padded_units += bool(receipt.fallback)
-        self.seconds += receipt.seconds
-        for name in (*SUMMED, "storage_retries"):
-            setattr(self, name, getattr(self, name) + getattr(receipt, name))
+PUBLICATION = "_manifest/publication.json"
 
 
 def fingerprint(fields: dict[str, Any]) -> str:
-    """sha256 of everything that changes an output byte."""
+    """sha256 of everything that changes what comes out."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of one output."""
+    """The files of one output, or of a staged input."""
 
     root: Location
+    staged: bool = False
 
     @property
     def plan_location(self) -> Location:
@@ -189,23 +46,31 @@ class Manifest:
     @property
     def trec_run(self) -> Location:
         """Where the ranked rows are as a TREC run, if the config asks for it."""
-        return self.root / TREC_RUNS[0]
+        return self.root / TREC_RUN
 
-    def part(self, unit_id: str) -> Location:
-        """Where a unit's rows are."""
-        return self.root / part_name(unit_id)
+    def unit_name(self, unit_id: str) -> str:
+        """The file that a unit commits."""
+        return part_name(unit_id) if self.staged else work_name(unit_id)
+
+    def unit_file(self, unit_id: str) -> Location:
+        """Where the file is that a unit commits."""
+        return self.root / self.unit_name(unit_id)
 
     def receipt(self, unit_id: str) -> Location:
-        """Where a unit's receipt is."""
-        return self.root / f"_manifest/receipts/{checked(unit_id)}.json"
+        """Where a unit's receipt is, unless it is rolled up."""
+        return self.root / receipt_name(unit_id)
 
     def failure(self, unit_id: str) -> Location:
         """Where it says what the engine could not score of a unit."""
         return self.root / f"_manifest/failures/{checked(unit_id)}.json"
 
-    def damage(self, unit_id: str) -> Location:
-        """Where it says which part and receipt of a unit `verify --repair` has found damaged."""
-        return self.root / f"_manifest/damaged/{checked(unit_id)}.json"
+    def part(self, number: int) -> Location:
+        """Where a part of the output is."""
+        return self.root / part_name(number)
+
+    def part_receipt(self, number: int) -> Location:
+        """Where its receipt is."""
+        return self.root / f"_manifest/parts/{number:05d}.json"
 
     def read_plan(self) -> Plan | None:
         """The plan, or None for an output that has none."""
@@ -240,15 +105,13 @@ class Manifest:
             raise ConflictError(self._conflict(existing, plan))
 
     def _conflict(self, existing: Plan, plan: Plan) -> str:
-        ours, theirs = plan.fingerprint_fields, existing.fingerprint_fields
-        differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-        lines = [f"  {key}: there {_short(theirs.get(key))}, here {_short(ours.get(key))}" for key in differing]
+        lines = differing(existing.fingerprint_fields, plan.fingerprint_fields)
         shards = differing_shards(existing.shards, plan.shards)
-        lines += [f"  {shards}"] if shards else []
         return (
-            f"{self.root}: belongs to another job, which differs in {', '.join(differing)}:\n" + "\n".join(lines) + "\n"
-            "expected the same job or an empty output; use another output.path (or input.stage), or delete this one "
-            "to replace it"
+            f"{self.root}: belongs to another job, which differs in {', '.join(lines)}:\n"
+            + "\n".join([*lines.values(), *([f"  {shards}"] if shards else [])])
+            + "\nexpected the same job or an empty output; use another output.path (or input.stage), or delete this "
+            "one to replace it"
         )
 
     def refuse_foreign(self) -> None:
@@ -261,41 +124,12 @@ class Manifest:
                 "expected an empty output; use another output.path"
             )
 
-    def list_files(self) -> Files:
-        """All files of the output, in one listing."""
+    def list_files(self, folder: str = "") -> Files:
+        """All files of the output, or of a folder of it, in one listing; names are below the output."""
         with storage_errors(self.root):
             start = len(self.root.path.rstrip("/")) + 1
-            return Files({path[start:]: file for path, file in self.root.find().items()})
-
-    def scan(self, plan: Plan, workers: int = 16) -> "Scan":
-        """What is committed and what is not as it should be, as far as a listing shows; checksums are `verify`'s work.
-        One listing, receipts concurrently."""
-        files = self.list_files()
-        names = {f"_manifest/receipts/{unit.id}.json": unit.id for unit in plan.units}
-        found = [name for name in names if name in files.found]
-        noted = {unit: f"_manifest/damaged/{unit}.json" for unit in files.units_within("_manifest/damaged")}
-        with ThreadPoolExecutor(workers) as pool:
-            bodies = list(pool.map(lambda name: _read(self.root / name), [*found, *noted.values()]))
-        damaged = dict(zip(noted, bodies[len(found) :], strict=True))
-        committed: list[Receipt] = []
-        broken: dict[str, str] = {}
-        for name, body in zip(found, bodies, strict=False):
-            unit_id = names[name]
-            receipt = _fitting(files, plan.fingerprint, unit_id, body, self.root / name)
-            if isinstance(receipt, Receipt) and damaged.get(unit_id) == versions(files, unit_id):
-                receipt = "verify has found it damaged"
-            if isinstance(receipt, Receipt):
-                committed.append(receipt)
-            else:
-                broken[unit_id] = receipt
-        return Scan(files, committed, broken)
-
-    def discard(self, unit_id: str, files: Files) -> None:
-        """Make a unit not done: remove its files, as far as they are still those that a listing showed. Its receipt
-        goes behind its part: one without its part shows in the next listing, where a damaged part without a receipt
-        would not."""
-        for location in (self.failure(unit_id), self.part(unit_id), self.receipt(unit_id), self.damage(unit_id)):
-            self.remove_seen(location.path[len(self.root.path.rstrip("/")) + 1 :], files)
+            found = (self.root / folder if folder else self.root).find()
+            return Files({path[start:]: file for path, file in found.items()})
 
     def remove_seen(self, name: str, files: Files) -> None:
         """Remove a file of a listing, if it is still that one."""
@@ -303,6 +137,46 @@ class Manifest:
         if seen is not None:
             with storage_errors(self.root / name):
                 (self.root / name).remove_seen(seen)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file. Raises StorageError."""
+        with storage_errors(self.root / name):
+            return (self.root / name).read_bytes()
+
+    def read_publication(self) -> Publication | None:
+        """What is being published, or was; None where nothing was yet. Raises StorageError where it is damaged."""
+        location = self.root / PUBLICATION
+        with storage_errors(location):
+            try:
+                return parse(Publication, location.read_bytes())
+            except FileNotFoundError:
+                return None
+            except ValueError as error:
+                raise StorageError(f"{location}: not what we write ({error}); delete it and run again") from None
+
+    def read_part_receipts(self, publication: Publication, files: Files, pool: Executor) -> dict[int, PartReceipt]:
+        """The receipts of a publication's parts that are there with the size and version that they say, by number."""
+        numbers = range(len(publication.parts))
+        names = {number: f"_manifest/parts/{number:05d}.json" for number in numbers if part_name(number) in files.found}
+        names = {number: name for number, name in names.items() if name in files.found}
+        found = {}
+        for number, body in zip(names, pool.map(self.read, names.values()), strict=True):
+            seen = files.found[part_name(number)]
+            try:
+                receipt = parse(PartReceipt, body)
+            except ValueError:
+                continue
+            told = (publication.id, part_name(number), seen.size)
+            if (receipt.publication, receipt.part, receipt.size) == told and receipt.etag in ("", seen.version):
+                found[number] = receipt
+        return found
+
+    def read_scores_receipt(self, name: str) -> ScoresReceipt | None:
+        """The receipt of a file below `_scores/`; None where there is none that can be read."""
+        try:
+            return parse(ScoresReceipt, self.read(scores_receipt_name(name)))
+        except (StorageError, ValueError):
+            return None
 
     def write_status(self, status: dict[str, Any]) -> None:
         """`_manifest/status.json`: how far the job is and how it ended. Ray hides a driver's exit code; this has it."""
@@ -326,52 +200,20 @@ class Manifest:
                 return Status()
 
 
-def versions(files: Files, unit_id: str) -> bytes:
-    """Which part and receipt of a unit a listing shows: what `verify --repair` notes where they are damaged."""
-    seen = [files.found.get(name) for name in (part_name(unit_id), f"_manifest/receipts/{unit_id}.json")]
-    return json.dumps([file and [file.size, file.version] for file in seen]).encode()
+def scores_receipt_name(name: str) -> str:
+    """The receipt of `_scores/00003.parquet`."""
+    return f"_manifest/scores/{name.removeprefix('_scores/').removesuffix('.parquet')}.json"
 
 
-@dataclass(frozen=True)
-class Scan:
-    """An output as a listing shows it. broken: units with a receipt that does not fit, and why."""
-
-    files: Files
-    committed: list[Receipt]
-    broken: dict[str, str]
-
-    def set_aside(self) -> list[str]:
-        """Units that could not be scored."""
-        done = {receipt.unit for receipt in self.committed}
-        return [unit for unit in self.files.units_within("_manifest/failures") if unit not in done]
-
-
-def _fitting(files: Files, fingerprint: str, unit_id: str, body: bytes, where: object) -> Receipt | str:
-    """A unit's receipt, or what is wrong with it or its part."""
-    try:
-        receipt = Receipt.from_json(body, where)
-    except StorageError:
-        return "its receipt cannot be read"
-    part = files.found.get(part_name(unit_id))
-    if (receipt.unit, receipt.fingerprint) != (unit_id, fingerprint):
-        return "its receipt is of another unit or job"
-    if part is None:
-        return "its part is missing"
-    if part.size != receipt.size:
-        return f"its part has {part.size:,} bytes, its receipt says {receipt.size:,}"
-    if receipt.etag and receipt.etag != part.version:
-        return "its part was replaced after it was committed (another etag)"
-    return receipt
+def differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
+    """The fields in which two records differ, with a line each."""
+    keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    return {key: f"  {key}: there {_short(there.get(key))}, here {_short(here.get(key))}" for key in keys}
 
 
 def sha256(data: bytes) -> str:
     """Hex digest."""
     return hashlib.sha256(data).hexdigest()
-
-
-def _read(location: Location) -> bytes:
-    with storage_errors(location):
-        return location.read_bytes()
 
 
 def _short(value: Any) -> str:

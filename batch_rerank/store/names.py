@@ -9,18 +9,38 @@ from batch_rerank.store.disk import TEMPORARY_NAME
 from batch_rerank.store.filesystem import File
 from batch_rerank.store.records import UNIT
 
-TREC_RUNS = ("_run.trec", "run.trec")
-"""The ranked rows as a TREC run; the second is where version 0.1.0 had it, in the way of readers of directories."""
+TREC_RUN = "_run.trec"
+"""The ranked rows as a TREC run, under a name that readers of directories pass over."""
 
+_FOLDERS = "receipts|attempts|failures|damaged|lease|exchange|parts|scores"
 _LEFTOVER = re.compile(
-    rf"_manifest/(?:attempts/[0-9a-f]+|failures/{UNIT}|damaged/{UNIT})\.json"
-    rf"|(?:_manifest/(?:(?:receipts|attempts|failures|damaged|lease|exchange)/)?)?{TEMPORARY_NAME}"
+    rf"_manifest/(?:attempts/[0-9a-f]+|failures/{UNIT}|damaged/(?:part-|scores-)?{UNIT})\.json"
+    rf"|(?:_manifest/(?:(?:{_FOLDERS})/)?|_work/|_scores/)?{TEMPORARY_NAME}"
 )
+ROLL = r"_manifest/receipts/rolled-[0-9]{5,9}\.jsonl"
+"""Many receipts in one file."""
+
+EXCHANGED = rf"_manifest/exchange/(?:[0-9]{{5,9}}(?:-[0-9]{{4,9}}\.arrows|\.json)|{TEMPORARY_NAME})"
+"""What a stage exchanges between its passes."""
+
+NOTE = rf"_manifest/damaged/(?:part-|scores-)?{UNIT}\.json"
+PART = r"part-[0-9]{5,9}\.parquet"
+SCORES = r"_scores/[0-9]{5,9}\.parquet"
 
 
-def part_name(unit_id: str) -> str:
-    """The part of unit `00003-00017` is `part-00003-00017.parquet`, in every run. Raises StorageError."""
-    return f"part-{checked(unit_id)}.parquet"
+def part_name(number: int | str) -> str:
+    """A part of an output, or of a stage. Raises StorageError."""
+    return f"part-{checked(f'{number:05d}' if isinstance(number, int) else number)}.parquet"
+
+
+def work_name(unit_id: str) -> str:
+    """The score file of a unit, hidden from readers of the output. Raises StorageError."""
+    return f"_work/{checked(unit_id)}.parquet"
+
+
+def receipt_name(unit_id: str) -> str:
+    """A unit's own receipt. Raises StorageError."""
+    return f"_manifest/receipts/{checked(unit_id)}.json"
 
 
 def checked(unit_id: str) -> str:
@@ -54,9 +74,13 @@ class Files:
         writes. Nothing that is not named as we name it: other programs may keep files here."""
         return [name for name in self.found if _LEFTOVER.fullmatch(name)]
 
-    def strays(self, units: Iterable[str]) -> list[str]:
-        """Parquet files that a reader would take for output and that are no part of these units."""
-        parts = {part_name(unit) for unit in units}
+    def matching(self, pattern: str) -> list[str]:
+        """The files of a pattern, in order of their names."""
+        return [name for name in self.found if re.fullmatch(pattern, name)]
+
+    def strays(self, parts: Iterable[str]) -> list[str]:
+        """Parquet files that a reader would take for output and that are none of these parts."""
+        parts = set(parts)
         hidden = ("_", ".")
         names = (name for name in self.found if name.endswith(".parquet") and name not in parts)
         return [name for name in names if not any(part.startswith(hidden) for part in name.split("/"))]

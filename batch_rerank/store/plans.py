@@ -1,13 +1,17 @@
 """What a plan is made of, and its schema as it lies on storage: what a job believes of it, and what it refuses."""
 
+import json
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batch_rerank.errors import BatchRerankError
+from batch_rerank.errors import BatchRerankError, StorageError
 from batch_rerank.store.filesystem import INPUT_PROTOCOLS, File, protocol_of
 from batch_rerank.store.records import Count, Line, UnitId, parse
+
+MANIFEST_VERSION = 2
+"""2: units are score files, from which parts are published. Stages are the same in 1."""
 
 JOB_COUNTS = ("shards", "zero_row_shards", "queries", "queries_without_candidates")
 STAGE_COUNTS = ("candidates", "queries", "queries_without_candidates")
@@ -57,10 +61,59 @@ class _Plan:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """All that a job is: resolved config and model, fingerprint, shards and units.
+
+    `counts` has what planning saw and passed over: shards, zero-row shards, queries, queries without candidates;
+    `notes` what a user should know before the run.
+    """
+
+    fingerprint: str
+    fingerprint_fields: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    version: str
+    counts: dict[str, int]
+    notes: list[str]
+    shards: list[Shard]
+    units: list[Unit]
+
+    @property
+    def pairs(self) -> int:
+        """Candidates of all units."""
+        return sum(unit.pairs for unit in self.units)
+
+    def to_json(self) -> bytes:
+        """Units and shards as lists of values: 50,000 units are about 3 MB."""
+        value = {**asdict(self), "manifest_version": MANIFEST_VERSION}
+        value["shards"] = [[s.url, s.file.path, s.file.size, s.file.version, s.rows] for s in self.shards]
+        value["units"] = [[u.id, u.shard, u.start, u.stop, u.queries, u.pairs] for u in self.units]
+        return json.dumps(value, separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: object) -> "Plan":
+        """Raises StorageError where the content is no plan that we write."""
+        try:
+            version, fields = parse_plan(data)
+        except ValueError as error:
+            raise StorageError(f"{where}: not a plan ({error}); the manifest is damaged, use a new output") from None
+        if not fields:
+            raise StorageError(
+                f"{where}: written by another version of batch_rerank; use that version, or a new output"
+            )
+        if version == 1 and not fields["config"].get("stage"):  # a stage is the same in both
+            raise StorageError(
+                f"{where}: written by batch_rerank {fields['version'] or '0.1.0'}, whose output has no score files; "
+                "use that version to read or verify it, or a new output"
+            )
+        return Plan(**fields)
+
+
 def parse_plan(data: bytes) -> tuple[int, dict[str, Any]]:
     """A plan's version and fields; no fields where the version may have others. Raises ValueError."""
     version = parse(_Version, data).manifest_version
-    if version != 1:
+    if version not in (1, MANIFEST_VERSION):
         return version, {}
     read = parse(_Plan, data)
     staged = bool(read.config.get("stage"))

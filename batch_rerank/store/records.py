@@ -5,7 +5,7 @@ dataclass. Fields that this version does not know are passed over, and those tha
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast
 
@@ -65,16 +65,27 @@ class TrecRun:
 
 
 @dataclass(frozen=True)
+class PartMark:
+    """What `_SUCCESS` says of a part: its name, candidates, bytes and checksum."""
+
+    name: Line
+    rows: Count
+    size: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Mark:
     """`_SUCCESS`. `lease` names the run that wrote it: no two marks are the same, so one can be told from a later one.
-    `old_run`: what version 0.1.0 wrote as run.trec."""
+    A reader's manifest: `parts` are all files of the output; a stage names none."""
 
     fingerprint: str = ""
     units: Count = 0
     rows: Count = 0
     lease: str = ""
+    publication: str = ""
+    parts: list[PartMark] = field(default_factory=list)
     trec_run: TrecRun | None = None
-    old_run: Annotated[TrecRun | None, Field(validation_alias="run.trec")] = None
 
     def to_json(self) -> bytes:
         """One JSON object."""

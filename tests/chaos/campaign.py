@@ -170,7 +170,7 @@ class Campaign:
     def on_ray(self, drivers: int) -> None:
         """Workers killed at steps, then one output whose drivers are killed at random times."""
         self.workers("ray-1", [("load", "before", ""), ("score", "before", ""), ("link", "before", "receipts/")])
-        self.workers("ray-2", [("score", "after", ""), ("link", "before", "^part"), ("encode", "before", "")])
+        self.workers("ray-2", [("score", "after", ""), ("link", "before", "^_work/"), ("encode", "before", "")])
         for number in range(drivers):
             if not self.over() and not (self.chaos.output("ray-3") / "_SUCCESS").exists():
                 self.kill_driver("ray-3", "ray", (number + 1) / (drivers + 1))

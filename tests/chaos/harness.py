@@ -22,6 +22,9 @@ from conftest import candidate_rows, job, write
 from batch_rerank.config import load_config
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.scan import scan
 
 FAULTS = Path(__file__).parent / "faults"
 REPOSITORY = Path(__file__).parents[2]
@@ -77,7 +80,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Chaos:
-    """A job of `units` units with a query of ten candidates each, and the parts that an undisturbed run of it makes."""
+    """A job of `units` units with a query of ten candidates each, and the parts that an undisturbed run of it makes:
+    one for each unit, in their order."""
 
     folder: Path
     units: int
@@ -89,7 +93,7 @@ class Chaos:
         per_shard = units // shards
         for shard in range(shards):
             write(folder / "in" / f"{shard}.parquet", candidate_rows(per_shard, 10, first=per_shard * shard))
-        raw = job(folder / "in", folder / "undisturbed", input__unit_pairs=10).model_dump()
+        raw = job(folder / "in", folder / "undisturbed", input__unit_pairs=10, output__file_bytes=1).model_dump()
         del raw["limit"]
         (folder / "job.yaml").write_text(yaml.safe_dump(raw))
         ended = Chaos(folder, units, {}).run("undisturbed")
@@ -138,21 +142,23 @@ class Chaos:
         """Run the job into output `name` with faults, to its end."""
         return self.start(name, faults, **options).wait()
 
-    def committed(self, name: str) -> dict[str, tuple[int, ...]]:
-        """The units that count as done, with what a rewritten receipt or part would change."""
-        done = {}
-        for receipt in (self.output(name) / "_manifest/receipts").glob("[!.]*.json"):
-            part = self.output(name) / f"part-{receipt.stem}.parquet"
-            if part.exists() and part.stat().st_size == json.loads(receipt.read_bytes())["size"]:
-                done[receipt.stem] = tuple(
-                    value for file in (receipt, part) for value in (file.stat().st_mtime_ns, file.stat().st_ino)
-                )
-        return done
+    def committed(self, name: str) -> dict[str, bytes]:
+        """The units that count as done, with their receipts, which name who scored them and when."""
+        manifest = Manifest(locate(str(self.output(name))))
+        plan = manifest.read_plan()
+        if plan is None:
+            return {}
+        found = scan(manifest, plan)
+        bodies = {unit: body for bodies in found.rolled.values() for unit, body in bodies.items()} | found.loose
+        return {receipt.unit: json.dumps(json.loads(bodies[receipt.unit])).encode() for receipt in found.committed}
 
     def check_interrupted(self, name: str, damaged: Iterable[str] = ()) -> None:
-        """What a reader may see at any time: whole parts of the plan, and a `_SUCCESS` only over all of them."""
+        """What a reader may see at any time: nothing before all units are done, then whole parts, and a `_SUCCESS` only
+        over all of them."""
         damaged = set(damaged)
         seen = {part: data for part, data in parts(self.output(name)).items() if part not in damaged}
+        if seen and not damaged and len(done := self.committed(name)) < self.units:
+            raise Violation(f"{name}: parts are there and {len(done)} of {self.units} units are done")
         for part, data in seen.items():
             if self.expected.get(part) != data:
                 raise Violation(f"{name}: {part} is not what an undisturbed run writes")
@@ -187,13 +193,17 @@ class Chaos:
             raise Violation(f"{name}: other parts than an undisturbed run's")
         files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
         hidden = [path for path in files if path.name.startswith(".")]
-        fixed = {"_SUCCESS", "_manifest/plan.json", "_manifest/status.json"}
-        receipts = {f"_manifest/receipts/{part[5:-8]}.json" for part in self.expected}
+        fixed = {"_SUCCESS", *(f"_manifest/{name}.json" for name in ("plan", "status", "publication"))}
+        receipts = {f"_manifest/parts/{part[5:-8]}.json" for part in self.expected}
         visible = {str(path) for path in files if path not in hidden}
         if missing := (fixed | receipts) - visible:
             raise Violation(f"{name}: missing {sorted(missing)[:3]}")
-        stray = [path for path in visible - set(self.expected) - fixed - receipts if not path.startswith("_manifest/")]
-        stray += [path for path in visible - receipts if path.startswith("_manifest/receipts/")]
+        scores = {path for path in visible if path.startswith("_scores/")}
+        stray = [path for path in visible - set(self.expected) - fixed - scores if not path.startswith("_manifest/")]
+        stray += [path for path in visible - receipts if path.startswith("_manifest/parts/")]
+        stray += [path for path in scores if not (output / _receipt_of(path)).exists()]
+        if len(held := self.committed(name)) < self.units or len(_gathered(output)) != self.units:
+            raise Violation(f"{name}: {len(held)} units are done, the scores of {len(_gathered(output))} are kept")
         if stray:
             raise Violation(f"{name}: stray files {sorted(stray)[:3]}")
         state = json.loads((output / "_manifest/status.json").read_text())["state"]
@@ -210,11 +220,12 @@ class Chaos:
         return len(hidden)
 
     def damage(self, name: str) -> list[str]:
-        """A finished output in which a receipt is lost, a part is lost and a part is cut short; the parts' names."""
+        """A finished output in which a unit's receipt is lost, a part is lost and a part is cut short; the names of
+        their parts."""
         output = self.output(name)
         shutil.copytree(self.output("undisturbed"), output)
         first, second, third = sorted(self.expected)[: 3 * 2 : 2]
-        (output / "_manifest/receipts" / f"{first[5:-8]}.json").unlink()
+        sorted((output / "_manifest/receipts").iterdir())[0].unlink()
         (output / second).unlink()
         (output / third).write_bytes(self.expected[third][:-20])
         return [first, second, third]
@@ -241,6 +252,15 @@ class Chaos:
         if len(lost := set(ended.scored()) - set(self.committed(name))) > 1:
             raise Violation(f"{name}: {len(lost)} units were in flight, a local job has one")
         return ended
+
+
+def _receipt_of(scores: str) -> str:
+    return f"_manifest/scores/{scores.removeprefix('_scores/').split('.')[0]}.json"
+
+
+def _gathered(output: Path) -> set[str]:
+    receipts = (output / "_manifest/scores").glob("[!.]*.json")
+    return {unit for receipt in receipts for unit, _ in json.loads(receipt.read_text())["units"]}
 
 
 def parts(output: Path) -> dict[str, bytes]:

@@ -69,7 +69,7 @@ def test_killed_at_each_step(chaos: Chaos) -> None:
 
 
 def mending(chaos: Chaos) -> tuple[dict[Step, int], dict[Step, int]]:
-    """Removals from a damaged output, and of them those between the two files of a unit."""
+    """Removals from a damaged output, and of them those between the two files of a part."""
     aside = r"\.[^/]*$"  # where a removal moves a file to
     steps = {
         step: count
@@ -79,7 +79,7 @@ def mending(chaos: Chaos) -> tuple[dict[Step, int], dict[Step, int]]:
     between = {
         (operation, when, match): count
         for (operation, when, match), count in steps.items()
-        if (when == "before" and match.startswith("^part")) or (when == "after" and "receipts" in match)
+        if (when == "before" and match.startswith("^part")) or (when == "after" and "/parts/" in match)
     }
     assert len(steps) > len(between) >= 2
     return {step: count for step, count in steps.items() if step not in between}, between
@@ -89,15 +89,15 @@ def test_killed_at_each_step_that_mends_a_damaged_output(chaos: Chaos) -> None:
     assert survive_each(chaos, mending(chaos)[0], "mending", damaged=True) == []
 
 
-def test_killed_between_the_two_removals_of_a_damaged_unit(chaos: Chaos) -> None:
+def test_killed_between_the_two_removals_of_a_damaged_part(chaos: Chaos) -> None:
     assert survive_each(chaos, mending(chaos)[1], "between", damaged=True, last=True) == []
 
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
 def test_interrupted_at_a_step(sent: str, chaos: Chaos) -> None:
-    for number, match in enumerate(["^part", "receipts/"]):
+    for number, match in enumerate(["^_work/", "receipts/", "^part", "/parts/", "_manifest/scores/"]):
         name = f"{sent}-{number}"
-        ended = chaos.strike(name, ("link", "before", match), 5, sent)
+        ended = chaos.strike(name, ("rename" if "scores" in match else "link", "before", match), 5, sent)
         assert ended.log.rstrip().endswith("exit code 130")
         assert status(chaos, name)["state"] == "interrupted"
         chaos.resume(name, in_process=True)
@@ -116,9 +116,13 @@ def fault(operation: str, match: str, action: str, **more: object) -> Fault:
 @pytest.mark.parametrize(
     ("operation", "match", "nth"),
     [
-        ("create_exclusive", "^part", 5),
-        ("link", "^part", 5),
+        ("create_exclusive", "^_work/", 5),
+        ("link", "^_work/", 5),
         ("create_exclusive", "receipts/", 5),
+        ("link", "^part", 5),
+        ("create_exclusive", "/parts/", 5),
+        ("create_exclusive", "publication.json$", 1),
+        ("create_exclusive", "^_scores/", 2),
         ("create", r"receipts/\.", 5),
         ("create_exclusive", "^_SUCCESS$", 1),
         ("create_exclusive", "plan.json$", 1),

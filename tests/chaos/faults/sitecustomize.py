@@ -68,9 +68,12 @@ class Faults:
             self.wrap(module.Location, "_delete_matching", "delete", lambda location, *_: location.path)
 
     def patch_steps(self, module):
-        for name in ("encode", "score", "commit"):
+        for name in ("encode", "score"):
             self.wrap(module, f"{name}_unit", name, lambda unit, *_: unit.unit.id)
         self.wrap(module.LoadedScorer, "__init__", "load", lambda scorer, config, model: model.name)
+
+    def patch_score_file(self, module):
+        self.wrap(module, "commit_unit", "commit", lambda unit, *_: unit.unit.id)
 
     def audit(self, event, args):
         """Below the package: between a temporary file and its name, whatever the functions there are called."""
@@ -139,6 +142,7 @@ if "BATCH_RERANK_FAULTS" in os.environ:
     _patches = {
         "batch_rerank.store.filesystem": _faults.patch_filesystem,
         "batch_rerank.score.steps": _faults.patch_steps,
+        "batch_rerank.score.score_file": _faults.patch_score_file,
     }
     sys.meta_path.insert(0, Finder(_patches))
     sys.addaudithook(_faults.audit)

@@ -1,0 +1,63 @@
+"""The end of a job: its scores are published, and what only the scoring needed goes."""
+
+from batch_rerank.calls import Each, in_turn
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.publish.keep import tidy
+from batch_rerank.publish.publish import move_latest, publish, refuse_other_publication
+from batch_rerank.store.bookkeeping import refuse_strays
+from batch_rerank.store.lease import Lease
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.names import TREC_RUN
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Totals
+from batch_rerank.store.scan import scan
+
+SMALL_BYTES = 512 * 2**20
+"""Of score files that the driver publishes itself: Ray would take longer to start."""
+
+
+def finish(
+    manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, model: ModelSpec, lease: Lease, each: Each
+) -> None:
+    """Publish a plan whose units are all scored. Raises what `publish` and `tidy` raise."""
+    files = manifest.list_files()
+    scores = (*files.within("_work"), *files.within("_scores"))
+    small = sum(files.found[name].size for name in scores) < SMALL_BYTES
+    mark, _ = publish(manifest, plan, config, model, lease, in_turn if small else each)
+    totals.rows_out = mark.rows
+    move_latest(manifest, plan, mark, config)
+    tidy(manifest, plan, config, lease, in_turn if small else each)
+
+
+def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None:
+    """The counts of a job that has nothing left to do: nothing is written then, and no model is loaded."""
+    mark = manifest.read_mark()
+    if mark is None:
+        return None
+    existing = manifest.read_plan()
+    if existing is None or manifest.read_status().state != "done":
+        return None
+    manifest.refuse_other(existing, plan)
+    found = scan(manifest, existing)
+    refuse_strays(manifest, found, existing)
+    refuse_other_publication(manifest, found.publication, config.output)
+    if not Lease(manifest.root, config.cluster.lease_seconds).look():
+        return None
+    totals = Totals()
+    for receipt in found.committed:
+        totals.add(receipt)
+    totals.rows_out = mark.rows
+    if found.publication is None or totals.units < len(existing.units):
+        return None
+    told = (existing.fingerprint, len(existing.units), found.publication.id)
+    whole = {part.part: (part.size, part.sha256) for part in found.parts.values()}
+    if (mark.fingerprint, mark.units, mark.publication) != told:
+        return None
+    if {part.name: (part.size, part.sha256) for part in mark.parts} != whole:
+        return None
+    absent = config.output.trec_run and not (mark.trec_run and found.files.size(TREC_RUN) == mark.trec_run.size)
+    untidy = found.files.within("_work") or (not config.output.keep_scores and found.files.within("_scores"))
+    if absent or untidy or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
+        return None
+    return totals

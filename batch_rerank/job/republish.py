@@ -1,0 +1,178 @@
+"""Publishing scores that are there already: no model, no accelerator, and of the input only what the scores lack."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_rerank.calls import ahead, in_turn
+from batch_rerank.config import JobConfig, Section
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.errors import ConflictError, StorageError, UnfinishedError
+from batch_rerank.input.places import matches, patterns_of
+from batch_rerank.input.shards import check_planned
+from batch_rerank.job.finish import finish
+from batch_rerank.job.staging import on_ray
+from batch_rerank.publish.output import Place, config_of, open_output
+from batch_rerank.publish.publication import output_of, publishing_fields
+from batch_rerank.publish.publish import unavailable, withdraw
+from batch_rerank.schema import PASSED
+from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
+from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.lease import hold
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.names import work_name
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Totals
+from batch_rerank.store.scan import Scan, scan
+
+log = logging.getLogger("batch_rerank")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published, candidates in and rows out, and how long it took. again: another publication was
+    withdrawn."""
+
+    output: str
+    rows_in: int
+    rows_out: int
+    again: bool
+    seconds: float
+
+
+def republish(place: Place, *, local: bool = False) -> Published:
+    """Publish the scores of an output: as its job file says, or, given by its path, as it was published or planned.
+
+    What is published otherwise is withdrawn first, `_SUCCESS` before all else. Raises ConflictError where the job file
+    is of other scores, UnfinishedError where scores are missing, and the errors of `publish`.
+    """
+    started = time.monotonic()
+    manifest, plan = open_output(place)
+    config = config_of(plan, place)
+    output = config.output if place.job is None else place.job.output
+    if place.job is not None:
+        refuse_other_scores(manifest, place.job, config)
+    totals = Totals()
+    with hold(manifest.root, config.cluster.lease_seconds) as lease:
+        found = scan(manifest, plan)
+        remove_late_parts(manifest, found, plan)
+        refuse_strays(manifest, found, plan)
+        if place.job is None and found.publication is not None:
+            output = output_of(found.publication, output)
+        output = output.model_copy(update={"path": str(manifest.root), "storage_options": place.options})
+        config = config.model_copy(update={"output": output})
+        _check(manifest, plan, found, config)
+        for receipt in found.committed:
+            totals.add(receipt)
+        totals.resumed_pairs = totals.rows_in
+        again = found.publication is not None and found.publication.fields != publishing_fields(output)
+        with recording(manifest, plan, totals, lease):
+            if again:
+                withdraw(manifest, lease)
+            finish(manifest, plan, totals, config, model_of(plan), lease, in_turn if local else on_ray(config))
+    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, time.monotonic() - started)
+
+
+def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -> None:
+    """Raise ConflictError that names the settings by which a job would score otherwise than an output was."""
+    lines = []
+    staged = _is_stage_of(job, stored)
+    if staged:
+        lines += [f"  {line}" for line in _other_sources(job)]
+    inputs = () if staged else ("layout", "path", "columns")
+    sections: tuple[tuple[str, Section, Section, tuple[str, ...]], ...] = (
+        ("input", stored.input, job.input, inputs),
+        ("model", stored.model, job.model, tuple(type(job.model).model_fields)),
+        ("scoring", stored.scoring, job.scoring, ("long_documents", "chunk_overlap", "escape_control_tokens")),
+    )
+    for section, there, here, names in sections:
+        for name in names:
+            one, other = getattr(there, name), getattr(here, name)
+            if one != other and name != "forward":
+                lines.append(f"  {section}.{name}: there {one!r}, here {other!r}")
+    if lines:
+        raise ConflictError(
+            f"{manifest.root}: was scored by another job, which differs in:\n" + "\n".join(lines) + "\n"
+            "expected the job that scored it, with another output section at most; batch-rerank run scores"
+        )
+
+
+def _is_stage_of(job: JobConfig, stored: JobConfig) -> bool:
+    """Whether what was scored is the stage of a job's input."""
+    stage = str(locate(job.stage, job.output.storage_options))
+    return stored.input.layout == "nested" and all(path.startswith(f"{stage}/") for path in stored.input.patterns)
+
+
+def _other_sources(job: JobConfig) -> Iterator[str]:
+    """What a job reads that its stage was not made of, and the reverse, by the places of the files."""
+    plan = Manifest(locate(job.stage, job.output.storage_options), staged=True).read_plan()
+    if plan is None:
+        log.warning("%s: the stage is gone; whether it was made of this job's input cannot be told", job.stage)
+        return
+    given = [(key, locate(pattern, job.input.storage_options)) for key, pattern in patterns_of(job)]
+    urls = [(shard.url, locate(shard.url, job.input.storage_options)) for shard in plan.shards]
+    for key, pattern in given:
+        if not any(matches(pattern, location) for _, location in urls):
+            yield f"{key}: {str(pattern)!r} is not what was staged"
+    for url, location in urls:
+        if not any(matches(pattern, location) for _, pattern in given):
+            yield f"input: {url} was staged, and is not read here"
+            return
+
+
+def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> None:
+    """Raise before anything is withdrawn, where the new publication could not be made."""
+    missing = unavailable(manifest, plan, found)
+    done = {receipt.unit for receipt in found.committed}
+    same = found.publication is not None and found.publication.fields == publishing_fields(config.output)
+    undone = [unit.id for unit in plan.units if unit.id not in done]
+    if undone or (missing and not same):
+        absent = undone or missing
+        raise UnfinishedError(
+            f"{manifest.root}: the scores of {len(absent)} of {len(plan.units)} units are not there, e.g. of "
+            f"{absent[0]}; expected all of them; run the job first (output.keep_scores: false keeps none)"
+        )
+    if same or not plan.units:
+        return
+    wanted = [
+        *(["text"] if config.output.include_text else []),
+        *(f"{PASSED}{name}" for name in config.output.passthrough),
+    ]
+    columns = _columns(manifest, found)
+    lacking = [name.removeprefix(PASSED) for name in wanted if any(name not in names for names in columns)]
+    if lacking:
+        log.info("%s: not in the score files; read from the input", ", ".join(lacking))
+        for shard in plan.shards:
+            check_planned(locate(shard.url, config.input.storage_options), shard)
+
+
+def _columns(manifest: Manifest, found: Scan) -> list[list[str]]:
+    """The columns of every file that has scores: those below `_scores/`, and of the others."""
+    names = {place[0] if (place := found.place(one)) else work_name(one.unit) for one in found.committed}
+
+    def columns(name: str) -> list[str]:
+        location = manifest.root / name
+        with storage_errors(location), location.open() as file:
+            try:
+                found: list[str] = pq.read_schema(file).names
+            except (pa.ArrowException, OSError) as error:
+                raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None
+        return found
+
+    return list(ahead([partial(columns, name) for name in sorted(names)]))
+
+
+def model_of(plan: Plan) -> ModelSpec:
+    """What a plan knows of its model, for publishing. Raises StorageError where this version does not understand it."""
+    try:
+        return ModelSpec(**{**plan.model, "causal": None})
+    except TypeError as error:
+        raise StorageError(
+            f"_manifest/plan.json: written by batch_rerank {plan.version}, whose model this version does not "
+            f"understand ({error}); use that version"
+        ) from None

@@ -1,0 +1,134 @@
+"""`_work/`, a file a unit, to `_scores/`, large files with a row group a unit: what a later run reads again.
+
+Beside each file lies an index, `<number>.queries.parquet`: `query_hash uint64`, sorted, and `row_group int32`.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_rerank.calls import Each, ahead
+from batch_rerank.config import JobConfig
+from batch_rerank.errors import StorageError
+from batch_rerank.schema import QUERY_HASH
+from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.lease import Lease
+from batch_rerank.store.manifest import Manifest, scores_receipt_name, sha256
+from batch_rerank.store.names import SCORES, work_name
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import ScoresReceipt
+from batch_rerank.store.scan import Scan, index_name, scan, unused_scores
+
+REMOVALS = 16
+"""Requests at once."""
+
+
+def tidy(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, each: Each) -> None:
+    """Gather the score files below `_work/` and remove them; with `keep_scores: false` remove all scores.
+
+    Only what a listing shows to be gathered is removed. Raises StorageError, and ConflictError where the lease is lost.
+    """
+    found = scan(manifest, plan)
+    if config.output.keep_scores:
+        groups = list(_groups(found, config.output.file_bytes))
+        number = 1 + max((int(name[8:-8]) for name in found.files.matching(SCORES)), default=-1)  # _scores/ .parquet
+        calls = [
+            partial(gather_scores, number + index, units, config, plan.fingerprint)
+            for index, units in enumerate(groups)
+        ]
+        for _ in each(calls):
+            lease.check()
+        found = scan(manifest, plan) if groups else found
+    lease.check()
+    names = list(_needless(found, config.output.keep_scores))
+    with ThreadPoolExecutor(REMOVALS) as pool:
+        list(pool.map(lambda name: manifest.remove_seen(name, found.files), names))
+
+
+def _groups(found: Scan, file_bytes: int) -> Iterator[list[tuple[str, str]]]:
+    """The units that are alone, with their checksums, in groups of about so many bytes."""
+    group: list[tuple[str, str]] = []
+    size = 0
+    for receipt in found.committed:
+        if work_name(receipt.unit) in found.files.found and found.place(receipt) is None:
+            group.append((receipt.unit, receipt.sha256))
+            size += receipt.size
+            if size >= file_bytes:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _needless(found: Scan, keep: bool) -> Iterator[str]:
+    for receipt in found.committed:
+        if not keep or found.place(receipt) is not None:
+            yield work_name(receipt.unit)
+    if keep:
+        yield from unused_scores(found)
+    else:
+        yield from (*found.files.within("_manifest/scores"), *found.files.within("_scores"))
+
+
+def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConfig, fingerprint: str) -> ScoresReceipt:
+    """Write units' score files as one, its index and its receipt. Raises StorageError where one is not what its receipt
+    says."""
+    manifest = Manifest(locate(config.output.path, config.output.storage_options, reached=True))
+    name = f"_scores/{number:05d}.parquet"
+    bodies = list(ahead([partial(_body, manifest, unit, checksum) for unit, checksum in units]))
+    schema = _shared([pq.read_schema(io.BytesIO(body)) for body in bodies], fingerprint)
+    sink = io.BytesIO()
+    hashes, groups = [], []
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for group, body in enumerate(bodies):
+            rows = pq.read_table(io.BytesIO(body), columns=schema.names).replace_schema_metadata(schema.metadata)
+            writer.write_table(rows.select(schema.names), row_group_size=max(1, len(rows)))
+            found = np.unique(rows[QUERY_HASH].drop_null().to_numpy())
+            hashes.append(found)
+            groups.append(np.full(len(found), group, np.int32))
+    data, location = sink.getvalue(), manifest.root / name
+    with storage_errors(location):
+        if not location.create_exclusive(data):
+            raise StorageError(f"{location}: written by another job meanwhile; run again when it has ended")
+        etag = "" if location.is_local else location.stat().version
+    # behind its file, which another gatherer may have won, and before the receipt, without which nobody reads it
+    _write_index(manifest, name, np.concatenate(hashes), np.concatenate(groups))
+    receipt = ScoresReceipt(name, fingerprint, list(units), len(data), sha256(data), etag)
+    where = manifest.root / scores_receipt_name(name)
+    with storage_errors(where):
+        where.write_bytes(receipt.to_json())
+    return receipt
+
+
+def _body(manifest: Manifest, unit: str, checksum: str) -> bytes:
+    data = manifest.read(work_name(unit))
+    if sha256(data) != checksum:
+        raise StorageError(
+            f"{manifest.unit_file(unit)}: not what its receipt says (another checksum); "
+            "see batch-rerank verify --repair"
+        )
+    return data
+
+
+def _shared(schemas: Sequence[pa.Schema], fingerprint: str) -> pa.Schema:
+    """The columns that all units have with the same type. Others are passed-through columns, or texts, that a job was
+    told of between two runs: publishing reads them from the input."""
+    names = schemas[0].names
+    fields = [schemas[0].field(name) for name in names if all(name in other.names for other in schemas)]
+    same = [field for field in fields if all(other.field(field.name).type == field.type for other in schemas)]
+    return pa.schema(same, {"batch_rerank.fingerprint": fingerprint})
+
+
+def _write_index(manifest: Manifest, name: str, hashes: np.ndarray, groups: np.ndarray) -> None:
+    order = np.argsort(hashes, kind="stable")
+    table = pa.table({QUERY_HASH: hashes[order], "row_group": groups[order]})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", column_encoding={QUERY_HASH: "PLAIN"}, use_dictionary=False)
+    location = manifest.root / index_name(name)
+    with storage_errors(location):
+        location.write_bytes(sink.getvalue())

@@ -1,0 +1,160 @@
+"""Scores to an output that people can use: parts, `_SUCCESS`, the pointer to it, then `_scores/` instead of `_work/`.
+
+Every step is one that another publisher can take over: the publication is created once and says which units are in
+which part, parts are a function of it and the score files, and `_SUCCESS` comes when all of them are there.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from functools import partial
+
+from batch_rerank.calls import Each
+from batch_rerank.config import JobConfig, Output
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.errors import ConflictError
+from batch_rerank.publish.parts import PartWork, publish_part
+from batch_rerank.publish.publication import make_publication, of_units, publishing_fields
+from batch_rerank.publish.score_files import Place
+from batch_rerank.publish.trec import write_trec_run
+from batch_rerank.store.bookkeeping import mark_done
+from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.lease import Lease
+from batch_rerank.store.manifest import PUBLICATION, Manifest, differing
+from batch_rerank.store.names import PART, TREC_RUN, Files, part_name
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Publication
+from batch_rerank.store.records import Mark, PartMark
+from batch_rerank.store.scan import Scan, scan
+
+log = logging.getLogger("batch_rerank")
+LOG_SECONDS = 10.0
+
+
+def publish(
+    manifest: Manifest, plan: Plan, config: JobConfig, model: ModelSpec, lease: Lease, each: Each
+) -> tuple[Mark, Publication]:
+    """Publish the scores of a plan, all of which are there, as `config.output` says; what is published already stays.
+    Raises the errors of its steps, and ConflictError where the lease is lost or the output is published otherwise."""
+    found = scan(manifest, plan)
+    publication = found.publication or _begin(manifest, plan, found, config)
+    refuse_other_publication(manifest, publication, config.output)
+    missing = [number for number in range(len(publication.parts)) if number not in found.parts]
+    if missing:
+        _withdraw_parts(manifest, found.files, missing)
+        log.info("publishing %d parts of %d units", len(missing), len(plan.units))
+    done = dict(found.parts)
+    places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
+    said = time.monotonic()
+    works = [_work(publication, plan, number, places) for number in missing]
+    for receipt in each([partial(publish_part, work, config, model) for work in works]):
+        done[int(receipt.part[len("part-") : -len(".parquet")])] = receipt
+        lease.check()
+        if time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            log.info("published %d of %d parts", len(done), len(publication.parts))
+    there = None if missing else manifest.read_mark()  # of these parts
+    run = None if there is None else there.trec_run
+    if config.output.trec_run and (run is None or found.files.size(TREC_RUN) != run.size):
+        lease.check()
+        run = write_trec_run(manifest, range(len(publication.parts)))
+    parts = [done[number] for number in range(len(publication.parts))]
+    mark = Mark(
+        rows=sum(part.rows for part in parts),
+        publication=publication.id,
+        trec_run=run,
+        parts=[PartMark(part.part, part.rows, part.size, part.sha256) for part in parts],
+    )
+    mark_done(manifest, plan, mark, lease)
+    return mark, publication
+
+
+def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> Publication:
+    """A new publication; of two publishers both follow the first."""
+    sizes = {receipt.unit: receipt.size for receipt in found.committed}
+    made = make_publication(plan, sizes, publishing_fields(config.output))
+    location = manifest.root / PUBLICATION
+    with storage_errors(location):
+        if location.create_exclusive(made.to_json()):
+            return made
+    there = manifest.read_publication()
+    assert there is not None
+    return there
+
+
+def refuse_other_publication(manifest: Manifest, publication: Publication | None, output: Output) -> None:
+    """Raise ConflictError that names the settings in which an output is published otherwise."""
+    lines = {} if publication is None else differing(publication.fields, publishing_fields(output))
+    if lines:
+        names = ", ".join(f"output.{name}" for name in lines)
+        raise ConflictError(
+            f"{manifest.root}: the same scores are published otherwise there; {names} differ:\n"
+            + "\n".join(lines.values())
+            + "\nexpected the same settings; batch-rerank publish JOB replaces what is published, without scoring; "
+            "another output.path keeps it"
+        )
+
+
+def unavailable(manifest: Manifest, plan: Plan, found: Scan) -> list[str]:
+    """Units whose scores are not there, or not any more."""
+    there = {receipt.unit for receipt in found.committed if found.available(manifest, receipt)}
+    return [unit.id for unit in plan.units if unit.id not in there]
+
+
+def withdraw(manifest: Manifest, lease: Lease) -> None:
+    """Take an output back, so that it can be published otherwise: no reader meets parts of two publications. `_SUCCESS`
+    goes first and the publication last: killed here, the rest is done by who goes on."""
+    files = manifest.list_files()
+    lease.check()
+    for name in ("_SUCCESS", TREC_RUN, *files.matching(PART), *files.within("_manifest/parts"), PUBLICATION):
+        manifest.remove_seen(name, files)
+    lease.check()
+
+
+def _withdraw_parts(manifest: Manifest, files: Files, numbers: list[int]) -> None:
+    """Remove what is there of parts that are not done, and the mark that speaks of them."""
+    for name in ("_SUCCESS", TREC_RUN):
+        manifest.remove_seen(name, files)
+    for number in numbers:
+        manifest.remove_seen(part_name(number), files)
+        manifest.remove_seen(f"_manifest/parts/{number:05d}.json", files)
+
+
+def _work(publication: Publication, plan: Plan, number: int, places: Mapping[str, Place]) -> PartWork:
+    units = of_units(publication, plan, number)
+    return PartWork(
+        number=number,
+        publication=publication.id,
+        fingerprint=plan.fingerprint,
+        units=units,
+        places={unit.id: places[unit.id] for unit in units if unit.id in places},
+        shards={unit.shard: plan.shards[unit.shard] for unit in units},
+    )
+
+
+def move_latest(manifest: Manifest, plan: Plan, mark: Mark, config: JobConfig) -> None:
+    """Point `output.latest` at this output, replacing what it pointed at. A sample never takes a whole output's
+    place."""
+    if config.output.latest is None:
+        return
+    if config.limit is not None:
+        log.info("output.latest stays as it is: this is a sample of %d queries", config.limit)
+        return
+    location = locate(config.output.latest, config.output.storage_options)
+    told = {
+        "path": str(manifest.root),
+        "fingerprint": plan.fingerprint,
+        "publication": mark.publication,
+        "rows": mark.rows,
+        "published_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    with storage_errors(location):
+        try:
+            there = json.loads(location.read_bytes())
+        except (FileNotFoundError, ValueError):
+            there = None
+        if isinstance(there, dict) and {**there, "published_at": ""} == {**told, "published_at": ""}:
+            return
+        location.write_bytes(json.dumps(told).encode())
+    log.info("%s names %s", location, manifest.root)

@@ -1,0 +1,198 @@
+"""Receipts: the proof that a unit is scored, or a shard staged, alone or some 1,000 in a roll; and sums over them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from batch_rerank.errors import StorageError
+from batch_rerank.store.records import Count, Line, Seconds, UnitId, parse
+
+SUMMED = (
+    "rows_in",
+    "rows_out",
+    "queries",
+    "scored",
+    "failed",
+    "null_texts",
+    "null_queries",
+    "empty_texts",
+    "truncated",
+    "tokens",
+    "engine_failed",
+)
+"""Counts of a receipt that follow from the unit alone: they are in its file's footer too."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that a unit is committed: what came in, what went out, and what was odd about it.
+
+    Fields of other versions that are missing here have their defaults, and those that this version does not know are
+    passed over, so that a receipt of theirs costs no scored unit.
+    part: the file's name; engine_failed: rows among `failed` whose pair the engine could not score, which a resume
+    tries again; scorer: the model copy that scored it; self_test: what its self-test said; storage_retries: requests
+    that were repeated for it; etag: the file's version where the store keeps one; fallback: why its batches were
+    padded, empty where packed; at: when it was committed, in UTC; host and device: where it was scored; seconds: of
+    scoring, beside those of the other steps; reused: pairs whose score was not computed for it
+    """
+
+    unit: UnitId
+    fingerprint: str
+    part: str
+    size: Count
+    sha256: str
+    rows_in: Count = 0
+    rows_out: Count = 0
+    queries: Count = 0
+    scored: Count = 0
+    failed: Count = 0
+    null_texts: Count = 0
+    null_queries: Count = 0
+    empty_texts: Count = 0
+    truncated: Count = 0
+    tokens: Count = 0
+    seconds: Seconds = 0.0
+    scorer: str = ""
+    self_test: str = ""
+    engine_failed: Count = 0
+    storage_retries: Count = 0
+    etag: str = ""
+    fallback: str = ""
+    at: Line = ""
+    host: Line = ""
+    device: Line = ""
+    read_seconds: Seconds = 0.0
+    encode_seconds: Seconds = 0.0
+    write_seconds: Seconds = 0.0
+    reused: Count = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What follows from the unit alone."""
+        return {name: getattr(self, name) for name in SUMMED}
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: object) -> "Receipt":
+        """Raises StorageError where the content is no receipt."""
+        try:
+            return parse(Receipt, data)
+        except ValueError as error:
+            raise StorageError(f"{where}: not a receipt ({error}); delete it to have its unit scored again") from None
+
+
+@dataclass(frozen=True)
+class _UnitOf:
+    unit: UnitId
+
+
+def roll(bodies: Iterable[bytes]) -> bytes:
+    """Receipts as one file, a line each. They stay as they are: another version's fields with them."""
+    return b"".join(json.dumps(json.loads(body), separators=(",", ":")).encode() + b"\n" for body in bodies)
+
+
+def unroll(data: bytes) -> dict[str, bytes]:
+    """The receipts of a roll by their unit. A line that is none is passed over: its unit has no receipt then."""
+    found = {}
+    for line in data.splitlines():
+        try:
+            found[parse(_UnitOf, line).unit] = line
+        except ValueError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class ScoresReceipt:
+    """Proof that a file below `_scores/` is whole: the units in it, one row group each, in this order, each with the
+    sha256 that its receipt has."""
+
+    name: Line
+    fingerprint: str
+    units: list[tuple[UnitId, str]]
+    size: Count
+    sha256: str
+    etag: str = ""
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class PartReceipt:
+    """Proof that a part of the output is whole. publication: the id of the one that it is of."""
+
+    part: Line
+    publication: str
+    rows: Count
+    size: Count
+    sha256: str
+    etag: str = ""
+    at: Line = ""
+    seconds: Seconds = 0.0
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is made of the scores: `fields` decide it, `parts` are the first and last unit of each part, as places in
+    the plan. Created once, and followed by whoever goes on. id: a hash of it all."""
+
+    id: str
+    fingerprint: str
+    fields: dict[str, Any]
+    parts: list[tuple[Count, Count]]
+    counts: dict[str, Count] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A unit that could not be scored: the job goes on without it and ends with exit 1; a resume tries it again."""
+
+    unit: str
+    tries: int
+    error: str
+
+
+@dataclass
+class Totals:
+    """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback;
+    resumed_pairs: done by earlier runs. rows_out: of the parts, once they are published."""
+
+    units: int = 0
+    rows_in: int = 0
+    rows_out: int = 0
+    queries: int = 0
+    scored: int = 0
+    failed: int = 0
+    null_texts: int = 0
+    null_queries: int = 0
+    empty_texts: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    engine_failed: int = 0
+    storage_retries: int = 0
+    reused: int = 0
+    padded_units: int = 0
+    seconds: float = 0.0
+    resumed_pairs: int = 0
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one more unit."""
+        self.units += 1
+        self.padded_units += bool(receipt.fallback)
+        self.seconds += receipt.seconds
+        for name in (*SUMMED, "storage_retries", "reused"):
+            setattr(self, name, getattr(self, name) + getattr(receipt, name))
