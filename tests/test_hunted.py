@@ -156,8 +156,10 @@ def test_columns_of_any_type_pass(kind: str, layout: str, name: str, tmp_path: P
     run(job(tmp_path / "in", tmp_path / "out", **keys), local=True)
     run(job(tmp_path / "in", tmp_path / "other", output__layout=layout), local=True)
     republish(Place(str(tmp_path / "other"), {}, job(tmp_path / "in", tmp_path / "other", **keys)), local=True)
-    assert rows_of(tmp_path / "out").replace_schema_metadata().equals(
-        rows_of(tmp_path / "other").replace_schema_metadata()
+    assert (
+        rows_of(tmp_path / "out")
+        .replace_schema_metadata()
+        .equals(rows_of(tmp_path / "other").replace_schema_metadata())
     )
 
 
@@ -215,16 +217,6 @@ def test_a_late_index_replaces_none(flat_shards: Path, tmp_path: Path, monkeypat
     assert set(index.to_pylist()) == set(held.to_pylist())
 
 
-@pytest.mark.parametrize("layout", ["flat", "nested"])
-def test_a_column_that_is_all_null_in_one_shard_passes(layout: str, tmp_path: Path) -> None:
-    for shard, kind in enumerate((pa.null(), pa.string())):
-        path = write(tmp_path / "in" / f"{shard}.parquet", candidate_rows(4, 25, first=4 * shard))
-        pq.write_table(pq.read_table(path).append_column("x", pa.nulls(100, kind)), path)
-    config = job(tmp_path / "in", tmp_path / "out", output__passthrough=["x"], output__layout=layout)
-    run(config, local=True)
-    assert rows_of(tmp_path / "out").num_rows > 0
-
-
 def test_nothing_of_one_query_of_many_candidates_is_lost(tmp_path: Path) -> None:
     table = pa.table(
         {
@@ -241,3 +233,35 @@ def test_nothing_of_one_query_of_many_candidates_is_lost(tmp_path: Path) -> None
     rows = rows_of(tmp_path / "flat")
     assert len(rows) == 240_010 and verify(str(tmp_path / "nested")).problems == []
     assert rows["rank"].to_pylist() == [*range(1, 240_001), *range(1, 11)]
+
+
+def test_a_late_part_of_earlier_scores_is_not_adopted(
+    flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its unit failed in the engine (here: its scores are null) and was scored again by the run that goes on, with the
+    same publication; the worker that was paused writes its part just before that run writes it."""
+    out = tmp_path / "out"
+    config = job(flat_shards, out, output__file_bytes=1)
+    run(config, local=True)
+    right = rows_of(out)["score"].combine_chunks()
+    part = pq.read_table(out / "part-00000.parquet")
+    nulls = part.set_column(part.column_names.index("score"), "score", pa.nulls(len(part), pa.float32()))
+    pq.write_table(nulls.replace_schema_metadata(part.schema.metadata), tmp_path / "late")
+    for name in ("_SUCCESS", "part-00000.parquet", "_manifest/parts/00000.json"):
+        (out / name).unlink()
+    create, asked = Location.create_exclusive, []
+
+    def late_part(self: Location, data: bytes) -> bool:
+        if str(self).endswith("part-00000.parquet") and not asked:
+            asked.append(1)
+            shutil.copy(tmp_path / "late", out / "part-00000.parquet")
+        return create(self, data)
+
+    monkeypatch.setattr(Location, "create_exclusive", late_part)
+    try:
+        run(config, local=True)
+    except BatchRerankError as error:
+        print("said", error)
+    assert asked
+    if (out / "_SUCCESS").exists():
+        assert rows_of(out)["score"].combine_chunks().equals(right)
