@@ -8,6 +8,7 @@ import io
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from batch_rerank.publish.nested import nest
 from batch_rerank.publish.rank import rank
 from batch_rerank.publish.score_files import Place, ScoreFiles
 from batch_rerank.store.filesystem import Location, locate, storage_errors
+from batch_rerank.store.lease import check_epoch
 from batch_rerank.store.manifest import Manifest, sha256
 from batch_rerank.store.names import part_name
 from batch_rerank.store.plans import Shard, Unit
@@ -38,21 +40,24 @@ Ranked = tuple[pa.Table, Int64]
 
 @dataclass(frozen=True)
 class PartWork:
-    """A part to be made. places: of the units whose scores are below `_scores/`; shards: those of the units."""
+    """A part to be made. places: of the units whose scores are below `_scores/`; checksums: those of the receipts of
+    the others; shards: those of the units; epoch: the lease under which it was begun."""
 
     number: int
     publication: str
     fingerprint: str
     units: list[Unit]
     places: Mapping[str, Place]
+    checksums: Mapping[str, str]
     shards: Mapping[int, Shard]
+    epoch: int
 
 
 def publish_part(work: PartWork, config: JobConfig, model: ModelSpec) -> PartReceipt:
-    """Make a part and its receipt, or adopt those that are there. `config.output` says how.
+    """Make a part and its receipt, or find them there. `config.output` says how.
 
     Raises StorageError; InputError where a column has to be read from an input that changed; and ConflictError where
-    another publication has begun.
+    another job has taken over: a part that was written late is taken back.
     """
     started = time.monotonic()
     manifest = Manifest(locate(config.output.path, config.output.storage_options, reached=True))
@@ -60,8 +65,14 @@ def publish_part(work: PartWork, config: JobConfig, model: ModelSpec) -> PartRec
     location = manifest.part(work.number)
     with storage_errors(location):
         if not location.create_exclusive(data):
-            data = _adopt(location, work, manifest, data, rows)
-        etag = "" if location.is_local else location.stat().version
+            _replace(location, work, manifest, data)
+        written = location.stat()
+        try:
+            check_epoch(manifest.root, work.epoch)
+        except ConflictError:
+            location.remove_seen(written)
+            raise
+        etag = "" if location.is_local else written.version
     receipt = PartReceipt(
         part=part_name(work.number),
         publication=work.publication,
@@ -75,7 +86,7 @@ def publish_part(work: PartWork, config: JobConfig, model: ModelSpec) -> PartRec
     where = manifest.part_receipt(work.number)
     with storage_errors(where):
         if not where.create_exclusive(receipt.to_json()):
-            receipt = _other_receipt(where, receipt)
+            receipt = _other_receipt(where, receipt, manifest, work)
     return receipt
 
 
@@ -106,7 +117,7 @@ def ranked(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSp
     """The output rows of each unit, and where its queries start."""
     output = config.output
     extra = [*(["text"] if output.include_text else []), *output.passthrough]
-    scores = ScoreFiles(manifest, work.places)
+    scores = ScoreFiles(manifest, work.places, work.checksums)
     for unit, rows in completed(scores.read(work.units), work, config, extra):
         if len(rows) != unit.pairs:
             raise StorageError(
@@ -149,46 +160,30 @@ def _pieces(rows: pa.Table, starts: Int64) -> Iterator[Ranked]:
         yield rows.slice(start, stop - start), starts[(starts >= start) & (starts < stop)] - start
 
 
-def _adopt(location: Location, work: PartWork, manifest: Manifest, ours: bytes, rows: int) -> bytes:
-    """The bytes of the part that is there, if it is this one; one of an earlier publication, which a paused publisher
-    wrote late, is replaced."""
+def _replace(location: Location, work: PartWork, manifest: Manifest, ours: bytes) -> None:
+    """Put our part in the place of one of this job that is there: of an earlier publication, or of earlier scores,
+    which a paused publisher wrote late. Whoever holds the lease has read what counts."""
     seen, data = location.stat(), location.read_bytes()
     try:
-        footer = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        metadata = footer.schema_arrow.metadata or {}
+        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
     except (pa.ArrowException, OSError):
         metadata = {}
-    if b"batch_rerank.publication" not in metadata:
+    if metadata.get(b"batch_rerank.fingerprint") != work.fingerprint.encode():
         raise StorageError(
             f"{location}: exists and cannot be read, or is not ours; expected this part; move it away and run again"
         )
-    current = manifest.read_publication()
-    if current is None or current.id != work.publication:
-        raise ConflictError(
-            f"{manifest.root}: is being published otherwise by another job; run again when it has ended"
-        )
-    same = (metadata[b"batch_rerank.publication"], metadata.get(b"batch_rerank.part"))
-    if same == (work.publication.encode(), str(work.number).encode()):
-        if data != ours and _rows(data) != _rows(ours):
-            raise StorageError(f"{location}: exists with other rows; see batch-rerank verify --repair")
-        return data
+    check_epoch(manifest.root, work.epoch)
     location.remove_seen(seen)
     if not location.create_exclusive(ours):
         raise ConflictError(f"{location}: written by another job meanwhile; run again when it has ended")
-    return ours
 
 
-def _rows(data: bytes) -> int:
-    return int(pq.read_metadata(io.BytesIO(data)).num_rows)
-
-
-def _other_receipt(location: Location, ours: PartReceipt) -> PartReceipt:
+def _other_receipt(location: Location, ours: PartReceipt, manifest: Manifest, work: PartWork) -> PartReceipt:
     """The receipt that is there, replaced where it does not describe the part that is there now."""
-    try:
+    with suppress(ValueError):
         theirs = parse(PartReceipt, location.read_bytes())
         if (theirs.publication, theirs.sha256, theirs.size) == (ours.publication, ours.sha256, ours.size):
             return theirs
-    except ValueError:
-        pass
+    check_epoch(manifest.root, work.epoch)
     location.write_bytes(ours.to_json())
     return ours

@@ -47,7 +47,8 @@ def publish(
     done = dict(found.parts)
     places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
     said = time.monotonic()
-    works = [_work(publication, plan, number, places) for number in missing]
+    checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
+    works = [_work(publication, plan, number, places, checksums, lease.epoch) for number in missing]
     for receipt in each([partial(publish_part, work, config, model) for work in works]):
         done[int(receipt.part[len("part-") : -len(".parquet")])] = receipt
         lease.check()
@@ -121,7 +122,14 @@ def _withdraw_parts(manifest: Manifest, files: Files, numbers: list[int]) -> Non
         manifest.remove_seen(f"_manifest/parts/{number:05d}.json", files)
 
 
-def _work(publication: Publication, plan: Plan, number: int, places: Mapping[str, Place]) -> PartWork:
+def _work(
+    publication: Publication,
+    plan: Plan,
+    number: int,
+    places: Mapping[str, Place],
+    checksums: Mapping[str, str],
+    epoch: int,
+) -> PartWork:
     units = of_units(publication, plan, number)
     return PartWork(
         number=number,
@@ -129,6 +137,8 @@ def _work(publication: Publication, plan: Plan, number: int, places: Mapping[str
         fingerprint=plan.fingerprint,
         units=units,
         places={unit.id: places[unit.id] for unit in units if unit.id in places},
+        checksums={unit.id: checksums[unit.id] for unit in units if unit.id not in places},
+        epoch=epoch,
         shards={unit.shard: plan.shards[unit.shard] for unit in units},
     )
 

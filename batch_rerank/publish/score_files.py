@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from batch_rerank.calls import ahead
 from batch_rerank.errors import StorageError
 from batch_rerank.schema import QUERY_HASH, TEXT_HASH
-from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.manifest import Manifest, sha256
 from batch_rerank.store.names import work_name
 from batch_rerank.store.plans import Unit
 
@@ -19,16 +19,17 @@ Place = tuple[str, int]
 
 
 class ScoreFiles:
-    """The score files of an output. places: of the units that are below `_scores/`."""
+    """The score files of an output. places: of the units that are below `_scores/`; checksums: of the others' files."""
 
-    def __init__(self, manifest: Manifest, places: Mapping[str, Place]) -> None:
-        self._manifest, self._places = manifest, places
+    def __init__(self, manifest: Manifest, places: Mapping[str, Place], checksums: Mapping[str, str]) -> None:
+        self._manifest, self._places, self._checksums = manifest, places, checksums
         self._opened: tuple[str, pq.ParquetFile] | None = None
 
     def read(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        """Units with their rows, without the hashes; some are held at a time. Raises StorageError."""
+        """Units with their rows, without the hashes; some are held at a time. Raises StorageError where a file is not
+        what its receipt says."""
         units = list(units)
-        alone = ahead(partial(self._manifest.read, work_name(unit.id)) for unit in units if unit.id not in self._places)
+        alone = ahead(partial(self._alone, unit.id) for unit in units if unit.id not in self._places)
         for unit in units:
             place = self._places.get(unit.id)
             location = self._manifest.root / (work_name(unit.id) if place is None else place[0])
@@ -42,12 +43,26 @@ class ScoreFiles:
                 ) from None
             yield unit, rows
 
+    def _alone(self, unit_id: str) -> bytes:
+        name = work_name(unit_id)
+        return _checked(self._manifest, name, self._manifest.read(name), self._checksums[unit_id])
+
     def _gathered(self, place: Place) -> pa.Table:
         name, group = place
         if self._opened is None or self._opened[0] != name:
-            self._opened = (name, pq.ParquetFile((self._manifest.root / name).open(), pre_buffer=True))
+            receipt = self._manifest.read_scores_receipt(name)
+            data = _checked(self._manifest, name, self._manifest.read(name), receipt.sha256 if receipt else None)
+            self._opened = (name, pq.ParquetFile(io.BytesIO(data)))
         file = self._opened[1]
         return file.read_row_group(group, columns=_columns(file))
+
+
+def _checked(manifest: Manifest, name: str, data: bytes, checksum: str | None) -> bytes:
+    if sha256(data) != checksum:
+        raise StorageError(
+            f"{manifest.root / name}: not what its receipt says (another checksum); see batch-rerank verify --repair"
+        )
+    return data
 
 
 def _rows(data: bytes) -> pa.Table:

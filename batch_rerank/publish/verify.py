@@ -97,14 +97,25 @@ def _verify(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig | Non
             partial(_verify_part, manifest, plan, found, config, output_only, number, marked.get(part_name(number)))
             for number in range(len(found.publication.parts))
         ]
+        numbers = [number for number in range(len(found.publication.parts)) if number not in found.parts]
+        waiting = [unit for number in numbers for unit in of_units(found.publication, plan, number)]
+        alone = [unit for unit in waiting if manifest.unit_name(unit.id) in found.files.found and unit.id in done]
+        works += _by_shard(manifest, plan, found, config, output_only, alone)
     else:
-        shards = groupby(plan.units, key=lambda unit: unit.shard)
-        works = [partial(verify_shard, manifest, plan, found, config, output_only, list(units)) for _, units in shards]
+        works = _by_shard(manifest, plan, found, config, output_only, plan.units)
     works += [partial(_verify_scores, manifest, plan, found, name) for name in found.files.matching(SCORES)]
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         for result in pool.map(lambda work: work(), works):
             verdict.take(result)
     return verdict
+
+
+def _by_shard(
+    manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, output_only: bool, units: Sequence[Unit]
+) -> list[Callable[[], Verdict]]:
+    """The work on score files that are not published yet."""
+    shards = groupby(units, key=lambda unit: unit.shard)
+    return [partial(verify_shard, manifest, plan, found, config, output_only, list(of_shard)) for _, of_shard in shards]
 
 
 def _verify_mark(manifest: Manifest, plan: Plan, found: Scan) -> tuple[Mark | None, list[str]]:

@@ -143,15 +143,27 @@ class Expected:
 
 
 def mark_done(manifest: Manifest, plan: Plan, mark: Mark, lease: Lease) -> None:
-    """Write `_SUCCESS`, unless one that says the same is there. Raises ConflictError where the lease is lost."""
-    lease.check()
+    """Write `_SUCCESS`, unless one that says the same is there. Raises ConflictError where the lease is lost; a mark
+    that was written late is taken back."""
     mark = replace(mark, fingerprint=plan.fingerprint, units=len(plan.units), lease=lease.id)
-    with storage_errors(manifest.success):
-        if manifest.success.create_exclusive(mark.to_json()):
-            return
-        there = manifest.read_mark()
-        if there is None or replace(there, lease=mark.lease) != mark:
-            manifest.success.write_bytes(mark.to_json())
+    location = manifest.success
+    with storage_errors(location):
+        seen = location.stat() if location.exists() else None
+        lease.check()
+        if not location.create_exclusive(mark.to_json()):
+            there = manifest.read_mark()
+            if there is not None and replace(there, lease=mark.lease) == mark:
+                return
+            # of what was seen before the lease was looked at: a successor's mark stays
+            gone = seen is not None and location.remove_seen(seen)
+            if not gone or not location.create_exclusive(mark.to_json()):
+                raise ConflictError(f"{location}: another job has written it meanwhile; run again when that has ended")
+        written = location.stat()
+        try:
+            lease.check()
+        except ConflictError:
+            location.remove_seen(written)
+            raise
 
 
 @contextmanager

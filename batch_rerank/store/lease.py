@@ -132,6 +132,11 @@ class Lease:
             )
         return alive is False
 
+    @property
+    def epoch(self) -> int:
+        """Its number; a successor has the next one."""
+        return self._epoch
+
     def check(self) -> None:
         """Raise ConflictError where another job has taken the output over."""
         with storage_errors(self._at(self._epoch)):
@@ -252,6 +257,14 @@ def sign_of_life(root: Location, seconds: float) -> Sign:
             if now != seen and last is not None:
                 return Sign(last, not last.released, released=last.released)
         return Sign(holder, None, seconds=watched)
+
+
+def check_epoch(root: Location, epoch: int) -> None:
+    """Raise ConflictError where the lease under which a task was begun has a successor: what it read may be another by
+    now."""
+    with storage_errors(root):
+        if (root / f"{FOLDER}/{epoch + 1}").exists():
+            raise ConflictError(f"{root}: another job has taken this output over (lease {epoch + 1}); it goes on there")
 
 
 def _latest(root: Location) -> tuple[int, bytes] | None:
