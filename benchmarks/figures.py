@@ -42,6 +42,20 @@ def main() -> None:
     peaks = [units[f"{size}_units"]["killed"]["driver_peak_mib"] for size in sizes]
     named = ", ".join(f"{size:,}" for size in sizes)
     print(f"| the same with 64 actors, at {named} units | {', '.join(map(str, peaks))} MiB |")
+    whole, many = _read("publish.json"), _read("many-units.json")
+    run = whole["run"]
+    rate, files = f"{run['pairs_per_s_with_publishing']:,} pairs/s", whole["files"]["all"]
+    print(
+        f"| {whole['pairs'] // 10**6} million pairs of {whole['text_bytes']} bytes, free scorer, from start to the "
+        f"published output | {rate}, {files} files, driver {run['peak_mib']} MiB |"
+    )
+    again, proof = whole["publish_again"]["publish"], whole["verify"]["seconds"]
+    print(f"| the same published again with `top_k: 10`, and verified | {again:.0f} s, {proof:.0f} s |")
+    alone, rolled = many["alone"], many["rolled"]
+    print(
+        f"| a resume of {many['units']:,} units: objects read with a receipt each, and rolled up | "
+        f"{alone['objects_read']:,} in {alone['seconds']:.0f} s, {rolled['objects_read']:,} in {rolled['seconds']:.0f} s |"
+    )
     scale = _read("stage-scale.json")
     runs = [scale[f"stage_{size}_candidates"] for size in (1_000_000, 3_000_000, 10_000_000)]
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
