@@ -51,10 +51,9 @@ def main() -> None:
     )
     again, proof = whole["publish_again"]["publish"], whole["verify"]["seconds"]
     print(f"| the same published again with `top_k: 10`, and verified | {again:.0f} s, {proof:.0f} s |")
-    alone, rolled = many["alone"], many["rolled"]
+    read = [f"{many[case]['objects_read']:,} in {many[case]['seconds']:.0f} s" for case in ("alone", "rolled")]
     print(
-        f"| a resume of {many['units']:,} units: objects read with a receipt each, and rolled up | "
-        f"{alone['objects_read']:,} in {alone['seconds']:.0f} s, {rolled['objects_read']:,} in {rolled['seconds']:.0f} s |"
+        f"| a resume of {many['units']:,} units: objects read with a receipt each, and rolled up | {', '.join(read)} |"
     )
     scale = _read("stage-scale.json")
     runs = [scale[f"stage_{size}_candidates"] for size in (1_000_000, 3_000_000, 10_000_000)]
