@@ -28,6 +28,19 @@ PART = r"part-[0-9]{5,9}\.parquet"
 SCORES = r"_scores/[0-9]{5,9}\.parquet"
 
 
+OUTPUT_KINDS = {
+    "mark": "_SUCCESS",
+    "parts": rf"part-{UNIT}\.parquet|{re.escape(TREC_RUN)}",
+    "scores": r"_scores/[0-9]{5,9}(?:\.queries)?\.parquet|_manifest/scores/[0-9]{5,9}\.json",
+    "work": rf"_work/{UNIT}\.parquet|{EXCHANGED}",
+    "records": (
+        rf"_manifest/(?:(?:plan|status|publication|missing)\.json|(?:receipts|failures)/{UNIT}\.json"
+        rf"|parts/[0-9]{{5,9}}\.json|lease/[1-9][0-9]{{0,8}})|{ROLL}|{_LEFTOVER.pattern}"
+    ),
+}
+"""All that we write below an output or a stage, by what it is for."""
+
+
 def part_name(number: int | str) -> str:
     """A part of an output, or of a stage. Raises StorageError."""
     return f"part-{checked(f'{number:05d}' if isinstance(number, int) else number)}.parquet"

@@ -1,0 +1,99 @@
+"""What the verbs of the command line share: exit codes, signals, options."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+from batch_rerank.errors import BatchRerankError
+
+app = typer.Typer(
+    name="batch-rerank",
+    help="Score every candidate of a first-stage run with a reranker and write the run back re-sorted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+log = logging.getLogger("batch_rerank")
+
+INTERRUPTED = "interrupted: finished units are kept; run the same command again to resume"
+ENDING_SECONDS = 60.0
+"""How long the end of an interrupted job may take: a status that storage does not take, a Ray that does not answer."""
+
+P = ParamSpec("P")
+
+Job = Annotated[str, typer.Argument(metavar="JOB.YAML", help="The job file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N queries, into OUTPUT-limit-N: a sample run.")]
+Output = Annotated[
+    str, typer.Argument(help="A job's output: a path or an s3:// URL, or the job file, with its storage options.")
+]
+SetOfJob = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key, where given a job file.")
+]
+LimitOfJob = Annotated[int | None, typer.Option("--limit", min=1, help="The sample run of N queries of a job file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def verb(function: Callable[P, None]) -> Callable[P, None]:
+    """Give a verb its log format and its exit codes; expected errors end without a traceback."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        handler = logging.StreamHandler(sys.stderr)
+        log.addHandler(handler)
+        log.propagate = False
+        log.setLevel(logging.INFO)
+        try:
+            function(*args, **kwargs)
+        except BatchRerankError as error:
+            leave(error.exit_code, f"error: {error}")
+        except KeyboardInterrupt:
+            leave(130, INTERRUPTED)
+        finally:
+            log.removeHandler(handler)
+
+    return wrapped
+
+
+def interrupt(number: int, frame: object) -> NoReturn:
+    """The first signal interrupts. What follows is the job's end, and no other signal cuts it short: its status would
+    say "running" for ever. It has ENDING_SECONDS."""
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, _ending)
+    end = threading.Timer(ENDING_SECONDS, _give_up)
+    end.daemon = True
+    end.start()
+    raise KeyboardInterrupt
+
+
+def _ending(number: int, frame: object) -> None:
+    sys.stderr.write(f"ending; this takes up to {ENDING_SECONDS:g} s\n")
+
+
+def _give_up() -> None:
+    sys.stderr.write(f"{INTERRUPTED}\nexit code 130\n")
+    sys.stderr.flush()
+    os._exit(130)
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """End with an exit code."""
+    # Ray turns every driver's failure into exit code 1, so the last line of the log carries ours
+    log.error("%s", message)
+    log.error("exit code %d", code)
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    """One object on stdout."""
+    sys.stdout.write(json.dumps(value) + "\n")

@@ -1,0 +1,159 @@
+"""The verbs of outputs that are there: publish, status, verify, evaluate, clean."""
+
+import logging
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb
+
+log = logging.getLogger("batch_rerank")
+
+
+@app.command()
+@verb
+def publish(
+    output: Output,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    limit: LimitOfJob = None,
+    overrides: SetOfJob = None,
+    as_json: Json = False,
+) -> None:
+    """Publish scores that are there: with another top_k, layout or columns than before, and without a model."""
+    from batch_rerank.job.republish import republish
+    from batch_rerank.publish.output import find_place
+
+    done = republish(find_place(output, overrides or (), limit), local=local)
+    how = "published again" if done.again else "published"
+    log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
+    log.info("output: %s", done.output)
+    if as_json:
+        print_json({**asdict(done), "exit_code": 0})
+
+
+@app.command()
+@verb
+def status(output: Output, limit: LimitOfJob = None, overrides: SetOfJob = None, as_json: Json = False) -> None:
+    """Show how far an output is, how fast it grows or how its last run ended; a run that has died is said to have."""
+    from batch_rerank.publish.output import find_place
+    from batch_rerank.publish.status import status_of_output
+
+    found = status_of_output(find_place(output, overrides or (), limit))
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        log.info("%-17s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else _shown(value))
+
+
+def _shown(value: object) -> str:
+    """Without the characters that a terminal obeys: a status is somebody's bytes."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in str(value))
+
+
+@app.command()
+@verb
+def verify(
+    output: Output,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make what is damaged not done: the next run makes it again.")
+    ] = False,
+    output_only: Annotated[
+        bool, typer.Option("--output-only", help="Without the input: for when it has expired.")
+    ] = False,
+    limit: LimitOfJob = None,
+    overrides: SetOfJob = None,
+    as_json: Json = False,
+) -> None:
+    """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
+    from batch_rerank.publish.output import find_place
+    from batch_rerank.publish.verify import verify as verify_output
+
+    verdict = verify_output(find_place(output, overrides or (), limit), repair, output_only)
+    if as_json:
+        print_json({**asdict(verdict), "ok": not verdict.problems})
+    for problem in verdict.problems[:20]:
+        log.error("%s", problem)
+    if verdict.problems:
+        mended = f"; {len(verdict.damaged)} damaged file(s) are made not done: run the job again"
+        mended = mended if verdict.repaired else ""
+        leave(6, f"error: {output}: {len(verdict.problems)} problem(s) found{mended}")
+    log.info(
+        "verified: %s rows of %s candidates in %d units", f"{verdict.rows:,}", f"{verdict.candidates:,}", verdict.units
+    )
+
+
+@app.command()
+@verb
+def evaluate(
+    run_: Annotated[str, typer.Option("--run", metavar="OUTPUT", help="The output of a job, or its job file.")],
+    qrels: Annotated[str, typer.Option(help="TREC qrels, or a BEIR TSV with a header.")],
+    measures: Annotated[list[str] | None, typer.Argument(help="As in ir_measures; nDCG@10 RR@10 R@10 if none.")] = None,
+    per_query: Annotated[bool, typer.Option("--per-query", help="Also each query's values.")] = False,
+    limit: LimitOfJob = None,
+    overrides: SetOfJob = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate the first stage and the reranked run against qrels."""
+    from batch_rerank.evaluate import DEFAULT_MEASURES
+    from batch_rerank.evaluate import evaluate as evaluate_output
+    from batch_rerank.publish.output import find_place
+
+    place = find_place(run_, overrides or (), limit)
+    result = evaluate_output(place, qrels, measures or DEFAULT_MEASURES, per_query=per_query)
+    if as_json:
+        values = asdict(result)
+        if not per_query:
+            del values["before_by_query"], values["after_by_query"]
+        print_json(values)
+        return
+    table = Table("measure", "before", "after", "change")
+    for name, after in result.after.items():
+        before = result.before[name]
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    Console().print(table)
+    if per_query:
+        by_query = Table("query_id", "measure", "before", "after")
+        for name, queries in result.after_by_query.items():
+            for query_id, after in queries.items():
+                by_query.add_row(query_id, name, f"{result.before_by_query[name][query_id]:.4f}", f"{after:.4f}")
+        Console().print(by_query)
+    missing = (
+        f"; {result.queries_missing} of them are not in the run and count as zero" if result.queries_missing else ""
+    )
+    log.info("%d judged queries%s", result.queries, missing)
+
+
+@app.command()
+@verb
+def clean(
+    outputs: Annotated[list[str], typer.Argument(metavar="OUTPUT…", help="Outputs or stages, or their job files.")],
+    scores: Annotated[bool, typer.Option("--scores", help="Their scores too: they cannot be published again.")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="All of them, parts and plan.")] = False,
+    latest: Annotated[str | None, typer.Option(help="A pointer whose output is kept, beside output.latest.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also what a pointer names.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what outputs take on storage, and remove what only a run needed; with options, more."""
+    from batch_rerank.publish.clean import What
+    from batch_rerank.publish.clean import clean as clean_output
+    from batch_rerank.publish.output import find_place
+
+    what: What = "all" if whole else "scores" if scores else "work"
+    found = [clean_output(find_place(output), what, latest=latest, force=force, dry_run=dry_run) for output in outputs]
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        log.info("%s", one.output)
+        for kind, taken in one.takes.items():
+            gone = one.removed.get(kind)
+            said = "" if gone is None else "  would be removed" if dry_run else "  removed"
+            stays = "  not ours, kept" if kind == "others" and taken.files else ""
+            log.info("  %-8s %9s files  %15s bytes%s%s", kind, f"{taken.files:,}", f"{taken.bytes:,}", said, stays)
+        if one.kept:
+            log.warning("  kept: %s", one.kept)
