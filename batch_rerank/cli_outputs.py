@@ -46,10 +46,10 @@ def status(output: Output, limit: LimitOfJob = None, overrides: SetOfJob = None,
         print_json(found)
         return
     for name, value in found.items():
-        log.info("%-17s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else _shown(value))
+        log.info("%-17s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else shown_text(value))
 
 
-def _shown(value: object) -> str:
+def shown_text(value: object) -> str:
     """Without the characters that a terminal obeys: a status is somebody's bytes."""
     return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in str(value))
 
@@ -157,3 +157,51 @@ def clean(
             log.info("  %-8s %9s files  %15s bytes%s%s", kind, f"{taken.files:,}", f"{taken.bytes:,}", said, stays)
         if one.kept:
             log.warning("  kept: %s", one.kept)
+
+
+@app.command()
+@verb
+def compare(
+    old: Annotated[str, typer.Argument(help="A finished output, or its job file.")],
+    new: Annotated[str, typer.Argument(help="Another one: of other settings, another model, or another night.")],
+    qrels: Annotated[str | None, typer.Option(help="Judgements: each measure side by side, with its interval.")] = None,
+    measures: Annotated[list[str] | None, typer.Option("--measure", help="As in ir_measures.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Scores this near are ties; by the dtypes if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what moved between two outputs, query by query, and whether judgements see it."""
+    from batch_rerank.compare import compare as compare_outputs
+    from batch_rerank.publish.output import find_place
+
+    found = compare_outputs(find_place(old), find_place(new), qrels=qrels, measures=measures or (), tolerance=tolerance)
+    if as_json:
+        print_json(asdict(found))
+        return
+    if found.differing:
+        log.info("the jobs differ in %s", ", ".join(found.differing))
+    log.info(
+        "%s queries in both, %s in the old one only, %s in the new one only",
+        *(f"{count:,}" for count in (found.queries, found.only_old, found.only_new)),
+    )
+    log.info("candidates gained and lost in them: %s, %s", f"{found.gained:,}", f"{found.lost:,}")
+    shift = (found.shift_mean, found.shift_mean_absolute, found.shift_largest)
+    log.info("scores of %s pairs: %+.4g on average, %.4g absolute, %.4g at most", f"{found.pairs:,}", *shift)
+    table = Table("agreement", "mean", title=f"scores within {found.tolerance:g} are ties")
+    for depth, value in found.overlap.items():
+        table.add_row(f"overlap@{depth}", f"{value:.4f}")
+    table.add_row("RBO (p 0.9)", f"{found.rbo:.4f}")
+    table.add_row("Kendall's tau", "-" if found.tau is None else f"{found.tau:.4f}")
+    console = Console()
+    console.print(table)
+    if found.judged:
+        judged = Table("measure", "old", "new", "change", "95 %", "queries to see a loss of 0.01")
+        for name, one in found.judged.items():
+            needed = "-" if one.queries_to_see_a_loss is None else f"{one.queries_to_see_a_loss:,}"
+            interval = f"{one.low:+.4f} to {one.high:+.4f}"
+            judged.add_row(name, f"{one.old:.4f}", f"{one.new:.4f}", f"{one.difference:+.4f}", interval, needed)
+        console.print(judged)
+    for moved in found.moved:
+        shown = [", ".join(map(shown_text, documents)) for documents in (moved.old, moved.new)]
+        log.info("moved most: %s (RBO %.3f): %s -> %s", shown_text(moved.query_id), moved.rbo, *shown)

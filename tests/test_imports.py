@@ -163,8 +163,8 @@ ALLOWED = {
 BESIDE = {name: {"errors", "calls", "schema", "config"} for name in ROOMS} | {"engine": {"errors"}, "store": {"errors"}}
 """Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
 
-ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "demo.py", "evaluate.py", "__init__.py"}
-WITHOUT_JOB = {"cli_base.py", "evaluate.py"}
+ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "compare.py", "demo.py", "evaluate.py", "__init__.py"}
+WITHOUT_JOB = {"cli_base.py", "compare.py", "evaluate.py"}
 
 
 def in_table(markdown: str) -> dict[str, set[str]]:
