@@ -137,7 +137,7 @@ class Model(Section):
     """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's.
 
     `forward`: auto packs sequences where the model and device allow it and the self-test passes, and pads them else;
-    packed and padded insist.
+    packed and padded insist. `dtype` float8: of decoders on GPUs only, packed only.
     """
 
     name: Place
@@ -146,7 +146,7 @@ class Model(Section):
     template: str | dict[str, Any] = "auto"
     instruction: str | None = None
     max_length: int | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
     forward: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -164,6 +164,12 @@ class Model(Section):
     def _known_kind(self) -> "Model":
         if self.kind not in ("auto", *KINDS):
             raise ValueError(f"kind: found {self.kind!r}; expected one of {['auto', *KINDS]}")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_float8(self) -> "Model":
+        if self.dtype == "float8" and self.forward == "padded":
+            raise ValueError("dtype: found float8, which only the packed forward has; set forward to auto, or bfloat16")
         return self
 
 

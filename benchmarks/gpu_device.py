@@ -27,6 +27,11 @@ def properties(device: str) -> dict[str, Any]:
     }
 
 
+def has_float8(device: str) -> bool:
+    """Whether it multiplies in float8; a CPU emulates it."""
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+
+
 def driver() -> str:
     import subprocess
 

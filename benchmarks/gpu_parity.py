@@ -4,13 +4,14 @@ away again, and a token budget that memory is too small for."""
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_device import Record, limit_memory, short
+from gpu_device import Record, has_float8, limit_memory, short
 
 from batch_rerank.engine import decoder
 from batch_rerank.engine.attention import Kernel
@@ -75,6 +76,8 @@ def _paths_of(name: str, builders: ModuleType, device: str) -> Iterator[tuple[st
         for dtype, spec in specs.items():
             for label, score in _paths(spec, encoded, device).items():
                 yield f"{dtype}, {label}", _verdict(spec, score, exact)
+        if specs["float32"].causal is not None and has_float8(device):
+            yield "float8, packed", _float8(replace(specs["bfloat16"], dtype="float8"), encoded, device, exact)
 
 
 def _paths(spec: ModelSpec, encoded: Encoded, device: str) -> dict[str, Callable[[], tuple[Float32, str]]]:
@@ -120,6 +123,22 @@ def _verdict(spec: ModelSpec, score: Callable[[], tuple[Float32, str]], exact: F
     passed = bool(np.isfinite(scores).all() and difference.max() <= most and difference.mean() <= mean)
     figures = {"largest": short(float(difference.max())), "mean": short(float(difference.mean()))}
     return {"passed": passed, "attention": attention, **figures, "allowed": most, "spread": short(float(np.ptp(exact)))}
+
+
+def _float8(spec: ModelSpec, encoded: Encoded, device: str, exact: Float32) -> dict[str, Any]:
+    """As near to float32 as the CPU's plain operations on the same rounded numbers: random weights bear no limit."""
+    try:
+        scores, emulated = (make_scorer(spec, on, TOKENS).score(encoded) for on in (device, "cpu"))
+    except Exception as error:
+        return {"passed": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    ours, plain = np.abs(scores - exact), np.abs(emulated - exact)
+    return {
+        "passed": bool(np.isfinite(scores).all() and ours.mean() <= 1.5 * plain.mean()),
+        "largest": short(float(ours.max())),
+        "mean": short(float(ours.mean())),
+        "emulated_mean": short(float(plain.mean())),
+        "spread": short(float(np.ptp(exact))),
+    }
 
 
 def halving(record: Record, device: str, small: bool) -> None:

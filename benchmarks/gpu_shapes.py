@@ -12,13 +12,15 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from engine_models import SHAPES, build_causal, linear_flop, train_tokenizer
-from gpu_device import Record, forget_peak, median_and_spread, peak_gib, seconds, short
+from gpu_device import Record, forget_peak, has_float8, median_and_spread, peak_gib, seconds, short
 from gpu_rates import NAMES, best_matrix_rate
 from tokenizers import Tokenizer
 from transformers import AutoConfig, Qwen3ForCausalLM
@@ -64,6 +66,8 @@ def shape(record: Record, device: str, small: bool, name: str) -> None:
             record(passed=all(verdict["passed"] for verdict in verdicts))
             record(**{f"documents of {tokens}": {"goal_times": goal, **bench.rates(tokens)}})
         record(cross_encoder=bench.cross_encoder)
+        if has_float8(device):
+            record(float8=bench.float8())
 
 
 def _large(spec: ModelSpec, sizes: tuple[Any, ...], device: str) -> Any:
@@ -95,6 +99,7 @@ class _Bench:
         self.fallback = self._decoder.fallback  # why the fastest kernels are not used, None where they are
         self._ids = self._tokenizer.encode("\n".join(sources), add_special_tokens=False).ids
         self._cross = _cross_encoder(spec, model, device)
+        self._scored: dict[int, Encoded] = {}
 
     @property
     def cross_encoder(self) -> str:
@@ -143,7 +148,7 @@ class _Bench:
         took = seconds(lambda: self._scorer.score(trial), self._device)
         queries = 4 if self._small else int(min(400, max(4, 4 * SECONDS / took)))
         groups = self.groups(tokens, queries)
-        encoded = encode(groups)
+        encoded = self._scored[tokens] = encode(groups)
         encoding = seconds(lambda: encode(groups), "cpu")
         few = groups[: max(1, queries // 4)]
         others = self._others(few, encode(few))
@@ -183,6 +188,27 @@ class _Bench:
                 for name, rates in their_rates.items()
             },
         }
+
+    def float8(self) -> dict[str, Any]:
+        """At each length in turn with bfloat16, and how far it moves scores on the scale of their spread: of random
+        weights, which bear it worse than trained ones. Its decoder joins weights anew: both hold their own."""
+        spec = replace(self._spec, dtype="float8")
+        decoder = DecoderModel(spec, self._model, self._direction, self._device, "packed")
+        scorer = PairScorer(decoder, TokenBudget(self._budget.tokens))
+        found: dict[str, Any] = {}
+        for tokens, encoded in self._scored.items():
+            plain, rounded = self._scorer.score(encoded), scorer.score(encoded)
+            times = [
+                [seconds(partial(which.score, encoded), self._device) for which in (self._scorer, scorer)]
+                for _ in range(2 if self._small else 3)
+            ]
+            moved = np.abs(rounded - plain) / plain.std()
+            found[f"documents of {tokens}"] = {
+                "pairs_per_s": median_and_spread([len(plain) / ours for _, ours in times]),
+                "times_as_fast_as_bfloat16": median_and_spread([theirs / ours for theirs, ours in times]),
+                "moved_of_spread": {"mean": short(float(moved.mean())), "largest": short(float(moved.max()))},
+            }
+        return {**found, "peak_gib": peak_gib(self._device)}
 
     def _others(self, groups: list[Group], encoded: Encoded) -> dict[str, Callable[[], Any]]:
         """Each with the fastest of several batch sizes; its name says which."""

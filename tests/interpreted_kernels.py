@@ -8,7 +8,7 @@ import torch
 from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from batch_rerank.engine import kernels
+from batch_rerank.engine import float8, kernels
 
 Tensor = torch.Tensor
 torch.set_num_threads(1)  # operations on a few numbers each
@@ -20,7 +20,8 @@ WIDTHS = {"0.6B": (1024, 3072), "4B": (2560, 9728), "8B": (4096, 12288)}
 
 @pytest.fixture(autouse=True)
 def arithmetic_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton 3.6's interpreter cuts float32 to bfloat16 off, where every GPU rounds to the nearest."""
+    """Triton 3.6's interpreter cuts float32 to bfloat16 off, where every GPU rounds to the nearest; to float8
+    it loses the carry and makes numbers of NaN."""
     cast = InterpreterBuilder.cast_impl
 
     def rounded(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype) -> TensorHandle:
@@ -29,6 +30,12 @@ def arithmetic_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         values = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
         return TensorHandle(values.numpy().view(np.uint16), to.scalar)
 
+    def narrowed(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype, rounding: object) -> TensorHandle:
+        assert (source.dtype.scalar, to.scalar) == (tl.float32, tl.float8e4nv)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+        return TensorHandle(values.numpy(), to.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", narrowed)
     for name in ("cast_impl", "create_fp_trunc"):
         monkeypatch.setattr(InterpreterBuilder, name, rounded)
     with np.errstate(all="ignore"):  # infinities are met in silence too
@@ -141,6 +148,25 @@ def test_gated_activation_of_any_size(rows: int, inner: int) -> None:
     found = kernels.swiglu(joined)
     assert found.shape == (rows, inner)
     assert_equal(found, kernels.plain_swiglu(joined))
+
+
+@pytest.mark.parametrize("width", [64, 1000, WIDTHS["8B"][1], kernels.LONGEST_ROW + 16])
+def test_rounding_to_float8(width: int) -> None:
+    rows = strided(4, width, torch.bfloat16) * 3
+    rows[1] = 0
+    found, scale = float8.quantise(rows)
+    expected, expected_scale = float8.plain_quantise(rows)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    assert (found.float() != expected.float()).float().mean() < 0.001, "a scale's last bit moves few across a border"
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.126, atol=0)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_has_a_scale_of_nan(odd: float) -> None:
+    rows = strided(3, 64, torch.bfloat16)
+    rows[1, 5] = odd
+    _, scale = float8.quantise(rows)
+    assert scale[:, 0].isnan().tolist() == [False, True, False]
 
 
 def attentions(rows: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

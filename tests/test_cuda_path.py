@@ -2,6 +2,7 @@
 finds every wrong device, dtype and hidden wait, and the kernel's results emulated on a CPU."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from batch_rerank.engine.attention import Kernel, kernel_for
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.float8 import Rowwise
 from batch_rerank.engine.loading import load
 from batch_rerank.engine.models import ClassificationModel, DecoderModel, EmbeddingModel
 from batch_rerank.engine.packing import filled
@@ -53,7 +55,9 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Mode
     directories = {name: build(tmp_path_factory.mktemp("model")) for name, (build, _) in BUILDERS.items()}
     for name in ("xlmr", "bert", "gte", "mean"):
         checkpoints.rewrite(directories[name] / "config.json", num_attention_heads=2)  # of 24, which the kernel takes
-    return lambda name, dtype: resolve_model(str(directories[name]), template=BUILDERS[name][1], dtype=dtype)
+    return lambda name, dtype: resolve_model(
+        str(directories[name]), template=BUILDERS[name][1], dtype=dtype, device="cuda"
+    )
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
@@ -184,9 +188,13 @@ def compute(model: Any, encoded: Encoded) -> list[torch.Tensor]:
     return [model.scores(encoded, pairs) for pairs in model.split(encoded, np.arange(len(encoded.document)), 500)]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("forward", ["packed", "padded"])
-@pytest.mark.parametrize("name", BUILDERS)
+IN_FLOAT8 = [(name, "packed", "float8") for name in ("causal", "document first", "biased", "gemma")]
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "dtype"),
+    [*itertools.product(BUILDERS, ("packed", "padded"), ("bfloat16", "float32")), *IN_FLOAT8],
+)
 def test_a_unit_runs_on_a_gpu_without_waiting_for_it(
     monkeypatch: pytest.MonkeyPatch, specs: Callable[[str, str], ModelSpec], name: str, forward: str, dtype: str
 ) -> None:
@@ -201,7 +209,8 @@ def test_a_unit_runs_on_a_gpu_without_waiting_for_it(
         model = on_fake_gpu(network, spec, forward)
         if forward == "packed":
             packed = getattr(model, "_decoder", None) or model._encoder
-            assert packed._kernel.name == ("varlen" if dtype == "bfloat16" else "plain"), packed.slower
+            assert packed._kernel.name == ("plain" if dtype == "float32" else "varlen"), packed.slower
+            assert isinstance(packed._blocks[0].down, Rowwise) == (dtype == "float8")
         results = compute(model, encoded)
     assert {(result.device.type, result.dtype) for result in results} == {("cuda", torch.float32)}
     assert results

@@ -39,6 +39,7 @@ def test_every_step_runs_and_parity_is_proven(tmp_path: Path) -> None:
         paths = result["parity"][name]
         assert {f"{dtype}, {path}" for dtype in ("float32", "bfloat16") for path in ("padded", "packed")} < set(paths)
         assert all(path["passed"] for path in paths.values())
+        assert ("float8, packed" in paths) == (name == "document first")
     assert result["halving"]["tokens_at_the_end"] < result["halving"]["asked_tokens"]
     assert {"rotate", "add_norm", "swiglu", "merge", "attention over 76"} < set(result["kernels"]["8b"])
     for name, goal in {"0.6b": 0.55, "4b": 0.75, "8b": 0.82}.items():
@@ -48,6 +49,7 @@ def test_every_step_runs_and_parity_is_proven(tmp_path: Path) -> None:
             keys = {"pairs_per_s", "tokens_per_s", "share_of_matrix_rate", "goal_times", "others"}
             assert keys < set(row)
             assert any("padded" in other for other in row["others"])
+            assert result[name]["float8"][f"documents of {tokens}"]["times_as_fast_as_bfloat16"]
 
 
 def test_a_step_that_fails_is_recorded_and_does_not_end_the_others(tmp_path: Path) -> None:

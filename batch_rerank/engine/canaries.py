@@ -164,6 +164,18 @@ def order(fast: Float32, slow: Float32, group: npt.NDArray[np.integer], allowed:
     return turned == 0 and correlation >= LEAST_CORRELATION, seen
 
 
+def moved(fast: Float32, slow: Float32, group: npt.NDArray[np.integer]) -> str:
+    """What another computation changes: how far scores move on the scale of their spread, and how many of the pairs of
+    documents of a query stand the other way round, near ones too. Arguments as in `order`."""
+    difference, spread = np.abs(fast - slow), float(slow.std())
+    apart = (group[:, None] == group) & (slow[:, None] > slow)
+    turned = int((apart & (fast[:, None] <= fast)).sum())
+    return (
+        f"scores move by {difference.max() / spread:.2g} of their standard deviation at most and "
+        f"{difference.mean() / spread:.2g} on average, and {turned} of {int(apart.sum())} pairs of documents are turned"
+    )
+
+
 def _centred(scores: Float32, group: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     _, of = np.unique(group, return_inverse=True)
     return scores - (np.bincount(of, scores) / np.bincount(of))[of]

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from batch_rerank.engine.architecture import refuse_unknown_computation
+from batch_rerank.engine.architecture import DECODERS, refuse_unknown_computation
 from batch_rerank.engine.checkpoint_files import check_weights, identify, locate, read_json, refuse_adapter
 from batch_rerank.engine.kinds import KINDS, Kind, details_of, kind_of, refuse_code, template_of
 from batch_rerank.engine.templates import CausalTemplate
 from batch_rerank.errors import ConfigError, ModelError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float8")
 SHORTEST_MAX_LENGTH = 32
 
 
@@ -100,6 +100,8 @@ def resolve_model(
         found = kind_of(directory, config, kind, name)
         chosen = template_of(found, template, config, name)
         details = details_of(directory, config, found, chosen, name)
+        if dtype == "float8":
+            _refuse_float8(found, str(config.get("model_type")), device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
             f"model directory {directory}: one of its JSON files has content of an unexpected form "
@@ -122,6 +124,19 @@ def resolve_model(
         escape=escape,
         **details,
     )
+
+
+def _refuse_float8(kind: Kind, architecture: str, device: str) -> None:
+    if not device.startswith("cuda"):
+        raise ConfigError(
+            "model.dtype: found float8, which needs a GPU of compute capability 8.9 or later, but this is to score on "
+            "the CPU; set float32 or bfloat16, or for a job on GPUs cluster.gpus_per_actor: 1"
+        )
+    if kind == "bi_encoder" or architecture not in DECODERS:
+        raise ConfigError(
+            f"model.dtype: found float8 for a model of kind {kind} and architecture {architecture!r}; expected a "
+            "decoder that scores pairs (causal, or with a classification head); set bfloat16"
+        )
 
 
 def relocate(spec: ModelSpec, weights: bool = True) -> ModelSpec:

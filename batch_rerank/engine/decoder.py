@@ -7,7 +7,7 @@ layer only those positions are queried and go through the MLP. Between the produ
 a CPU with what its own library fuses to them (`linear.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.nn import functional
 from batch_rerank.engine import kernels
 from batch_rerank.engine.architecture import looks_both_ways
 from batch_rerank.engine.attention import Cuts, Tensor, attend, kernel_for, merge
-from batch_rerank.engine.linear import Weights, linear, linear_with, weights_of
+from batch_rerank.engine.float8 import Rowwise, quantised
+from batch_rerank.engine.linear import Plain, Weights, linear, linear_with, weights_of
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma")
 """Architectures that are this computation: RMS norm, rotary positions, grouped queries, gated MLP."""
@@ -52,11 +53,13 @@ class Pack:
 class Packed:
     """A decoder's body over packs."""
 
-    def __init__(self, body: Any, device: str, fused: bool | None = None) -> None:
+    def __init__(self, body: Any, device: str, fused: bool | None = None, float8: bool = False) -> None:
         """`body`: the transformers model without its head, e.g. Qwen3Model; `unsupported` must be None for it.
 
         Joins weights that multiply the same input; the model's own parameters become views of the joined ones.
         fused: whether `kernels.py` computes what is between the products; None: on all devices but CPUs.
+        float8: whether all layers but the last multiply in it, with weights of their own beside the model's. The last
+        has few rows to multiply, and its rounding is what the score sees first.
         """
         self._fused = device != "cpu" if fused is None else fused
         self._embed, self._rotary = body.embed_tokens, body.rotary_emb
@@ -69,7 +72,8 @@ class Packed:
             self.slower = self.slower or kernels.missing(torch.device(device), body.dtype)
         self._unit_offset = config.model_type == "gemma"  # its norms multiply by 1 + weight
         self._norm = self._norm_of(body.norm)
-        self._blocks = [self._block(layer, config) for layer in body.layers]
+        blocks = [self._block(layer, config) for layer in body.layers]
+        self._blocks = [block.in_float8() for block in blocks[:-1]] + blocks[-1:] if float8 else blocks
 
     def _norm_of(self, norm: Any) -> kernels.Norm:
         epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
@@ -178,6 +182,7 @@ class Packed:
         """The model's output at the last rows only; keys and values are needed at all rows."""
         shared, last = pack.prefixes.at[-1], pack.last
         split = self._heads * self._dim
+        assert not isinstance(block.query_key_value, Rowwise)
         weight, bias = block.query_key_value
         projected = linear(normed, (weight[split:], None if bias is None else bias[split:]))
         _, key, value = self._turned(block, projected, 0, self._kv_heads, cos, sin)
@@ -207,6 +212,12 @@ class _Block:
     down: Weights
     activation: Any
 
+    def in_float8(self) -> "_Block":
+        """The layer with the weights that it multiplies with in float8."""
+        names = ["query_key_value", "output", "down", *(["gate", "up"] if self.gate_up is None else ["gate_up"])]
+        changed: dict[str, Any] = {name: quantised(*getattr(self, name)) for name in names}
+        return replace(self, **changed)
+
     def gated(self, normed: Tensor) -> Tensor:
         """[n, hidden] to [n, inner]: the activated gate times the up projection."""
         if self.gate_up is not None:
@@ -235,7 +246,7 @@ def unsupported(body: Any) -> str | None:
     return None
 
 
-def _join(*linears: Any) -> Weights:
+def _join(*linears: Any) -> Plain:
     """Linear layers of one input as one. Their own weights become views of the joined: no second copy stays."""
     weight = torch.cat([layer.weight.detach() for layer in linears])
     for layer, view in zip(linears, torch.split(weight, [layer.out_features for layer in linears]), strict=True):

@@ -63,16 +63,18 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return reason
 
 
-def _jit(function: Callable[..., None]) -> Any:
+def jit(function: Callable[..., None]) -> Any:
+    """A kernel; the function itself where Triton is absent."""
     return triton.jit(function) if triton else function
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, warps: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, warps: int) -> None:
+    """Run a kernel on the device of `on`."""
     with torch.cuda.device(on.get_device()):  # else on the current one, whatever its tensors'; -1, a CPU's, is none
         kernel[grid](*arguments, num_warps=warps)
 
 
-def _rows(*tensors: Tensor) -> list[int]:
+def row_strides(*tensors: Tensor) -> list[int]:
     """Strides between rows; raises ValueError where a row's elements are not adjacent."""
     for tensor in tensors:
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -97,10 +99,10 @@ def rotate_(
     columns = triton.next_power_of_2(half)
     query_weight, query_epsilon = query_norm or (None, 0.0)
     key_weight, key_epsilon = key_norm or (None, 0.0)
-    strides = _rows(joined, cos, sin)
+    strides = row_strides(joined, cos, sin)
     norms = (query_weight, query_epsilon, key_weight, key_epsilon)
     sizes = (heads, kv_heads, half, columns, max(512 // columns, 1))
-    _launch(_rotate_kernel, (len(joined),), joined, joined, cos, sin, *strides, *norms, *sizes, warps=2)
+    launch(_rotate_kernel, (len(joined),), joined, joined, cos, sin, *strides, *norms, *sizes, warps=2)
 
 
 def plain_rotate_(
@@ -115,7 +117,7 @@ def plain_rotate_(
         part.copy_(values * cos + torch.cat([-high, low], 2) * sin)
 
 
-@_jit
+@jit
 def _rotate_kernel(
     joined: tl.tensor,
     cos: tl.tensor,
@@ -141,7 +143,7 @@ def _rotate_kernel(
     _rotate_heads(row, cos, sin, key_weight, key_epsilon, HEADS, HEADS + KV_HEADS, HALF, COLUMNS, TILE)
 
 
-@_jit
+@jit
 def _rotate_heads(
     row: tl.tensor,
     cos: tl.tensor,
@@ -190,9 +192,9 @@ def add_norm_(residual: Tensor, added: Tensor | None, norm: Norm) -> Tensor:
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     width = residual.shape[1]
     block = triton.next_power_of_2(width)
-    strides = _rows(residual, residual if added is None else added)
+    strides = row_strides(residual, residual if added is None else added)
     arguments = (residual, added, weight, out, *strides, width, epsilon, block)
-    _launch(_add_norm_kernel, (len(residual),), residual, *arguments, warps=min(max(block // 512, 1), 16))
+    launch(_add_norm_kernel, (len(residual),), residual, *arguments, warps=min(max(block // 512, 1), 16))
     return out
 
 
@@ -211,7 +213,7 @@ def _plain_norm(values: Tensor, norm: Norm) -> Tensor:
     return (normed.to(weight.dtype) * weight).to(values.dtype)
 
 
-@_jit
+@jit
 def _add_norm_kernel(
     residual: tl.tensor,
     added: tl.tensor,
@@ -253,11 +255,11 @@ def _swiglu_triton(joined: Tensor) -> Tensor:
     inner = joined.shape[1] // 2
     out = torch.empty(len(joined), inner, dtype=joined.dtype, device=joined.device)
     grid = (len(joined), triton.cdiv(inner, 1024))
-    _launch(_swiglu_kernel, grid, joined, joined, out, *_rows(joined), inner, 1024, warps=4)
+    launch(_swiglu_kernel, grid, joined, joined, out, *row_strides(joined), inner, 1024, warps=4)
     return out
 
 
-@_jit
+@jit
 def _swiglu_kernel(joined: tl.tensor, out: tl.tensor, stride: tl.tensor, inner: tl.tensor, BLOCK: tl.constexpr) -> None:
     """A program is BLOCK elements of a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -285,13 +287,13 @@ def merge(own: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, into: Tens
         return
     heads, dim = own.shape[1:]
     columns = triton.next_power_of_2(dim)
-    _rows(own, other, into)
+    row_strides(own, other, into)
     sums = (*lse.stride(), *other_lse.stride())
     strides = [stride for tensor in (own, other, into) for stride in tensor.stride()[:2]]
     tile = min(max(2048 // columns, 1), triton.next_power_of_2(heads))
     grid = (len(own), triton.cdiv(heads, tile))
     arguments = (own, lse, other, other_lse, into, *sums, *strides, heads, dim, columns, tile)
-    _launch(_merge_kernel, grid, own, *arguments, warps=4)
+    launch(_merge_kernel, grid, own, *arguments, warps=4)
 
 
 def plain_merge(own: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, into: Tensor) -> None:
@@ -302,7 +304,7 @@ def plain_merge(own: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, into
     into.copy_(torch.where(weight == 0, own, torch.where(weight == 1, other, mixed)))
 
 
-@_jit
+@jit
 def _merge_kernel(
     own: tl.tensor,
     lse: tl.tensor,

@@ -10,9 +10,12 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from batch_rerank.engine.float8 import Rowwise, product
+
 Tensor = torch.Tensor
-Weights = tuple[Tensor, Tensor | None]
+Plain = tuple[Tensor, Tensor | None]
 """weight [out, in] and bias [out] or None."""
+Weights = Plain | Rowwise
 
 _ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
@@ -21,22 +24,26 @@ _DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_su
 
 def linear(inputs: Tensor, weights: Weights, then: Literal["none", "swish", "gelu"] = "none") -> Tensor:
     """[n, in] to [n, out]: inputs @ weight.T + bias, then the activation (gelu: the exact one, by erf)."""
-    if _fits(inputs):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, *weights, then, [], "none")
-        return product
-    product = functional.linear(inputs, *weights)
+    if not isinstance(weights, Rowwise) and _fits(inputs):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, *weights, then, [], "none")
+        return fused
+    bare = _bare(inputs, weights)
     if then == "gelu":
-        return functional.gelu(product)
-    return functional.silu(product, inplace=True) if then == "swish" else product
+        return functional.gelu(bare)
+    return functional.silu(bare, inplace=True) if then == "swish" else bare
 
 
 def linear_with(inputs: Tensor, weights: Weights, then: Literal["add", "mul"], other: Tensor) -> Tensor:
     """[n, in] to [n, out]: inputs @ weight.T + bias, then plus or times `other` [n, out]."""
-    if _fits(inputs):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, other, *weights, then)
-        return product
-    product = functional.linear(inputs, *weights)
-    return product.add_(other) if then == "add" else product.mul_(other)
+    if not isinstance(weights, Rowwise) and _fits(inputs):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, other, *weights, then)
+        return fused
+    bare = _bare(inputs, weights)
+    return bare.add_(other) if then == "add" else bare.mul_(other)
+
+
+def _bare(inputs: Tensor, weights: Weights) -> Tensor:
+    return product(inputs, weights) if isinstance(weights, Rowwise) else functional.linear(inputs, *weights)
 
 
 def use_onednn(model: Any) -> None:
@@ -66,6 +73,6 @@ def _fits(inputs: Tensor) -> bool:
     return _ONEDNN and inputs.device.type == "cpu" and inputs.dtype in _DTYPES
 
 
-def weights_of(module: Any) -> Weights:
+def weights_of(module: Any) -> Plain:
     """Weight and bias of a linear layer."""
     return module.weight.detach(), None if module.bias is None else module.bias.detach()

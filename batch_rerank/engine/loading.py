@@ -28,6 +28,7 @@ from batch_rerank.errors import ModelError
 log = logging.getLogger("batch_rerank")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES["float8"] = torch.bfloat16  # what the packed forward does not multiply in float8
 
 JINA_NAMES = (
     (r"emb_ln", "embeddings.LayerNorm"),

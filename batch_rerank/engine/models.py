@@ -316,11 +316,16 @@ def _widen_heads(model: Any) -> None:
 def _packed(path: Any, model: Any, spec: ModelSpec, device: str, forward: Forward) -> tuple[Any, str | None]:
     """The packed forward of a model, or None and why its batches are padded, which is said once in the log.
 
-    Raises ModelError where the packed forward is insisted on and there is none for the model.
+    Raises ModelError where the packed forward is insisted on, or float8, which is its alone, and there is none for the
+    model.
     """
     reason = "model.forward is padded" if forward == "padded" else path.unsupported(model)
+    float8 = spec.dtype == "float8"
+    if float8 and (reason or path is not decoder):
+        reason = reason or "it is no decoder"
+        raise ModelError(f"model.dtype: found float8, which model {spec.name!r} has not here: {reason}; set bfloat16")
     if reason is None:
-        found = path.Packed(model, device)
+        found = decoder.Packed(model, device, float8=True) if float8 else path.Packed(model, device)
         if found.slower:
             log.warning("model %s: the packed forward does without its fastest kernels: %s", spec.name, found.slower)
         return found, found.slower

@@ -70,7 +70,10 @@ def make_scorer(
     """Load a model as a scorer. `token_budget`: tokens of one batch, None to choose by free memory. `forward`: packed
     where the model, device and dtype allow it (auto), or one of packed and padded insisted on.
 
-    Raises ModelError (the checkpoint does not load completely) and ConfigError (the device is absent).
+    float8 on a CPU is emulated, for tests; `resolve_model` refuses it there.
+
+    Raises ModelError (the checkpoint does not load completely) and ConfigError (the device is absent or lacks the
+    dtype).
     """
     if spec.kind == "checksum":
         return ChecksumScorer()
@@ -83,13 +86,8 @@ def make_scorer(
         raise ConfigError(
             "CUDA is asked for, but torch sees no GPU here; set cluster.gpus_per_actor: 0 to score on the CPU"
         )
-    if device.startswith("cuda") and spec.dtype == "bfloat16":
-        found = torch.cuda.get_device_capability(device)  # torch's own check counts a slow emulation as support
-        if torch.version.hip is None and found < (8, 0):
-            raise ConfigError(
-                f"model.dtype: found bfloat16, but this GPU (compute capability {found[0]}.{found[1]}) has none; "
-                "set float16 or float32"
-            )
+    if device.startswith("cuda") and spec.dtype in ("bfloat16", "float8"):
+        _refuse_dtype(spec.dtype, device)
     kinds: dict[str, Any] = {
         "causal": causal_model,
         "sequence_classification": classification_model,
@@ -98,6 +96,22 @@ def make_scorer(
     model = kinds[spec.kind](spec, device, forward)
     budget = TokenBudget(token_budget or choose_budget(model.model, device))
     return BiEncoderScorer(model, budget) if spec.kind == "bi_encoder" else PairScorer(model, budget)
+
+
+def _refuse_dtype(dtype: str, device: str) -> None:
+    """Raise ConfigError where a GPU has no bfloat16 or no float8."""
+    import torch
+
+    if torch.version.hip is not None:
+        if dtype == "float8":
+            raise ConfigError("model.dtype: found float8, but this is a ROCm build of torch; set bfloat16")
+        return
+    found = torch.cuda.get_device_capability(device)  # torch's own check counts a slow emulation as support
+    needed, other = {"bfloat16": ((8, 0), "float16 or float32"), "float8": ((8, 9), "bfloat16")}[dtype]
+    if found < needed:
+        raise ConfigError(
+            f"model.dtype: found {dtype}, but this GPU (compute capability {found[0]}.{found[1]}) has none; set {other}"
+        )
 
 
 def relevance(spec: ModelSpec, scores: Float32) -> Float32 | None:

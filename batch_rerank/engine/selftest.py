@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from batch_rerank.engine.canaries import Limits, canaries, few_tokens, limits, order
+from batch_rerank.engine.canaries import Limits, canaries, few_tokens, limits, moved, order
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import Encoder, make_encoder
@@ -237,9 +237,12 @@ def _canaries(
     found: Findings = [] if held.all() else [f"{np.count_nonzero(~held)} canaries that do not fit into memory"]
     fault = suspect(spec, fast[held])
     alike = distinct_sequences(encoded) < FEWEST_CANARIES
-    allowed = limits(spec, None if alike or suspect(spec, slow) else float(slow.std()))
+    spread = None if alike or suspect(spec, slow) else float(slow.std())
+    allowed, group = limits(spec, spread), encoded.group_of_pair()[judged]
     differences += np.abs(fast[judged] - slow).tolist()
     agree, seen = allowed.judge(fast[judged], slow)
+    if spec.dtype == "float8" and spread:
+        seen += f"; float8: {moved(fast[judged], slow, group)}"
     found.append(Check("canaries", agree, f"{len(judged)} pairs differ from the slow float32 path by {seen}"))
     both = held[: len(split)]
     same, seen = allowed.judge(split[both], fast[: len(split)][both])
@@ -247,7 +250,7 @@ def _canaries(
     if alike:
         return [*found, f"order and spread of the scores: max_length {spec.max_length} leaves the canaries alike"]
     if not (fault or suspect(spec, slow)):
-        found.append(Check("order", *order(fast[judged], slow, encoded.group_of_pair()[judged], allowed)))
+        found.append(Check("order", *order(fast[judged], slow, group, allowed)))
     return [*found, Check("spread", fault is None, fault or f"scores from {slow.min():.4g} to {slow.max():.4g}")]
 
 

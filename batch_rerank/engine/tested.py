@@ -46,6 +46,8 @@ def tested_scorer(
     Raises ModelError where the model does not load, no forward that is allowed passes, or the packed one is insisted
     on and there is none; and what make_scorer raises.
     """
+    if spec.dtype == "float8" and forward == "auto":
+        forward = "packed"  # the padded one would score in bfloat16, which is another job
     first = _try(spec, device, token_budget, forward, test)
     if isinstance(first, Tested):
         return first
@@ -81,5 +83,6 @@ def _try(spec: ModelSpec, device: str, token_budget: int | None, forward: "Forwa
     failed = {check.name for check in result.checks if not check.passed}
     its_own = failed & OF_THE_FORWARD and failed <= OF_THE_FORWARD | WITH_IT
     if forward != "auto" or not scorer.packed or not its_own:
-        raise ModelError(f"model {spec.name!r}: {result.summary()}; see batch-rerank selftest")
+        instead = "; set model.dtype to bfloat16" if spec.dtype == "float8" and its_own else ""
+        raise ModelError(f"model {spec.name!r}: {result.summary()}; see batch-rerank selftest{instead}")
     return f"the packed forward's {result.summary()}"
