@@ -23,7 +23,7 @@ from batch_rerank.input.places import is_within, same_store
 from batch_rerank.input.sources import Source
 from batch_rerank.input.stage_sources import find_sources
 from batch_rerank.store.bookkeeping import expected_parts, mark_done, recording, resume
-from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest, fingerprint
 from batch_rerank.store.names import EXCHANGED
@@ -88,6 +88,11 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
             run_passes(config, manifest, plan, join, sources, done, totals, lease, in_turn if small else each)
             _finalise(manifest, plan, join, lease)
     return _staged(config, manifest, plan, False, started)
+
+
+def staged_pattern(root: Location) -> str:
+    """What a job reads of its stage."""
+    return re.sub(r"([*?[])", r"[\1]", str(root)) + "/part-*.parquet"  # a * in the path is no glob
 
 
 def find_stage(config: JobConfig) -> Staged | None:
@@ -237,7 +242,7 @@ def _staged(config: JobConfig, manifest: Manifest, plan: Plan, reused: bool, sta
     place = str(manifest.root)
     staged = Input(
         layout="nested",
-        path=re.sub(r"([*?[])", r"[\1]", place) + "/part-*.parquet",  # a * in the path is no glob
+        path=staged_pattern(manifest.root),
         unit_pairs=given.unit_pairs,
         unit_bytes=given.unit_bytes,
         storage_options=config.output.storage_options,

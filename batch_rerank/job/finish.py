@@ -8,7 +8,7 @@ from batch_rerank.publish.publish import move_latest, publish, refuse_other_publ
 from batch_rerank.store.bookkeeping import refuse_strays
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.names import TREC_RUN
+from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import scan
@@ -57,7 +57,8 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     if {part.name: (part.size, part.sha256) for part in mark.parts} != whole:
         return None
     absent = config.output.trec_run and not (mark.trec_run and found.files.size(TREC_RUN) == mark.trec_run.size)
-    untidy = found.files.within("_work") or (not config.output.keep_scores and found.files.within("_scores"))
+    needless = ("work",) if config.output.keep_scores else ("work", "scores")
+    untidy = any(found.files.matching(OUTPUT_KINDS[kind]) for kind in needless)
     if absent or untidy or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
         return None
     return totals

@@ -15,6 +15,7 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConflictError, StorageError, UnfinishedError
 from batch_rerank.input.places import matches, patterns_of
 from batch_rerank.input.shards import check_planned
+from batch_rerank.input.stage import staged_pattern
 from batch_rerank.job.finish import finish
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, open_output
@@ -104,8 +105,8 @@ def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -
 
 def _is_stage_of(job: JobConfig, stored: JobConfig) -> bool:
     """Whether what was scored is the stage of a job's input."""
-    stage = str(locate(job.stage, job.output.storage_options))
-    return stored.input.layout == "nested" and all(path.startswith(f"{stage}/") for path in stored.input.patterns)
+    stage = locate(job.stage, job.output.storage_options)
+    return stored.input.layout == "nested" and stored.input.patterns == [staged_pattern(stage)]
 
 
 def _other_sources(job: JobConfig) -> Iterator[str]:
@@ -114,6 +115,10 @@ def _other_sources(job: JobConfig) -> Iterator[str]:
     if plan is None:
         log.warning("%s: the stage is gone; whether it was made of this job's input cannot be told", job.stage)
         return
+    cut = "input.candidates_per_query"
+    there, here = plan.fingerprint_fields.get(cut), job.input.candidates_per_query
+    if there != here:
+        yield f"{cut}: there {there!r}, here {here!r}"
     given = [(key, locate(pattern, job.input.storage_options)) for key, pattern in patterns_of(job)]
     urls = [(shard.url, locate(shard.url, job.input.storage_options)) for shard in plan.shards]
     for key, pattern in given:

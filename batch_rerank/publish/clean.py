@@ -1,19 +1,22 @@
 """What an output takes on storage, and removing what is not needed of it: only files that are named as ours."""
 
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 from batch_rerank.errors import ConflictError, StorageError
+from batch_rerank.input.places import real_path
 from batch_rerank.publish.output import Place, is_stage, lease_seconds_of, open_output
+from batch_rerank.store.bookkeeping import expected_parts, is_ours
 from batch_rerank.store.filesystem import Location, locate, storage_errors
-from batch_rerank.store.lease import FOLDER, hold
+from batch_rerank.store.lease import EPOCH, FOLDER, hold
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.names import OUTPUT_KINDS, Files, work_name
+from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN, Files, work_name
 from batch_rerank.store.plans import Plan
-from batch_rerank.store.scan import scan
+from batch_rerank.store.scan import Scan, scan
 
 What = Literal["work", "scores", "all"]
 REMOVALS = 16
@@ -50,54 +53,67 @@ def clean(
     and ConflictError where a job is at work on it.
     """
     manifest, plan = open_output(place, or_stage=True)
-    files = manifest.list_files()
-    takes = {kind: _taken(files, names) for kind, names in by_kind(files).items()}
-    kept = _kept(manifest, plan, place, what, latest, force)
-    if kept:
+    found = scan(manifest, plan)
+    takes = {kind: _taken(found.files, names) for kind, names in by_kind(manifest, plan, found).items()}
+
+    def nothing(kept: str) -> Cleaned:
         return Cleaned(str(manifest.root), takes, {}, kept)
+
+    if kept := _kept(manifest, plan, found, place, what, latest, force):
+        return nothing(kept)
     if dry_run:
-        return Cleaned(str(manifest.root), takes, _sizes(files, _names(manifest, plan, files, what)))
+        return Cleaned(str(manifest.root), takes, _sizes(found.files, _names(manifest, plan, found, what)))
     with hold(manifest.root, lease_seconds_of(plan)) as lease:
-        files = manifest.list_files()
-        names = _names(manifest, plan, files, what)
+        # the lease may have taken a minute, in which another job has withdrawn, finished or removed the output
+        there = manifest.read_plan()
+        if there is None or there.fingerprint != plan.fingerprint:
+            raise ConflictError(f"{manifest.root}: another job has removed or replaced it meanwhile; look at it again")
+        plan, found = there, scan(manifest, there)
+        if kept := _kept(manifest, plan, found, place, what, latest, force):
+            return nothing(kept)
+        names = _names(manifest, plan, found, what)
         lease.check()
         for group in names.values():
             with ThreadPoolExecutor(REMOVALS) as pool:
-                list(pool.map(lambda name: manifest.remove_seen(name, files), group))
+                list(pool.map(lambda name: manifest.remove_seen(name, found.files), group[:-1]))
+            for name in group[-1:]:  # the plan when all else is gone
+                manifest.remove_seen(name, found.files)
             lease.check()
     if what == "all":  # the lease itself, which no next job would find a plan beside
-        last = manifest.list_files(FOLDER)
-        for name in last.found:
-            manifest.remove_seen(name, last)
-    return Cleaned(str(manifest.root), takes, _sizes(files, names))
+        lease.remove()
+    return Cleaned(str(manifest.root), takes, _sizes(found.files, names))
 
 
-def by_kind(files: Files) -> dict[str, list[str]]:
-    """The files of an output: mark, parts, scores, work, records, and what is not ours."""
-    found: dict[str, list[str]] = {kind: files.matching(pattern) for kind, pattern in OUTPUT_KINDS.items()}
-    known = {name for names in found.values() for name in names}
-    found["others"] = [name for name in files.found if name not in known]
-    return found
+def by_kind(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, list[str]]:
+    """The files of an output: mark, parts, scores, work, records, and what is not ours. Parts are those of its
+    publication, and what says that it is of this job."""
+    files = found.files
+    kinds: dict[str, list[str]] = {kind: files.matching(pattern) for kind, pattern in OUTPUT_KINDS.items()}
+    expected = {TREC_RUN, *expected_parts(manifest, plan, found.publication)}
+    kinds["parts"] = [name for name in kinds["parts"] if name in expected or is_ours(manifest.root / name, plan)]
+    known = {name for names in kinds.values() for name in names}
+    kinds["others"] = [name for name in files.found if name not in known]
+    return kinds
 
 
-def _names(manifest: Manifest, plan: Plan, files: Files, what: What) -> dict[str, list[str]]:
+def _names(manifest: Manifest, plan: Plan, found: Scan, what: What) -> dict[str, list[str]]:
     """What goes, in this order: readers see the mark go first, and whoever goes on finds the plan until the end."""
-    kinds = by_kind(files)
+    kinds = by_kind(manifest, plan, found)
     wanted = {"work": ("work",), "scores": ("work", "scores"), "all": ("mark", "parts", "work", "scores", "records")}
     names = {kind: kinds[kind] for kind in wanted[what]}
     if what == "work":
-        found = scan(manifest, plan)
         alone = {work_name(one.unit) for one in found.committed if found.place(one) is None}
         names["work"] = [name for name in names["work"] if name not in alone]
     if "records" in names:
-        names["records"] = [name for name in names["records"] if not name.startswith(f"{FOLDER}/")]
+        names["records"] = [name for name in names["records"] if not re.fullmatch(f"{FOLDER}/{EPOCH}", name)]
         names["records"].sort(key=lambda name: name == "_manifest/plan.json")
     return names
 
 
-def _kept(manifest: Manifest, plan: Plan, place: Place, what: What, latest: str | None, force: bool) -> str:
-    found = scan(manifest, plan)
-    if what != "all" and ("_SUCCESS" not in found.files.found or len(found.committed) < len(plan.units)):
+def _kept(
+    manifest: Manifest, plan: Plan, found: Scan, place: Place, what: What, latest: str | None, force: bool
+) -> str:
+    if what != "all" and not _finished(manifest, plan, found):
         return "it is not finished, and its working files are what a run goes on from"
     if force or what == "work":
         return ""
@@ -107,6 +123,13 @@ def _kept(manifest: Manifest, plan: Plan, place: Place, what: What, latest: str 
         if _named(locate(str(pointer), place.options), manifest.root):
             return f"{pointer} names it; --force removes it all the same"
     return ""
+
+
+def _finished(manifest: Manifest, plan: Plan, found: Scan) -> bool:
+    """Whether all of it is there: a unit's scores may be so, and the part that was made of them not."""
+    units = "_SUCCESS" in found.files.found and len(found.committed) == len(plan.units)
+    publication = found.publication
+    return units and (manifest.staged or (publication is not None and len(found.parts) == len(publication.parts)))
 
 
 def _named(pointer: Location, root: Location) -> bool:
@@ -123,9 +146,10 @@ def _named(pointer: Location, root: Location) -> bool:
             f"{pointer}: not what output.latest writes; expected JSON with a path; --force does without"
         )
     try:
-        return str(locate(told["path"])) == str(root)
+        named = locate(told["path"])
     except StorageError:
         return False
+    return named.fs.protocol == root.fs.protocol and real_path(named) == real_path(root)
 
 
 def _sizes(files: Files, names: dict[str, list[str]]) -> dict[str, Taken]:

@@ -19,7 +19,7 @@ from batch_rerank.schema import QUERY_HASH
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest, scores_receipt_name, sha256
-from batch_rerank.store.names import SCORES, work_name
+from batch_rerank.store.names import OUTPUT_KINDS, SCORES, work_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import ScoresReceipt
 from batch_rerank.store.scan import Scan, index_name, scan, unused_scores
@@ -72,7 +72,7 @@ def _needless(found: Scan, keep: bool) -> Iterator[str]:
     if keep:
         yield from unused_scores(found)
     else:
-        yield from (*found.files.within("_manifest/scores"), *found.files.within("_scores"))
+        yield from found.files.matching(OUTPUT_KINDS["scores"])
 
 
 def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConfig, fingerprint: str) -> ScoresReceipt:

@@ -66,13 +66,15 @@ def publish_part(work: PartWork, config: JobConfig, model: ModelSpec) -> PartRec
     with storage_errors(location):
         if not location.create_exclusive(data):
             _replace(location, work, manifest, data)
-        written = location.stat()
         try:
             check_epoch(manifest.root, work.epoch)
         except ConflictError:
-            location.remove_seen(written)
+            there = manifest.read_publication()
+            # of the same publication whoever took over has made, or found, the same part, and counts on it
+            if there is None or there.id != work.publication:
+                location.take_back(data)
             raise
-        etag = "" if location.is_local else written.version
+        etag = "" if location.is_local else location.stat().version
     receipt = PartReceipt(
         part=part_name(work.number),
         publication=work.publication,

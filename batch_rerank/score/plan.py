@@ -77,7 +77,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
     plan = Plan(
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
-        config=config.model_dump(mode="json"),
+        config=_stored(config),
         model=asdict(model),
         version=batch_rerank.__version__,
         counts=counts,
@@ -86,6 +86,15 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         units=units,
     )
     return plan, model
+
+
+def _stored(config: JobConfig) -> dict[str, object]:
+    """The job as its plan keeps it; its pointer is found from any working directory."""
+    latest = config.output.latest
+    if latest is not None:
+        latest = str(locate(latest, config.output.storage_options))
+        config = config.model_copy(update={"output": config.output.model_copy(update={"latest": latest})})
+    return config.model_dump(mode="json")
 
 
 def configured_model(config: JobConfig) -> ModelSpec:

@@ -4,7 +4,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -80,13 +80,14 @@ def remove_late_parts(manifest: Manifest, found: Scan, plan: Plan) -> None:
     """Remove parts of this job that no publication has: a publisher that was paused while another withdrew its
     publication has written them since. Under the lease."""
     for name in found.files.strays(expected_parts(manifest, plan, found.publication)):
-        if not manifest.staged and re.fullmatch(PART, name) and _is_ours(manifest.root / name, plan):
+        if not manifest.staged and re.fullmatch(PART, name) and is_ours(manifest.root / name, plan):
             log.warning("%s: a part of a publication that was withdrawn; removed", manifest.root / name)
             manifest.remove_seen(name, found.files)
             del found.files.found[name]
 
 
-def _is_ours(part: Location, plan: Plan) -> bool:
+def is_ours(part: Location, plan: Plan) -> bool:
+    """Whether a Parquet file says that it is a part of this job. Raises StorageError."""
     with storage_errors(part), part.open() as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
@@ -158,11 +159,10 @@ def mark_done(manifest: Manifest, plan: Plan, mark: Mark, lease: Lease) -> None:
             gone = seen is not None and location.remove_seen(seen)
             if not gone or not location.create_exclusive(mark.to_json()):
                 raise ConflictError(f"{location}: another job has written it meanwhile; run again when that has ended")
-        written = location.stat()
         try:
             lease.check()
         except ConflictError:
-            location.remove_seen(written)
+            location.take_back(mark.to_json())
             raise
 
 
@@ -174,6 +174,9 @@ def recording(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> I
     try:
         yield
     except BaseException as error:
+        if isinstance(error, ConflictError):  # a task may have seen before the driver that the lease is lost
+            with suppress(BatchRerankError):
+                lease.check()
         if not lease.lost:
             _try_status(manifest, _ending(error, plan, totals, lease))
         raise

@@ -155,6 +155,18 @@ class Lease:
         if not self.lost:
             self._write(replace(self._me, released=True))
 
+    def remove(self) -> None:
+        """Behind its release: remove this lease and those before it, except what tells a paused holder that it has
+        lost. One that a next job has taken stays. Raises StorageError."""
+        with storage_errors(self._at(0)):
+            found = {path.rsplit("/", 1)[-1]: file for path, file in (self._root / FOLDER).find().items()}
+            files = {int(name): file for name, file in found.items() if re.fullmatch(EPOCH, name)}
+            holders = {epoch: Holder.from_json(self._at(epoch).read_bytes()) for epoch in files if epoch < self._epoch}
+            paused = {e for e, one in holders.items() if not one or not (one.released or _is_alive(one) is False)}
+            for epoch, file in files.items():
+                if epoch <= self._epoch and epoch - 1 not in paused:
+                    self._at(epoch).remove_seen(file)
+
     def _wait_for_silence(self, epoch: int, seen: bytes) -> None:
         """Return when the holder of an epoch has ended. Raises ConflictError where it has not."""
         holder = Holder.from_json(seen)
