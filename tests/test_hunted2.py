@@ -376,7 +376,6 @@ def test_a_sample_published_again_moves_no_pointer(flat_shards: Path, tmp_path: 
     assert not latest.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="whatever is published, again or not at all, takes the pointer")
 def test_an_older_output_that_is_published_as_it_was_takes_no_pointer(flat_shards: Path, tmp_path: Path) -> None:
     latest = tmp_path / "LATEST"
     for name in ("older", "newer"):

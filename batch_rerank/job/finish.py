@@ -18,15 +18,24 @@ SMALL_BYTES = 512 * 2**20
 
 
 def finish(
-    manifest: Manifest, plan: Plan, totals: Totals, config: JobConfig, model: ModelSpec, lease: Lease, each: Each
+    manifest: Manifest,
+    plan: Plan,
+    totals: Totals,
+    config: JobConfig,
+    model: ModelSpec,
+    lease: Lease,
+    each: Each,
+    point: bool = True,
 ) -> None:
-    """Publish a plan whose units are all scored. Raises what `publish` and `tidy` raise."""
+    """Publish a plan whose units are all scored, and point `output.latest` at it. Raises what `publish` and `tidy`
+    raise."""
     files = manifest.list_files()
     scores = (*files.within("_work"), *files.within("_scores"))
     small = sum(files.found[name].size for name in scores) < SMALL_BYTES
     mark, _ = publish(manifest, plan, config, model, lease, in_turn if small else each)
     totals.rows_out = mark.rows
-    move_latest(manifest, plan, mark, config)
+    if point:
+        move_latest(manifest, plan, mark, config)
     tidy(manifest, plan, config, lease, in_turn if small else each)
 
 

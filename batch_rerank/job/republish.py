@@ -75,8 +75,17 @@ def republish(place: Place, *, local: bool = False) -> Published:
         with recording(manifest, plan, totals, lease):
             if again:
                 withdraw(manifest, lease)
-            finish(manifest, plan, totals, config, model_of(plan), lease, in_turn if local else on_ray(config))
+            each = in_turn if local else on_ray(config)
+            # an old output that is looked at again by its path takes no pointer from a newer one
+            point = place.job is not None or again or not _is_whole(found)
+            finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
     return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, time.monotonic() - started)
+
+
+def _is_whole(found: Scan) -> bool:
+    publication = found.publication
+    whole = publication is not None and len(found.parts) == len(publication.parts)
+    return whole and "_SUCCESS" in found.files.found
 
 
 def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -> None:
