@@ -242,7 +242,8 @@ def test_a_manifest_that_is_a_link_to_elsewhere_removes_nothing_there(output: Pa
     (output / "_manifest").symlink_to(elsewhere)
     before = {path: path.read_bytes() for path in elsewhere.glob("receipts/*")}
     (output / "part-00000.parquet").unlink()
-    run(job(tmp_path / "in.parquet", output), local=True)
+    with pytest.raises(StorageError, match="do not show in a listing"):
+        run(job(tmp_path / "in.parquet", output), local=True)
     assert before.keys() <= {*elsewhere.glob("receipts/*")}
 
 

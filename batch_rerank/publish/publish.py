@@ -13,7 +13,7 @@ from functools import partial
 from batch_rerank.calls import Each
 from batch_rerank.config import JobConfig, Output
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import ConflictError
+from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.publish.parts import PartWork, publish_part
 from batch_rerank.publish.publication import make_publication, of_units, publishing_fields
 from batch_rerank.publish.score_files import Place
@@ -38,6 +38,7 @@ def publish(
     """Publish the scores of a plan, all of which are there, as `config.output` says; what is published already stays.
     Raises the errors of its steps, and ConflictError where the lease is lost or the output is published otherwise."""
     found = scan(manifest, plan)
+    _refuse_unseen(manifest, plan, found)
     publication = found.publication or _begin(manifest, plan, found, config)
     refuse_other_publication(manifest, publication, config.output)
     missing = [number for number in range(len(publication.parts)) if number not in found.parts]
@@ -69,6 +70,18 @@ def publish(
     )
     mark_done(manifest, plan, mark, lease)
     return mark, publication
+
+
+def _refuse_unseen(manifest: Manifest, plan: Plan, found: Scan) -> None:
+    """Raise StorageError where a listing does not show what has been committed."""
+    if len(found.committed) < len(plan.units):
+        done = {receipt.unit for receipt in found.committed}
+        lacking = next(unit.id for unit in plan.units if unit.id not in done)
+        raise StorageError(
+            f"{manifest.root}: {len(plan.units) - len(done)} of {len(plan.units)} units do not show in a listing, e.g. "
+            f"{lacking} ({found.broken.get(lacking, 'no receipt')}); expected all of them; _manifest and _work must be "
+            "directories and no links, and no other program may remove files there; run the job again"
+        )
 
 
 def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> Publication:
