@@ -210,7 +210,8 @@ def test_a_unit_runs_on_a_gpu_without_waiting_for_it(
         if forward == "packed":
             packed = getattr(model, "_decoder", None) or model._encoder
             assert packed._kernel.name == ("plain" if dtype == "float32" else "varlen"), packed.slower
-            assert isinstance(packed._blocks[0].down, Rowwise) == (dtype == "float8")
+            if spec.dtype == "float8":
+                assert isinstance(packed._blocks[0].down, Rowwise)
         results = compute(model, encoded)
     assert {(result.device.type, result.dtype) for result in results} == {("cuda", torch.float32)}
     assert results
