@@ -44,7 +44,7 @@ def test_every_file_is_counted_under_one_kind(output: Path, cli: Cli) -> None:
         (output / name).stat().st_size for name in names(output)
     )
     counts = {kind: taken["files"] for kind, taken in takes.items()}
-    assert (counts["mark"], counts["parts"], counts["scores"], counts["work"], counts["others"]) == (1, 2, 3, 0, 1)
+    assert (counts["mark"], counts["parts"], counts["scores"], counts["work"], counts["others"]) == (1, 2, 4, 0, 1)
 
 
 def test_a_dry_run_and_a_clean_output_lose_nothing(output: Path, cli: Cli) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -388,13 +390,27 @@ def test_killed_while_scores_are_gathered_loses_none(
 
 
 def test_the_index_leads_to_every_query(flat_shards: Path, tmp_path: Path) -> None:
+    work = scored_only(job(flat_shards, tmp_path / "scored")) / "_work"
+    units = pa.concat_tables([pq.read_table(name) for name in sorted(work.iterdir())])
     run(job(flat_shards, tmp_path / "out"), local=True)
-    index = pq.read_table(tmp_path / "out/_scores/00000.queries.parquet")
-    scores = pq.ParquetFile(tmp_path / "out/_scores/00000.parquet")
-    hashes = index["query_hash"].to_pylist()
-    assert hashes == sorted(hashes) and len(hashes) == 12
-    for query, group in zip(hashes, index["row_group"].to_pylist(), strict=True):
-        assert query in scores.read_row_group(group)["query_hash"].to_pylist()
+    index, pairs = (np.load(tmp_path / f"out/_scores/00000.{name}.npy") for name in ("queries", "pairs"))
+    assert index["query_hash"].tolist() == sorted(set(units["query_hash"].to_pylist()))
+    for query, first, count, crc in index.tolist():
+        rows = units.filter(pa.compute.equal(units["query_hash"], pa.scalar(query, pa.uint64())))
+        found = pairs[first : first + count]
+        for column in ("text_hash", "score", "n_tokens", "truncated"):
+            assert found[column].tolist() == rows[column].to_pylist()
+        assert crc == zlib.crc32(found.tobytes()) and set(found["chunk_offset"].tolist()) == {-1}
+
+
+def test_what_is_kept_of_a_damaged_file_is_a_problem_and_costs_no_score(flat_shards: Path, tmp_path: Path) -> None:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    kept = tmp_path / "out/_scores/00000.pairs.npy"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    found = verify(str(tmp_path / "out"))
+    assert "delete it" in found.problems[0] and found.damaged == []
+    kept.unlink()
+    assert verify(str(tmp_path / "out")).problems == []
 
 
 def test_scores_that_changed_on_the_way_are_not_gathered(flat_shards: Path, tmp_path: Path) -> None:

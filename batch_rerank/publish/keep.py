@@ -1,6 +1,6 @@
 """`_work/`, a file a unit, to `_scores/`, large files with a row group a unit: what a later run reads again.
 
-Beside each file lies an index, `<number>.queries.parquet`: `query_hash uint64`, sorted, and `row_group int32`.
+Beside each file lies what later jobs find scores by: see `store/kept.py`.
 """
 
 import io
@@ -10,19 +10,21 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_rerank.calls import Each, ahead
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import StorageError
-from batch_rerank.schema import QUERY_HASH
+from batch_rerank.schema import CHUNK_OFFSET, QUERY_HASH, TEXT_HASH
 from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.kept import PAIR, Records, index_of, pairs_name, queries_name, to_bytes
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest, scores_receipt_name, sha256
 from batch_rerank.store.names import OUTPUT_KINDS, SCORES, work_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import ScoresReceipt
-from batch_rerank.store.scan import Scan, index_name, scan, unused_scores
+from batch_rerank.store.scan import Scan, scan, unused_scores
 
 REMOVALS = 16
 """Requests at once."""
@@ -83,22 +85,28 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
     bodies = list(ahead([partial(_body, manifest, unit, checksum) for unit, checksum in units]))
     schema = _shared([pq.read_schema(io.BytesIO(body)) for body in bodies], fingerprint)
     sink = io.BytesIO()
-    hashes, groups = [], []
+    hashes, kept = [np.empty(0, np.uint64)], [np.empty(0, PAIR)]
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for group, body in enumerate(bodies):
-            rows = pq.read_table(io.BytesIO(body), columns=schema.names).replace_schema_metadata(schema.metadata)
-            writer.write_table(rows.select(schema.names), row_group_size=max(1, len(rows)))
-            found = np.unique(rows[QUERY_HASH].drop_null().to_numpy())
-            hashes.append(found)
-            groups.append(np.full(len(found), group, np.int32))
+        for body in bodies:
+            rows = pq.read_table(io.BytesIO(body))
+            writer.write_table(
+                rows.select(schema.names).replace_schema_metadata(schema.metadata), row_group_size=max(1, len(rows))
+            )
+            scored = rows.filter(pc.is_valid(rows["score"]))
+            hashes.append(scored[QUERY_HASH].to_numpy())
+            kept.append(_pairs(scored))
     data, location = sink.getvalue(), manifest.root / name
     with storage_errors(location):
         if not location.create_exclusive(data):
             raise StorageError(f"{location}: written by another job meanwhile; run again when it has ended")
         etag = "" if location.is_local else location.stat().version
-    # behind its file, which another gatherer may have won, and before the receipt, without which nobody reads it
-    _write_index(manifest, name, np.concatenate(hashes), np.concatenate(groups))
-    receipt = ScoresReceipt(name, fingerprint, list(units), len(data), sha256(data), etag)
+    # behind their file, which another gatherer may have won, and before the receipt, without which nobody reads them
+    pairs = np.concatenate(kept)
+    told = [to_bytes(index_of(np.concatenate(hashes), pairs)), to_bytes(pairs)]
+    for beside, content in zip((queries_name(name), pairs_name(name)), told, strict=True):
+        with storage_errors(manifest.root / beside):
+            (manifest.root / beside).write_bytes(content)
+    receipt = ScoresReceipt(name, fingerprint, list(units), len(data), sha256(data), etag, *map(sha256, told))
     where = manifest.root / scores_receipt_name(name)
     with storage_errors(where):
         where.write_bytes(receipt.to_json())
@@ -119,16 +127,16 @@ def _shared(schemas: Sequence[pa.Schema], fingerprint: str) -> pa.Schema:
     """The columns that all units have with the same type. Others are passed-through columns, or texts, that a job was
     told of between two runs: publishing reads them from the input."""
     names = schemas[0].names
+    names = [name for name in names if name not in (QUERY_HASH, TEXT_HASH)]  # beside the file, once
     fields = [schemas[0].field(name) for name in names if all(name in other.names for other in schemas)]
     same = [field for field in fields if all(other.field(field.name).type == field.type for other in schemas)]
     return pa.schema(same, {"batch_rerank.fingerprint": fingerprint})
 
 
-def _write_index(manifest: Manifest, name: str, hashes: np.ndarray, groups: np.ndarray) -> None:
-    order = np.argsort(hashes, kind="stable")
-    table = pa.table({QUERY_HASH: hashes[order], "row_group": groups[order]})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", column_encoding={QUERY_HASH: "PLAIN"}, use_dictionary=False)
-    location = manifest.root / index_name(name)
-    with storage_errors(location):
-        location.write_bytes(sink.getvalue())
+def _pairs(rows: pa.Table) -> Records:
+    """PAIR[n] of rows with a score."""
+    made = np.zeros(len(rows), PAIR)
+    for name in ("text_hash", "score", "n_tokens", "truncated"):
+        made[name] = rows[name].to_numpy()
+    made[CHUNK_OFFSET] = rows[CHUNK_OFFSET].to_numpy() if CHUNK_OFFSET in rows.column_names else -1
+    return made

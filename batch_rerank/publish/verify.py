@@ -27,6 +27,7 @@ from batch_rerank.publish.verify_units import Verdict, content, no_receipt, veri
 from batch_rerank.schema import OUTPUT_NAMES
 from batch_rerank.store.bookkeeping import expected_parts
 from batch_rerank.store.filesystem import Location, storage_errors
+from batch_rerank.store.kept import pairs_name, queries_name
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest, sha256
 from batch_rerank.store.names import SCORES, TREC_RUN, part_name
@@ -242,6 +243,11 @@ def _verify_scores(manifest: Manifest, plan: Plan, found: Scan, name: str) -> Ve
     if data is None or (len(data), sha256(data)) != (receipt.size, receipt.sha256):
         verdict.add(name, ["not what its receipt says (another size or checksum)"])
         return verdict
+    beside = {queries_name(name): receipt.queries_sha256, pairs_name(name): receipt.pairs_sha256}
+    for other, checksum in beside.items():
+        kept = content(manifest.root / other)
+        if kept is not None and sha256(kept) != checksum:
+            verdict.problems.append(f"{other}: not what {name}'s receipt says; delete it: later jobs score its pairs")
     of_units = {place[1]: one for one in found.committed if (place := found.place(one)) and place[0] == name}
     file = pq.ParquetFile(io.BytesIO(data))
     for group, one in of_units.items():

@@ -31,7 +31,7 @@ SCORES = r"_scores/[0-9]{5,9}\.parquet"
 OUTPUT_KINDS = {
     "mark": "_SUCCESS",
     "parts": rf"part-{UNIT}\.parquet|{re.escape(TREC_RUN)}",
-    "scores": r"_scores/[0-9]{5,9}(?:\.queries)?\.parquet|_manifest/scores/[0-9]{5,9}\.json",
+    "scores": r"_scores/[0-9]{5,9}\.(?:parquet|queries\.npy|pairs\.npy)|_manifest/scores/[0-9]{5,9}\.json",
     "work": rf"_work/{UNIT}\.parquet|{EXCHANGED}",
     "records": (
         rf"_manifest/(?:(?:plan|status|publication|missing)\.json|(?:receipts|failures)/{UNIT}\.json"

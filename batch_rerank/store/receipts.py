@@ -109,7 +109,7 @@ def unroll(data: bytes) -> dict[str, bytes]:
 @dataclass(frozen=True)
 class ScoresReceipt:
     """Proof that a file below `_scores/` is whole: the units in it, one row group each, in this order, each with the
-    sha256 that its receipt has."""
+    sha256 that its receipt has. queries_sha256, pairs_sha256: of the files beside it, empty where there are none."""
 
     name: Line
     fingerprint: str
@@ -117,6 +117,8 @@ class ScoresReceipt:
     size: Count
     sha256: str
     etag: str = ""
+    queries_sha256: str = ""
+    pairs_sha256: str = ""
 
     def to_json(self) -> bytes:
         """One JSON object."""

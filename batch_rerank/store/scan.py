@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from batch_rerank.errors import StorageError
+from batch_rerank.store.kept import pairs_name, queries_name
 from batch_rerank.store.manifest import PUBLICATION, Manifest, scores_receipt_name
 from batch_rerank.store.names import NOTE, ROLL, SCORES, Files, part_name, receipt_name
 from batch_rerank.store.plans import Plan
@@ -191,10 +192,5 @@ def unused_scores(found: Scan) -> Iterator[str]:
 
 
 def scores_files(name: str) -> list[str]:
-    """A file below `_scores/` with its receipt, which goes first, and its index."""
-    return [scores_receipt_name(name), name, index_name(name)]
-
-
-def index_name(name: str) -> str:
-    """The index of `_scores/00003.parquet`."""
-    return f"{name.removesuffix('.parquet')}.queries.parquet"
+    """A file below `_scores/` with its receipt, which goes first, and what lies beside it."""
+    return [scores_receipt_name(name), name, queries_name(name), pairs_name(name)]
