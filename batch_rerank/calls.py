@@ -3,22 +3,22 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 
 class Each(Protocol):
-    """Runs calls and gives what they return, in any order."""
+    """Runs calls and gives what they return, in any order. `shared`: an argument of all of them, sent once."""
 
-    def __call__(self, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+    def __call__(self, calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
         """Raises what they raise."""
         ...
 
 
-def in_turn(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+def in_turn(calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
     """What each call returns, in this process."""
-    return (call() for call in calls)
+    return (call() if shared is None else call(shared) for call in calls)
 
 
 AHEAD = 8

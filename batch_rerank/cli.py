@@ -14,6 +14,7 @@ from rich.table import Column, Table
 import batch_rerank.cli_outputs  # noqa: F401  (its verbs)
 from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb
 from batch_rerank.config import load_config
+from batch_rerank.store.receipts import Totals
 
 log = logging.getLogger("batch_rerank")
 
@@ -61,9 +62,24 @@ def run(
         "units scored by the slower padded forward (their receipts say why)": totals.padded_units,
     }
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
+    if summary.reuse is not None:
+        log.info("%s", _reused(totals))
     log.info("output: %s", summary.output)
     if as_json:
-        print_json({**asdict(summary), "exit_code": 0})
+        pairs = {"reused": totals.reused, "scored": totals.scored - totals.reused}
+        print_json({**asdict(summary), **pairs, "exit_code": 0})
+
+
+def _reused(totals: Totals) -> str:
+    why = {
+        "of new queries": totals.new_queries,
+        "new or changed documents": totals.new_documents,
+        "whose earlier score is damaged or gone": totals.unreadable,
+    }
+    audit = f"{totals.audited:,} of them scored again, {totals.audit_difference:.1e} off at most"
+    return f"{totals.reused:,} pairs reused ({audit}), {totals.scored - totals.reused:,} scored: " + (
+        ", ".join(f"{count:,} {name}" for name, count in why.items() if count) or "none was new"
+    )
 
 
 def _list(odd: dict[str, int]) -> str:

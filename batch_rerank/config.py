@@ -249,6 +249,22 @@ class Cluster(Section):
         return self.actors if isinstance(self.actors, int) else self.actors.max
 
 
+class Reuse(Section):
+    """Whose scores are taken instead of computed again. `from`: earlier outputs, as paths, globs, or `latest`, which
+    is the one that output.latest names; they are opened with output.storage_options. `audit`: share of the taken
+    scores that is computed again and compared, at least some 200 pairs where there are any; 0 trusts them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    from_: Places = Field(alias="from")
+    audit: Annotated[float, Field(ge=0, le=1)] = 0.001
+
+    @property
+    def places(self) -> list[str]:
+        """What `from` names, as a list."""
+        return as_list(self.from_)
+
+
 class JobConfig(Section):
     """A whole job. `limit` is set by `--limit`: only the first N queries, as a sample."""
 
@@ -257,6 +273,7 @@ class JobConfig(Section):
     model: Model
     scoring: Scoring = Scoring()
     cluster: Cluster = Cluster()
+    reuse: Reuse | None = Field(default=None, exclude=True)  # of a run, not of its output: receipts say what served
     limit: Annotated[int, Field(ge=1)] | None = None
 
     @property

@@ -49,12 +49,13 @@ class Check:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The result of a self-test. `largest_difference`: of the canaries between the fast and the slow path, None where
-    they were not computed."""
+    """The result of a self-test. `largest_difference`: of the canaries between the fast and the slow path, and
+    `allowed`: what rounding explains of it; None where they were not computed."""
 
     checks: tuple[Check, ...]
     not_checked: tuple[str, ...] = ()
     largest_difference: float | None = None
+    allowed: Limits | None = None
 
     @property
     def passed(self) -> bool:
@@ -101,11 +102,14 @@ def self_test(spec: ModelSpec, scorer: Scorer) -> SelfTest:
         found += _attempt("head", lambda: _head(spec, network, reference))
     found += _attempt("tokens", lambda: _tokens(spec, encoder, reference))
     differences: list[float] = []
-    found += _attempt("canaries", lambda: _canaries(spec, encoder, scorer, reference, differences))
+    tolerances: list[Limits] = []
+    found += _attempt("canaries", lambda: _canaries(spec, encoder, scorer, reference, differences, tolerances))
     found += _attempt("golden", lambda: _golden(spec, encoder, scorer))
     found += ["where the chunks of long documents begin and end"] if spec.chunk_overlap is not None else []
     checks = tuple(item for item in found if isinstance(item, Check))
-    return SelfTest(checks, tuple(item for item in found if isinstance(item, str)), max(differences, default=None))
+    return SelfTest(
+        checks, tuple(item for item in found if isinstance(item, str)), max(differences, default=None), *tolerances
+    )
 
 
 def _attempt(name: str, check: Callable[[], Findings]) -> Findings:
@@ -221,9 +225,15 @@ def _around(found: list[list[int]], expected: list[list[int]]) -> str:
 
 
 def _canaries(
-    spec: ModelSpec, encoder: Encoder, scorer: Scorer, reference: "Reference", differences: list[float]
+    spec: ModelSpec,
+    encoder: Encoder,
+    scorer: Scorer,
+    reference: "Reference",
+    differences: list[float],
+    tolerances: list[Limits],
 ) -> Findings:
-    """The canaries on both paths, and on the fast one in another order and other packs. `differences` is filled."""
+    """The canaries on both paths, and on the fast one in another order and other packs. Fills `differences`, and
+    `tolerances` with the one that they are judged by."""
     tried = canaries(reference.tokenizer, spec.max_length)
     encoded = encoder.encode(tried.groups)
     fast = scorer.score(encoded)
@@ -240,6 +250,7 @@ def _canaries(
     spread = None if alike or suspect(spec, slow) else float(slow.std())
     allowed, group = limits(spec, spread), encoded.group_of_pair()[judged]
     differences += np.abs(fast[judged] - slow).tolist()
+    tolerances.append(allowed)
     agree, seen = allowed.judge(fast[judged], slow)
     if spec.dtype == "float8" and spread:
         seen += f"; float8: {moved(fast[judged], slow, group)}"

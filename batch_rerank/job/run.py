@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
@@ -15,9 +16,10 @@ from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_s
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.finish import finish, finished
 from batch_rerank.job.progress import Display
-from batch_rerank.job.run_local import run_local
+from batch_rerank.job.reused import expected, score
 from batch_rerank.job.staging import on_ray, stage
 from batch_rerank.publish.publish import refuse_other_publication
+from batch_rerank.score.earlier import find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
 from batch_rerank.store.filesystem import locate, storage_errors
@@ -35,7 +37,8 @@ STATUS_SECONDS = 10.0
 @dataclass(frozen=True)
 class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
-    included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two."""
+    included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
+    which earlier outputs served, and why others did not."""
 
     output: str
     fingerprint: str
@@ -46,6 +49,7 @@ class Summary:
     seconds: float
     steady_rate: float | None
     counts: dict[str, int]
+    reuse: dict[str, Any] | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -66,6 +70,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         describe(plan, model)
         return replace(described, seconds=time.monotonic() - started)
     totals = Totals()
+    earlier = find_earlier(config, plan)
     each = in_turn if local else on_ray(config)
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
@@ -75,7 +80,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         with recording(manifest, plan, totals, lease):
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
-            receipts = run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
+            receipts = score(config, model, plan, done, earlier, each, local)
             expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
             followed = _Followed(expected, rolls, manifest, plan, totals, lease)
             rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
@@ -94,6 +99,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         seconds=time.monotonic() - started,
         steady_rate=rates and rates[0],
         counts=plan.counts,
+        reuse=None if earlier is None else earlier.summary(),
     )
 
 
@@ -128,6 +134,9 @@ def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
     if found is not None:
         job, plan, model = found
         _refuse_taken(job, plan)
+        earlier = find_earlier(job, plan)
+        if earlier is not None and earlier.served:
+            plan = replace(plan, counts={**plan.counts, **expected(job, model, plan, earlier)})
         return plan, model
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
@@ -193,12 +202,6 @@ def _refuse_taken(config: JobConfig, plan: Plan) -> None:
         refuse_strays(manifest, found, existing)
         refuse_other_publication(manifest, found.publication, config.output)
     Lease(manifest.root, config.cluster.lease_seconds).look()
-
-
-def _on_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
-    from batch_rerank.job.run_ray import run_ray  # not at the top: --local does without ray
-
-    return run_ray(config, model, plan, done)
 
 
 def describe(plan: Plan, model: ModelSpec) -> None:

@@ -1,15 +1,18 @@
 """The job without Ray: the same functions in a loop. For laptops and notebooks, and the oracle of the Ray job."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.score.bundles import bundled_ranges, read_bundles, unit_of
 from batch_rerank.score.read_unit import read_range, read_ranges
+from batch_rerank.score.reuse import Reuse
 from batch_rerank.score.score_file import commit_unit
 from batch_rerank.score.steps import EncodedUnit, LoadedScorer, encode_unit, or_set_aside, score_unit
 from batch_rerank.store.plans import Plan
@@ -19,25 +22,41 @@ log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
 
 
-def run_local(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
-    """Score and commit the units that are not done, one after the other. Raises the errors of every step."""
+def run_local(
+    config: JobConfig,
+    model: ModelSpec,
+    plan: Plan,
+    done: frozenset[str],
+    reuse: Reuse | None = None,
+    misses: Mapping[str, int] = MappingProxyType({}),
+) -> Iterator[Receipt | SetAside]:
+    """Score and commit the units that are not done, one after the other. `misses`: pairs that they have left to score
+    where others are reused. Raises the errors of every step."""
     if len(done) == len(plan.units):
         return
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
     if scorer.self_test:
         log.info("%s", scorer.self_test)
-    reads = (read for work in read_ranges(plan, done) for read in read_range(work, config, model))
-    units = (or_set_aside(read.unit, partial(encode_unit, read, encoder)) for read in reads)
+    units: Iterator[EncodedUnit | list[SetAside]]
+    if reuse is not None:
+        enough = unit_of(plan)
+        tasks = bundled_ranges(plan, done, misses, enough)
+        units = (one for works in tasks for one in read_bundles(works, config, model, reuse, enough, encoder))
+    else:
+        reads = (read for work in read_ranges(plan, done) for read in read_range(work, config, model))
+        units = (or_set_aside([read.unit], partial(encode_unit, read, encoder)) for read in reads)
     for unit in _one_ahead(units):
-        yield (
+        yield from (
             unit
-            if isinstance(unit, SetAside)
-            else or_set_aside(unit.unit, partial(_finish, unit, scorer, config, model, plan.fingerprint))
+            if isinstance(unit, list)
+            else or_set_aside(unit.units, partial(_finish, unit, scorer, config, model, plan.fingerprint))
         )
 
 
-def _finish(unit: EncodedUnit, scorer: LoadedScorer, config: JobConfig, model: ModelSpec, fingerprint: str) -> Receipt:
-    return commit_unit(score_unit(unit, scorer), config, model, fingerprint)
+def _finish(
+    unit: EncodedUnit, scorer: LoadedScorer, config: JobConfig, model: ModelSpec, fingerprint: str
+) -> list[Receipt]:
+    return [commit_unit(one, config, model, fingerprint) for one in score_unit(unit, scorer).apart()]
 
 
 def _one_ahead(units: Iterator[T]) -> Iterator[T]:

@@ -11,9 +11,10 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pyarrow as pa
@@ -27,7 +28,9 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, UnfinishedError, from_value
 from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
 from batch_rerank.job.watch import Heartbeat, Watch, head_answers
+from batch_rerank.score.bundles import bundled_ranges, unit_of
 from batch_rerank.score.read_unit import read_ranges
+from batch_rerank.score.reuse import Reuse
 from batch_rerank.score.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt, SetAside
@@ -49,20 +52,34 @@ UNIT_TRIES = 40
 with it."""
 
 
-def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str]) -> Iterator[Receipt | SetAside]:
-    """Score and commit the units that are not done; receipts come in the order in which units finish.
+def run_ray(
+    config: JobConfig,
+    model: ModelSpec,
+    plan: Plan,
+    done: frozenset[str],
+    reuse: Reuse | None = None,
+    misses: Mapping[str, int] = MappingProxyType({}),
+) -> Iterator[Receipt | SetAside]:
+    """Score and commit the units that are not done; receipts come in the order in which units finish. `misses`: pairs
+    that they have left to score where others are reused.
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
     """
-    ranges = [{"range": pickle.dumps(work)} for work in read_ranges(plan, done)]
+    enough = unit_of(plan)
+    works = (
+        [[work] for work in read_ranges(plan, done)] if reuse is None else bundled_ranges(plan, done, misses, enough)
+    )
+    ranges = [{"ranges": pickle.dumps(work)} for work in works]
     if not ranges:
         return
     with _cluster(config) as found, warnings.catch_warnings():
         # Ray's advice when an input error ends the reading early: nothing that a user can act on
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
         config = settle(config, found)
-        actors = min(room(config.cluster, found), len(plan.units) - len(done))
-        dataset = _dataset(Job(config, model, plan.fingerprint, environment()), ranges, actors)
+        tasks = len(plan.units) - len(done) if reuse is None else len(ranges)
+        actors = min(room(config.cluster, found), tasks)
+        shared = None if reuse is None else _Shared(ray.put(reuse))
+        dataset = _dataset(Job(config, model, plan.fingerprint, environment(), shared, enough), ranges, actors)
         logged = padded = False
         for payload in _payloads(dataset):
             if isinstance(payload, SetAside):
@@ -78,16 +95,35 @@ def run_ray(config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str
             yield receipt
 
 
-def each_on_ray(config: JobConfig, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """What each call returns, as they finish, each in a task of its own. Raises their expected errors, and
-    UnfinishedError where Ray gives up."""
+class _Shared:
+    """A value in Ray's object store."""
+
+    def __init__(self, reference: "ray.ObjectRef[Any]") -> None:
+        self._reference = reference
+
+    def get(self) -> Any:
+        """The value; its arrays are the node's, for reading."""
+        return ray.get(self._reference)
+
+
+@contextmanager
+def on_cluster(config: JobConfig) -> Iterator[None]:
+    """Ray is begun, or joined, once for all that happens within."""
+    with _cluster(config):
+        yield
+
+
+def each_on_ray(config: JobConfig, calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
+    """What each call returns, as they finish, each in a task of its own; of `shared`, if that is given, which each node
+    has once. Raises their expected errors, and UnfinishedError where Ray gives up."""
     if not calls:
         return
     variables = environment()
     with _cluster(config), _data_context():
         items = [{"call": pickle.dumps((function, variables))} for function in calls]
+        of = {"shared": None if shared is None else _Shared(ray.put(shared))}
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            call, batch_size=1, batch_format="pyarrow", num_cpus=1
+            call, batch_size=1, batch_format="pyarrow", num_cpus=1, fn_kwargs=of
         )
         for payload in _payloads(dataset):
             yield pickle.loads(cast(bytes, payload))

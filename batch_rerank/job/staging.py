@@ -1,7 +1,7 @@
 """Staging a job's input, on Ray or in this process."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from batch_rerank.calls import Each, in_turn
 from batch_rerank.config import JobConfig
@@ -18,9 +18,9 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
 def on_ray(config: JobConfig) -> Each:
     """Each call in a task of Ray's."""
 
-    def each(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+    def each(calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
         from batch_rerank.job.run_ray import each_on_ray  # not at the top: --local does without ray
 
-        return each_on_ray(config, calls)
+        return each_on_ray(config, calls, shared)
 
     return each

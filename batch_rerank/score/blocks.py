@@ -11,11 +11,13 @@ from batch_rerank.score.steps import EncodedUnit, ScoredUnit
 from batch_rerank.store.receipts import Receipt, SetAside
 
 
-def block(value: EncodedUnit | ScoredUnit | Receipt | SetAside) -> pa.Table:
-    """What a step made of a unit."""
-    if isinstance(value, SetAside):
-        return row(None, pickle.dumps(value))
-    return row(value.to_json() if isinstance(value, Receipt) else _pack(value), None)
+def block(value: EncodedUnit | ScoredUnit | list[Receipt] | list[SetAside]) -> pa.Table:
+    """What a step made of a unit, or of several that are scored as one: a row for each receipt then."""
+    if isinstance(value, list):
+        return pa.concat_tables(
+            row(None, pickle.dumps(one)) if isinstance(one, SetAside) else row(one.to_json(), None) for one in value
+        )
+    return row(_pack(value), None)
 
 
 def failure(error: BatchRerankError) -> pa.Table:

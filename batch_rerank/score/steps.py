@@ -5,8 +5,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batch_rerank.config import JobConfig
+from batch_rerank.engine.canaries import limits
 from batch_rerank.engine.checkpoint import ModelSpec, relocate
 from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import Encoder
@@ -23,6 +24,7 @@ from batch_rerank.engine.tested import tested_scorer
 from batch_rerank.errors import BatchRerankError, ModelError
 from batch_rerank.score.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.read_unit import ReadUnit
+from batch_rerank.score.reuse import Known
 from batch_rerank.store.plans import Unit
 from batch_rerank.store.receipts import SetAside
 
@@ -32,20 +34,38 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of several units that are scored as one: how many of the rows are its own, and what else is."""
+
+    unit: Unit
+    rows: int
+    empty_texts: int
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class EncodedUnit:
-    """A unit that waits for its scores. about: fields of its receipt so far."""
+    """A unit that waits for its scores. about: fields of its receipt so far; known: what is reused of
+    members, the units that are scored together here; `encoded` has their other pairs. Without reuse there are none."""
 
     unit: Unit
     rows: pa.Table
     encoded: Encoded
     empty_texts: int
     about: dict[str, Any] = field(default_factory=dict)
+    known: Known | None = None
+    members: tuple[Member, ...] = ()
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that are in it."""
+        return [member.unit for member in self.members] or [self.unit]
 
 
 @dataclass(frozen=True)
 class ScoredUnit:
     """A unit that waits for its commit. `scores`, `n_tokens`, `truncated` and `offset` (with chunks: of the best) are
-    of the rows without an error."""
+    of the rows without an error. members: as before."""
 
     unit: Unit
     rows: pa.Table
@@ -55,6 +75,32 @@ class ScoredUnit:
     offset: npt.NDArray[np.int32] | None
     empty_texts: int
     about: dict[str, Any] = field(default_factory=dict)
+    members: tuple[Member, ...] = ()
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that are in it."""
+        return [member.unit for member in self.members] or [self.unit]
+
+    def apart(self) -> Iterator["ScoredUnit"]:
+        """Its units one by one."""
+        row = score = 0
+        for member in self.members:
+            rows = self.rows.slice(row, member.rows)
+            own = slice(score, score + rows["error"].null_count)
+            yield ScoredUnit(
+                unit=member.unit,
+                rows=rows,
+                scores=self.scores[own],
+                n_tokens=self.n_tokens[own],
+                truncated=self.truncated[own],
+                offset=None if self.offset is None else self.offset[own],
+                empty_texts=member.empty_texts,
+                about={**self.about, **member.about},
+            )
+            row, score = row + member.rows, own.stop
+        if not self.members:
+            yield self
 
 
 def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
@@ -65,16 +111,16 @@ def encode_unit(read: ReadUnit, encoder: Encoder) -> EncodedUnit:
     return EncodedUnit(read.unit, read.rows, encoded, read.empty_texts, about)
 
 
-def or_set_aside(unit: Unit, step: Callable[[], T]) -> T | SetAside:
-    """What a step gives, or the unit set aside where it raises what nobody expected. Raises BatchRerankError."""
+def or_set_aside(units: Sequence[Unit], step: Callable[[], T]) -> T | list[SetAside]:
+    """What a step gives, or its units set aside where it raises what nobody expected. Raises BatchRerankError."""
     try:
         return step()
     except (BatchRerankError, DeviceLostError):
         raise
     except Exception as error:
-        log.exception("unit %s", unit.id)
+        log.exception("unit %s", units[0].id)
         reason = str(error) if isinstance(error, PoisonedUnitError) else f"{type(error).__name__}: {error}"
-        return SetAside(unit.id, 1, reason[:500])
+        return [SetAside(unit.id, 1, reason[:500]) for unit in units]
 
 
 def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = None, alone: bool = True) -> ScoredUnit:
@@ -96,9 +142,20 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
             "damaged, or nothing fits into its memory; see batch-rerank selftest"
         )
     best = best_chunks(unit.encoded, scores)
-    scored = ~np.isnan(best.scores)
     chunks = unit.encoded.chunks
     errors = {pair if chunks is None else int(chunks.owner[pair]): error for pair, error in raised.items()}
+    members = unit.members
+    if unit.known is not None:
+        audit, wrong = unit.known.audit(best.scores, scorer.allowed)
+        if wrong:
+            raise ModelError(
+                f"unit {unit.unit.id}: {wrong}; expected the same scores from the same model; the earlier output was "
+                "scored by a damaged one, or this one is; see batch-rerank selftest, and run without reuse"
+            )
+        members = (replace(members[0], about={**members[0].about, **audit}), *members[1:])
+        errors = dict(zip(unit.known.rows_of(list(errors)), errors.values(), strict=True))
+        best = unit.known.merge(best, chunked=chunks is not None)
+    scored = ~np.isnan(best.scores)
     return ScoredUnit(
         unit=unit.unit,
         rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens, errors),
@@ -107,7 +164,8 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        about={**unit.about, "seconds": round(scorer.busy(started), 4), **scorer.about},
+        about={**unit.about, "seconds": round(scorer.busy(started) / len(unit.units), 4), **scorer.about},
+        members=members,
     )
 
 
@@ -127,7 +185,8 @@ class LoadedScorer:
     """A model copy that has passed its self-test. Raises ModelError where it does not load or pass.
 
     `tag`: host, process, device, threads and a number that tells two loads apart; `self_test`: its summary, empty for
-    the free scorer; `fallback`: why its batches are padded, empty where they are packed.
+    the free scorer; `fallback`: why its batches are padded, empty where they are packed; `allowed`: by how much two
+    computations of a score may differ.
     """
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
@@ -140,6 +199,7 @@ class LoadedScorer:
         load = f"{time.monotonic() - started - tested.seconds:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
         assert tested.result is not None
+        self.allowed = tested.result.allowed or limits(self.model, None)
         self.self_test = "" if model.kind == "checksum" else f"{tested.result.summary()}; {tested.seconds:.1f} s"
 
     @property

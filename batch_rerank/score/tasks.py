@@ -9,8 +9,8 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -20,6 +20,7 @@ from batch_rerank.engine.encoding import Encoder, make_encoder
 from batch_rerank.errors import BatchRerankError, ModelError
 from batch_rerank.score.attempts import Attempts
 from batch_rerank.score.blocks import block, failure, row, unpack
+from batch_rerank.score.bundles import read_bundles
 from batch_rerank.score.poison import DeviceLostError, Trial
 from batch_rerank.score.read_unit import ReadRange, read_range
 from batch_rerank.score.score_file import commit_unit
@@ -31,15 +32,26 @@ from batch_rerank.store.receipts import Receipt, SetAside
 log = logging.getLogger("batch_rerank")
 
 
+class Shared(Protocol):
+    """A value of which each node has one copy."""
+
+    def get(self) -> Any:
+        """The value, not to be changed."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What every task needs. `environment` carries the store's credentials to the workers: as an argument, because a
-    runtime_env is shown on the dashboard and written to logs."""
+    runtime_env is shown on the dashboard and written to logs. `shared`: a `Reuse`, of which each node has one; units go
+    together then until they have `enough` pairs to score."""
 
     config: JobConfig
     model: ModelSpec
     fingerprint: str
     environment: dict[str, str]
+    shared: Shared | None = None
+    enough: int = 0
 
     def enter(self) -> None:
         """Take on the driver's environment in a worker."""
@@ -47,12 +59,17 @@ class Job:
 
 
 def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
-    """A read range to its units, one block each."""
+    """Read ranges to their units, or to bundles of units, one block each."""
     job.enter()
-    work: ReadRange = pickle.loads(batch["range"][0].as_py())
+    works: list[ReadRange] = pickle.loads(batch["ranges"][0].as_py())
     try:
-        for read in read_range(work, job.config, job.model):
-            yield block(or_set_aside(read.unit, lambda read=read: encode_unit(read, _encoder(job.model))))  # type: ignore[misc]
+        encoder = _encoder(job.model)
+        if job.shared is not None:
+            yield from map(block, read_bundles(works, job.config, job.model, job.shared.get(), job.enough, encoder))
+            return
+        for work in works:
+            for read in read_range(work, job.config, job.model):
+                yield block(or_set_aside([read.unit], partial(encode_unit, read, encoder)))
     except BatchRerankError as error:
         yield failure(error)
 
@@ -93,12 +110,12 @@ class Scoring:
         with self._alone:
             return _step(batch, self._score)
 
-    def _score(self, unit: EncodedUnit) -> ScoredUnit | SetAside:
+    def _score(self, unit: EncodedUnit) -> ScoredUnit | list[SetAside]:
         assert isinstance(self._scorer, LoadedScorer)
         name, attempts = unit.unit.id, self._attempts
         refused = attempts.begin(name)
         if refused:
-            return SetAside(name, attempts.tries(name) - 1, refused)
+            return [SetAside(one.id, attempts.tries(name) - 1, refused) for one in unit.units]
         trial = attempts.trial(name) or Trial.of(unit.encoded)
         try:
             return score_unit(unit, self._scorer, trial, attempts.careful)
@@ -111,18 +128,18 @@ class Scoring:
 
 
 def rank_and_write(batch: pa.Table, job: Job) -> pa.Table:
-    """A scored unit to its receipt."""
+    """A scored unit to its receipt, or several to theirs."""
     job.enter()
-    return _step(batch, lambda unit: commit_unit(unit, job.config, job.model, job.fingerprint))
+    return _step(batch, lambda unit: [commit_unit(one, job.config, job.model, job.fingerprint) for one in unit.apart()])
 
 
-def _step(batch: pa.Table, work: Callable[[Any], ScoredUnit | Receipt | SetAside]) -> pa.Table:
+def _step(batch: pa.Table, work: Callable[[Any], ScoredUnit | list[Receipt] | list[SetAside]]) -> pa.Table:
     """Apply a step to the one unit of a block; errors and units set aside pass through."""
     if batch["error"][0].is_valid:
         return batch
     try:
         unit = unpack(batch["payload"][0].as_buffer())
-        return block(or_set_aside(unit.unit, lambda: work(unit)))
+        return block(or_set_aside(unit.units, lambda: work(unit)))
     except BatchRerankError as error:
         return failure(error)
 
@@ -140,11 +157,11 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if not any(part in name for part in local)}
 
 
-def call(batch: pa.Table) -> pa.Table:
-    """What a pickled function returns, pickled."""
+def call(batch: pa.Table, shared: Shared | None = None) -> pa.Table:
+    """What a pickled function returns, pickled; of what is shared, if anything is."""
     function, variables = pickle.loads(batch["call"][0].as_py())
     os.environ.update(variables)
     try:
-        return row(pickle.dumps(function()), None)
+        return row(pickle.dumps(function() if shared is None else function(shared.get())), None)
     except BatchRerankError as error:
         return failure(error)

@@ -23,6 +23,9 @@ SUMMED = (
 )
 """Counts of a receipt that follow from the unit alone: they are in its file's footer too."""
 
+REUSE_COUNTS = ("reused", "new_queries", "new_documents", "unreadable", "audited")
+"""Counts of pairs that follow from the earlier outputs too."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -34,7 +37,10 @@ class Receipt:
     tries again; scorer: the model copy that scored it; self_test: what its self-test said; storage_retries: requests
     that were repeated for it; etag: the file's version where the store keeps one; fallback: why its batches were
     padded, empty where packed; at: when it was committed, in UTC; host and device: where it was scored; seconds: of
-    scoring, beside those of the other steps; reused: pairs whose score was not computed for it
+    scoring, beside those of the other steps; reused: pairs with the score of an earlier output, reused_from: of which;
+    new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
+    document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
+    audit_difference: the largest that was seen
     """
 
     unit: UnitId
@@ -66,6 +72,12 @@ class Receipt:
     encode_seconds: Seconds = 0.0
     write_seconds: Seconds = 0.0
     reused: Count = 0
+    reused_from: list[Line] = field(default_factory=list)
+    new_queries: Count = 0
+    new_documents: Count = 0
+    unreadable: Count = 0
+    audited: Count = 0
+    audit_difference: Seconds = 0.0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -187,6 +199,11 @@ class Totals:
     engine_failed: int = 0
     storage_retries: int = 0
     reused: int = 0
+    new_queries: int = 0
+    new_documents: int = 0
+    unreadable: int = 0
+    audited: int = 0
+    audit_difference: float = 0.0
     padded_units: int = 0
     seconds: float = 0.0
     resumed_pairs: int = 0
@@ -196,5 +213,6 @@ class Totals:
         self.units += 1
         self.padded_units += bool(receipt.fallback)
         self.seconds += receipt.seconds
-        for name in (*SUMMED, "storage_retries", "reused"):
+        self.audit_difference = max(self.audit_difference, receipt.audit_difference)
+        for name in (*SUMMED, "storage_retries", *REUSE_COUNTS):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))

@@ -1,0 +1,81 @@
+"""A job that reuses scores: first the units that need no actor, then what is left."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+from batch_rerank.calls import Each
+from batch_rerank.config import JobConfig
+from batch_rerank.engine.checkpoint import ModelSpec
+from batch_rerank.job.run_local import run_local
+from batch_rerank.score.bundles import count_range, match_range
+from batch_rerank.score.earlier import Earlier
+from batch_rerank.score.read_unit import ReadRange, read_ranges
+from batch_rerank.store.plans import Plan
+from batch_rerank.store.receipts import Receipt, SetAside
+
+log = logging.getLogger("batch_rerank")
+
+SAMPLED = 16
+"""Units that are read to say how much of a plan will be reused."""
+
+
+def score(
+    config: JobConfig,
+    model: ModelSpec,
+    plan: Plan,
+    done: frozenset[str],
+    earlier: Earlier | None,
+    each: Each,
+    local: bool,
+) -> Iterator[Receipt | SetAside]:
+    """Score and commit the units that are not done, reusing what earlier outputs have. Raises the errors of every
+    step."""
+    if earlier is None or not earlier.served or len(done) == len(plan.units):
+        yield from run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
+        return
+    with nullcontext() if local else _cluster(config):
+        misses: dict[str, int] = {}
+        resumed = len(done)
+        calls = [partial(match_range, work, config, model, plan.fingerprint) for work in read_ranges(plan, done)]
+        for found in each(calls, earlier.reuse):
+            misses |= found.misses
+            done |= {receipt.unit for receipt in found.receipts}
+            yield from found.receipts
+        log.info(
+            "reuse: %d units need no scoring; %s pairs of %d others do",
+            len(done) - resumed,
+            f"{sum(misses.values()):,}",
+            len(misses),
+        )
+        run = run_local if local else _on_ray
+        yield from run(config, model, plan, done, earlier.reuse, misses)
+
+
+def expected(config: JobConfig, model: ModelSpec, plan: Plan, earlier: Earlier) -> dict[str, int]:
+    """How many of the pairs of some units, spread evenly over a plan, earlier outputs have. Raises InputError."""
+    step = max(1, -(-len(plan.units) // SAMPLED))
+    chosen = plan.units[step // 2 :: step]
+    counts = [count_range(ReadRange(plan.shards[unit.shard], [unit]), config, model, earlier.reuse) for unit in chosen]
+    pairs, reused = (sum(count) for count in zip(*counts, strict=True)) if counts else (0, 0)
+    log.info(
+        "reuse: %s of %s pairs with a text are known (%d of %d units were read)",
+        f"{reused:,}",
+        f"{pairs:,}",
+        len(chosen),
+        len(plan.units),
+    )
+    return {"reuse_units_read": len(chosen), "reuse_pairs_read": pairs, "reuse_pairs_known": reused}
+
+
+def _on_ray(*arguments: object) -> Iterator[Receipt | SetAside]:
+    from batch_rerank.job.run_ray import run_ray  # not at the top: --local does without ray
+
+    return run_ray(*arguments)  # type: ignore[arg-type]
+
+
+def _cluster(config: JobConfig) -> AbstractContextManager[None]:
+    from batch_rerank.job.run_ray import on_cluster
+
+    return on_cluster(config)
