@@ -226,7 +226,12 @@ def test_chunks_and_cut_texts_are_reused_with_all_that_is_said_of_them(model: Pa
         row["text"] = " ".join(f"{row['text']} {number}" for number in range(40))
     given = shards(tmp_path / "in", rows)
     of = {
-        chunked: of_model(model, model__max_length=160, scoring__long_documents="chunk" if chunked else "truncate")
+        chunked: of_model(
+            model,
+            model__max_length=160,
+            scoring__long_documents="chunk" if chunked else "truncate",
+            scoring__chunk_overlap=8,
+        )
         for chunked in (True, False)
     }
     for chunked, keys in of.items():
