@@ -98,8 +98,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate the first stage and the reranked run against qrels."""
-    from batch_rerank.evaluate import DEFAULT_MEASURES
-    from batch_rerank.evaluate import evaluate as evaluate_output
+    from batch_rerank.judge.evaluate import DEFAULT_MEASURES
+    from batch_rerank.judge.evaluate import evaluate as evaluate_output
     from batch_rerank.publish.output import find_place
 
     place = find_place(run_, overrides or (), limit)
@@ -172,7 +172,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Show what moved between two outputs, query by query, and whether judgements see it."""
-    from batch_rerank.compare import compare as compare_outputs
+    from batch_rerank.judge.compare import compare as compare_outputs
     from batch_rerank.publish.output import find_place
 
     found = compare_outputs(find_place(old), find_place(new), qrels=qrels, measures=measures or (), tolerance=tolerance)

@@ -13,10 +13,10 @@ from conftest import candidate_rows, job, scored_only, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import batch_rerank.compare as comparing
-from batch_rerank.agreement import inversions, kendall, overlap, rbo, settled
-from batch_rerank.compare import bootstrap, compare
+import batch_rerank.judge.compare as comparing
 from batch_rerank.job.run import run
+from batch_rerank.judge.agreement import inversions, kendall, overlap, rbo, settled
+from batch_rerank.judge.compare import bootstrap, compare
 from batch_rerank.publish.output import Place
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 import pytest
 from conftest import candidate_rows, job, rows_of, write
 
-import batch_rerank.evaluate as module
+import batch_rerank.judge.evaluate as module
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.evaluate import evaluate, read_qrels
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate, read_qrels
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch_rerank.errors import BatchRerankError, ConfigError, StorageError
-from batch_rerank.evaluate import evaluate
 from batch_rerank.input.exchange import Note
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.status import status_of_output
 from batch_rerank.publish.verify import verify

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_rerank.agreement import kendall, overlap, rbo, settled
 from batch_rerank.errors import StorageError
-from batch_rerank.evaluate import DEFAULT_MEASURES, evaluate
 from batch_rerank.input.layouts import run_starts
+from batch_rerank.judge.agreement import kendall, overlap, rbo, settled
+from batch_rerank.judge.evaluate import DEFAULT_MEASURES, evaluate
 from batch_rerank.publish.output import Place, open_output
 from batch_rerank.publish.read_parts import read_part
 from batch_rerank.store.manifest import PUBLICATION, Manifest
