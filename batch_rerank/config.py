@@ -10,32 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from batch_rerank.conditions import Gate
 from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
+from batch_rerank.sections import Place, Places, Section, StorageOptions, as_list
 
-StorageOptions = dict[str, Any]
-
-
-def _plain(path: str) -> str:
-    if not path or "\0" in path:
-        raise ValueError(f"found {path!r}; expected a path or a URL")
-    return path
-
-
-Place = Annotated[str, AfterValidator(_plain)]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Places = Place | Annotated[list[Place], Field(min_length=1)]
 KEYS = {
     "nested": (("path",), ()),
     "flat": (("path",), ("stage",)),
@@ -63,7 +46,7 @@ class Input(Section):
     stage: Place | None = None
     candidates_per_query: Annotated[int, Field(ge=1)] | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     unit_pairs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
     storage_options: StorageOptions = Field(default={}, exclude=True)  # may hold secrets: never stored
@@ -99,11 +82,6 @@ class Input(Section):
         return as_list(self.path)
 
 
-def as_list(places: Places | None) -> list[str]:
-    """Paths or globs as a list."""
-    return [] if places is None else [places] if isinstance(places, str) else places
-
-
 class Output(Section):
     """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec.
 
@@ -116,7 +94,7 @@ class Output(Section):
     layout: Literal["flat", "nested"] = "flat"
     top_k: Annotated[int, Field(ge=1)] | None = None
     include_text: bool = False
-    passthrough: list[str] = []
+    passthrough: list[str] = Field(default=[])
     trec_run: bool = False
     file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
     keep_scores: bool = True
@@ -257,6 +235,7 @@ class JobConfig(Section):
     model: Model
     scoring: Scoring = Scoring()
     cluster: Cluster = Cluster()
+    gate: Gate | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
 
     @property

@@ -161,11 +161,17 @@ ALLOWED = {
 }
 """Which rooms a room may import."""
 
-BESIDE = {name: {"errors", "calls", "schema", "config"} for name in ROOMS} | {"engine": {"errors"}, "store": {"errors"}}
+BESIDE = {name: {"errors", "calls", "schema", "config", "conditions", "sections"} for name in ROOMS}
+BESIDE |= {"engine": {"errors"}, "store": {"errors"}}
 """Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
 
 ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "demo.py", "__init__.py"}
 WITHOUT_JOB = {"cli_base.py"}
+
+OF_THE_JOB_FILE = {
+    "config.py": {"engine", "errors", "schema", "conditions", "sections"},
+    "conditions.py": {"errors", "sections"},
+}
 
 
 def in_table(markdown: str) -> dict[str, set[str]]:
@@ -188,7 +194,11 @@ def off_the_way(path: str, source: str) -> set[str]:
         return reached(path, source) - ALLOWED[room] - BESIDE[room]
     if path in ABOVE:
         return {"job"} & reached(path, source) if path in WITHOUT_JOB else set()
-    return reached(path, source) - ({"engine", "errors", "schema"} if path == "config.py" else set())
+    own = {
+        "config.py": {"engine", "errors", "schema", "conditions", "sections"},
+        "conditions.py": {"errors", "sections"},
+    }
+    return reached(path, source) - own.get(path, set())
 
 
 def test_the_pages_table_is_what_is_allowed() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.calls import ahead, in_turn
-from batch_rerank.config import JobConfig, Section
+from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConflictError, StorageError, UnfinishedError
 from batch_rerank.input.places import matches, patterns_of
@@ -22,6 +22,7 @@ from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
 from batch_rerank.publish.publish import unavailable, withdraw
 from batch_rerank.schema import PASSED
+from batch_rerank.sections import Section
 from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import hold
