@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb
+from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb, verdict_told
 
 log = logging.getLogger("batch_rerank")
 
@@ -18,6 +18,9 @@ log = logging.getLogger("batch_rerank")
 def publish(
     output: Output,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    despite_gate: Annotated[
+        str | None, typer.Option("--despite-gate", metavar="REASON", help="Though the job's gate refuses; recorded.")
+    ] = None,
     limit: LimitOfJob = None,
     overrides: SetOfJob = None,
     as_json: Json = False,
@@ -26,7 +29,8 @@ def publish(
     from batch_rerank.job.republish import republish
     from batch_rerank.publish.output import find_place
 
-    done = republish(find_place(output, overrides or (), limit), local=local)
+    with verdict_told(as_json):
+        done = republish(find_place(output, overrides or (), limit), local=local, despite=despite_gate)
     how = "published again" if done.again else "published"
     log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
     log.info("output: %s", done.output)

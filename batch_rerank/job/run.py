@@ -14,6 +14,7 @@ from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.finish import finish, finished
+from batch_rerank.job.gate import check_gate, pass_gate
 from batch_rerank.job.progress import Display
 from batch_rerank.job.run_local import run_local
 from batch_rerank.job.staging import on_ray, stage
@@ -27,6 +28,7 @@ from batch_rerank.store.plans import Plan, refuse_protocol
 from batch_rerank.store.receipts import Receipt, SetAside, Totals
 from batch_rerank.store.rolls import Rolls
 from batch_rerank.store.scan import scan
+from batch_rerank.store.verdict import Verdict, read_verdict
 
 log = logging.getLogger("batch_rerank")
 STATUS_SECONDS = 10.0
@@ -35,7 +37,8 @@ STATUS_SECONDS = 10.0
 @dataclass(frozen=True)
 class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
-    included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two."""
+    included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `gate` is
+    what the job's gate has found, None where nothing was judged."""
 
     output: str
     fingerprint: str
@@ -46,6 +49,7 @@ class Summary:
     seconds: float
     steady_rate: float | None
     counts: dict[str, int]
+    gate: Verdict | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -64,7 +68,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     if totals:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
-        return replace(described, seconds=time.monotonic() - started)
+        return replace(described, seconds=time.monotonic() - started, gate=read_verdict(manifest))
     totals = Totals()
     each = in_turn if local else on_ray(config)
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
@@ -82,6 +86,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             expected.check({unit.unit: unit.error for unit in failed})
             rolls.finish()
             _check_failed_rows(manifest, totals, config)
+            verdict = pass_gate(manifest, plan, totals, config, model, lease)
             finish(manifest, plan, totals, config, model, lease, each)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
@@ -94,6 +99,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         seconds=time.monotonic() - started,
         steady_rate=rates and rates[0],
         counts=plan.counts,
+        gate=verdict,
     )
 
 
@@ -141,6 +147,7 @@ def _input_of(
     and None where that is nothing."""
     configured_model(config)  # a stage may take long: what is wrong with the model comes before it
     refuse_overlap(config)
+    check_gate(config)
     found: Staged | None = None
     if needs_stage(config):
         if (found := staged(config)) is None:
