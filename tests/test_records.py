@@ -25,6 +25,7 @@ from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt
 from batch_rerank.store.records import Mark, parse
+from batch_rerank.store.verdict import Verdict
 
 Cli = Callable[..., tuple[int, str, str]]
 UNIT = "00000-00000"
@@ -276,6 +277,7 @@ RECORDS = [
     *("plan.json", "status.json", f"receipts/{UNIT}.json", "lease/1", "../_SUCCESS", f"damaged/{UNIT}.json"),
     *(
         "publication.json",
+        "gate.json",
         "parts/00000.json",
         "scores/00000.json",
         "damaged/part-00000.json",
@@ -344,6 +346,7 @@ def test_any_bytes_are_a_record_or_a_value_error(content: bytes) -> None:
         lambda: Receipt.from_json(content, "here"),
         lambda: Note.from_json(content),
         lambda: parse(Mark, content),
+        lambda: parse(Verdict, content),
     ):
         try:
             read()

@@ -56,7 +56,9 @@ def unpublished(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, 
     def tables() -> Iterator[pa.Table]:
         return (rows.select(COLUMNS) for rows, _ in ranked(work, manifest, bare_config, model))
 
-    return Ranking(str(manifest.root), plan.pairs, tables, tolerance_of(plan))
+    most = config.output.top_k or plan.pairs
+    rows = sum(min(unit.pairs, unit.queries * most) for unit in plan.units)
+    return Ranking(str(manifest.root), rows, tables, tolerance_of(plan))
 
 
 def work_of(plan: Plan, found: Scan) -> PartWork:

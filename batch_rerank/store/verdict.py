@@ -47,12 +47,13 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """In a line."""
+        """In a line, without the characters that a terminal obeys."""
         failed = self.problem or "; ".join(f"{line.condition} (found {line.said})" for line in self.failed("error"))
         said = "passed" if self.passed else f"failed: {failed}"
         warned = self.failed("warn")
         said += f"; warned of {'; '.join(line.condition for line in warned)}" if warned else ""
-        return said + (f"; published despite it: {self.despite}" if self.despite else "")
+        said += f"; published despite it: {self.despite}" if self.despite else ""
+        return "".join(sign if sign.isprintable() else " " for sign in said)
 
     def write(self, manifest: Manifest) -> None:
         """In place of an earlier one."""
