@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import batch_rerank.cli_outputs  # noqa: F401  (its verbs)
-from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb
+from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb, verdict_told
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals
 
@@ -41,7 +41,8 @@ def run(
     """Run a job, or what is left of it."""
     from batch_rerank.job.run import run as run_job
 
-    summary = run_job(load_config(job, overrides or (), limit), local=local)
+    with verdict_told(as_json):
+        summary = run_job(load_config(job, overrides or (), limit), local=local)
     totals = summary.totals
     if summary.units == 0:
         log.info("nothing to do: all %d units were done already", totals.units)

@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from batch_rerank.errors import BatchRerankError
+from batch_rerank.errors import BatchRerankError, GateError
 
 app = typer.Typer(
     name="batch-rerank",
@@ -63,6 +64,17 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             log.removeHandler(handler)
 
     return wrapped
+
+
+@contextmanager
+def verdict_told(as_json: bool) -> Iterator[None]:
+    """With --json, print what the gate has found also where it ends the verb."""
+    try:
+        yield
+    except GateError as error:
+        if as_json:
+            print_json({"gate": error.verdict, "exit_code": error.exit_code})
+        raise
 
 
 def interrupt(number: int, frame: object) -> NoReturn:

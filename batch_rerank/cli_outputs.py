@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb
+from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb, verdict_told
 
 log = logging.getLogger("batch_rerank")
 
@@ -18,6 +18,9 @@ log = logging.getLogger("batch_rerank")
 def publish(
     output: Output,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    despite_gate: Annotated[
+        str | None, typer.Option("--despite-gate", metavar="REASON", help="Though the job's gate refuses; recorded.")
+    ] = None,
     limit: LimitOfJob = None,
     overrides: SetOfJob = None,
     as_json: Json = False,
@@ -26,7 +29,8 @@ def publish(
     from batch_rerank.job.republish import republish
     from batch_rerank.publish.output import find_place
 
-    done = republish(find_place(output, overrides or (), limit), local=local)
+    with verdict_told(as_json):
+        done = republish(find_place(output, overrides or (), limit), local=local, despite=despite_gate)
     how = "published again" if done.again else "published"
     log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
     log.info("output: %s", done.output)
@@ -98,8 +102,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate the first stage and the reranked run against qrels."""
-    from batch_rerank.evaluate import DEFAULT_MEASURES
-    from batch_rerank.evaluate import evaluate as evaluate_output
+    from batch_rerank.judge.evaluate import DEFAULT_MEASURES
+    from batch_rerank.judge.evaluate import evaluate as evaluate_output
     from batch_rerank.publish.output import find_place
 
     place = find_place(run_, overrides or (), limit)
@@ -172,7 +176,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Show what moved between two outputs, query by query, and whether judgements see it."""
-    from batch_rerank.compare import compare as compare_outputs
+    from batch_rerank.judge.compare import compare as compare_outputs
     from batch_rerank.publish.output import find_place
 
     found = compare_outputs(find_place(old), find_place(new), qrels=qrels, measures=measures or (), tolerance=tolerance)

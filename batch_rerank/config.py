@@ -10,32 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from batch_rerank.conditions import Gate
 from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
+from batch_rerank.sections import Place, Places, Reuse, Section, StorageOptions, as_list
 
-StorageOptions = dict[str, Any]
-
-
-def _plain(path: str) -> str:
-    if not path or "\0" in path:
-        raise ValueError(f"found {path!r}; expected a path or a URL")
-    return path
-
-
-Place = Annotated[str, AfterValidator(_plain)]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Places = Place | Annotated[list[Place], Field(min_length=1)]
 KEYS = {
     "nested": (("path",), ()),
     "flat": (("path",), ("stage",)),
@@ -63,7 +46,7 @@ class Input(Section):
     stage: Place | None = None
     candidates_per_query: Annotated[int, Field(ge=1)] | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     unit_pairs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
     storage_options: StorageOptions = Field(default={}, exclude=True)  # may hold secrets: never stored
@@ -99,11 +82,6 @@ class Input(Section):
         return as_list(self.path)
 
 
-def as_list(places: Places | None) -> list[str]:
-    """Paths or globs as a list."""
-    return [] if places is None else [places] if isinstance(places, str) else places
-
-
 class Output(Section):
     """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec.
 
@@ -116,7 +94,7 @@ class Output(Section):
     layout: Literal["flat", "nested"] = "flat"
     top_k: Annotated[int, Field(ge=1)] | None = None
     include_text: bool = False
-    passthrough: list[str] = []
+    passthrough: list[str] = Field(default=[])
     trec_run: bool = False
     file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
     keep_scores: bool = True
@@ -249,22 +227,6 @@ class Cluster(Section):
         return self.actors if isinstance(self.actors, int) else self.actors.max
 
 
-class Reuse(Section):
-    """Whose scores are taken instead of computed again. `from`: earlier outputs, as paths, globs, or `latest`, which
-    is the one that output.latest names; they are opened with output.storage_options. `audit`: share of the taken
-    scores that is computed again and compared, at least some 200 pairs where there are any; 0 trusts them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
-
-    from_: Places = Field(alias="from")
-    audit: Annotated[float, Field(ge=0, le=1)] = 0.001
-
-    @property
-    def places(self) -> list[str]:
-        """What `from` names, as a list."""
-        return as_list(self.from_)
-
-
 class JobConfig(Section):
     """A whole job. `limit` is set by `--limit`: only the first N queries, as a sample."""
 
@@ -274,6 +236,7 @@ class JobConfig(Section):
     scoring: Scoring = Scoring()
     cluster: Cluster = Cluster()
     reuse: Reuse | None = Field(default=None, exclude=True)  # of a run, not of its output: receipts say what served
+    gate: Gate | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
 
     @property

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from batch_rerank.config import JobConfig, load_config
 from batch_rerank.errors import ConfigError, StorageError
-from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate
 from batch_rerank.publish.verify import verify
 
 log = logging.getLogger("batch_rerank")

@@ -53,6 +53,16 @@ class StorageError(BatchRerankError):
     exit_code = 6
 
 
+class GateError(BatchRerankError):
+    """The gate of the job does not let its scores be published. verdict: what was found, of plain values."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, verdict: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
 def as_value(error: BatchRerankError) -> dict[str, str]:
     """The error as a plain value that can cross a process border."""
     return {"type": type(error).__name__, "message": str(error)}

@@ -32,6 +32,9 @@ column may have any name, ours too."""
 CHUNK_OFFSET = "chunk_offset"
 """With scoring.long_documents: chunk, the first token of the best chunk within its document; null in an error row."""
 
+NULL_QUERY, NULL_TEXT = "query is null", "text is null"
+"""Errors of rows that the input has nothing to score in."""
+
 QUERY_HASH, TEXT_HASH = "query_hash", "text_hash"
 """Columns of a score file: which (instruction, query) and which document was scored."""
 

@@ -12,8 +12,8 @@ import yaml
 
 from batch_rerank.config import load_config
 from batch_rerank.demo import packaged_model
-from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate
 from batch_rerank.publish.verify import verify
 
 DATA = Path(os.environ.get("DATA", "/nonexistent"))

@@ -1,6 +1,7 @@
 """Two outputs compared: agreement by independent definitions, ties that are noise, and judgements."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from conftest import candidate_rows, job, scored_only, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import batch_rerank.compare as comparing
-from batch_rerank.agreement import inversions, kendall, overlap, rbo, settled
-from batch_rerank.compare import bootstrap, compare
+import batch_rerank.judge.matched as matched
 from batch_rerank.job.run import run
+from batch_rerank.judge.agreement import inversions, kendall, overlap, rbo, settled
+from batch_rerank.judge.compare import bootstrap, compare
 from batch_rerank.publish.output import Place
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -140,7 +141,7 @@ def test_other_candidates_top_k_layouts_and_passes_are_compared(
     assert (found.queries, found.only_old, found.only_new) == (8, 4, 1)
     assert (found.gained, found.lost, found.pairs) == (0, 8 * 15, 80)
     assert found.overlap["10"] == 1 and found.differing == ["input.shards"]
-    monkeypatch.setattr(comparing, "HELD_ROWS", 40)
+    monkeypatch.setattr(matched, "HELD_ROWS", 40)
     again = compare(Place(str(tmp_path / "old")), Place(str(tmp_path / "new")))
     assert (again.queries, again.only_old, again.only_new, again.lost) == (8, 4, 1, 120)
     assert again.rbo == pytest.approx(found.rbo)
@@ -185,3 +186,12 @@ def test_what_cannot_be_compared(outputs: tuple[Path, Path], flat_shards: Path, 
     assert code == 6 and "no _SUCCESS, it is not finished" in error
     assert cli("compare", outputs[0], tmp_path / "absent")[0] == 6
     assert cli("compare", *outputs, "--qrels", tmp_path / "absent")[0] == 3
+
+
+def test_judging_two_outputs_reads_neither_input(flat_shards: Path, tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        run(job(flat_shards, tmp_path / name, output__top_k=5), local=True)
+    shutil.rmtree(flat_shards)
+    (tmp_path / "qrels").write_text("q1 0 d1 1\n")
+    found = compare(Place(str(tmp_path / "old")), Place(str(tmp_path / "new")), qrels=str(tmp_path / "qrels"))
+    assert found.judged["RR@10"].difference == 0

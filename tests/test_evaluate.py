@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 import pytest
 from conftest import candidate_rows, job, rows_of, write
 
-import batch_rerank.evaluate as module
+import batch_rerank.judge.evaluate as module
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.evaluate import evaluate, read_qrels
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate, read_qrels
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -128,7 +128,7 @@ def test_some_parts_at_a_time_give_what_all_at_once_give(tmp_path: Path, monkeyp
 def test_only_some_rows_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 1000)
     qrels = {str(query): {"1": 1} for query in range(5000)}
-    sums = module._Sums([module._measure("RR@10")], qrels, per_query=False)
+    sums = module.Sums([module.measure_of("RR@10")], qrels, per_query=False)
     held = []
     for start in range(0, 5000, 50):
         query = np.repeat(np.arange(start, start + 50), 10).astype(str)

@@ -21,8 +21,8 @@ import batch_rerank.job.republish as republishing
 import batch_rerank.publish.keep as keep
 import batch_rerank.store.rolls as rolls
 from batch_rerank.config import JobConfig
-from batch_rerank.evaluate import evaluate
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate
 from batch_rerank.publish.nested import flat
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify

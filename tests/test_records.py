@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch_rerank.errors import BatchRerankError, ConfigError, StorageError
-from batch_rerank.evaluate import evaluate
 from batch_rerank.input.exchange import Note
 from batch_rerank.job.run import run
+from batch_rerank.judge.evaluate import evaluate
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.status import status_of_output
 from batch_rerank.publish.verify import verify
@@ -25,6 +25,7 @@ from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt
 from batch_rerank.store.records import Mark, parse
+from batch_rerank.store.verdict import Verdict
 
 Cli = Callable[..., tuple[int, str, str]]
 UNIT = "00000-00000"
@@ -276,6 +277,7 @@ RECORDS = [
     *("plan.json", "status.json", f"receipts/{UNIT}.json", "lease/1", "../_SUCCESS", f"damaged/{UNIT}.json"),
     *(
         "publication.json",
+        "gate.json",
         "parts/00000.json",
         "scores/00000.json",
         "damaged/part-00000.json",
@@ -344,6 +346,7 @@ def test_any_bytes_are_a_record_or_a_value_error(content: bytes) -> None:
         lambda: Receipt.from_json(content, "here"),
         lambda: Note.from_json(content),
         lambda: parse(Mark, content),
+        lambda: parse(Verdict, content),
     ):
         try:
             read()

@@ -15,7 +15,7 @@ from conftest import Killed, Row, candidate_rows, job, nested, rows_of, scored_o
 
 import batch_rerank.score.bundles as bundles
 from batch_rerank.config import JobConfig
-from batch_rerank.errors import ConfigError, ModelError
+from batch_rerank.errors import ConflictError, ModelError
 from batch_rerank.job.run import Summary, run
 from batch_rerank.publish.clean import clean
 from batch_rerank.publish.output import Place
@@ -605,7 +605,7 @@ def test_the_first_night_has_nothing_to_reuse(tmp_path: Path) -> None:
     assert night(given, tmp_path / "b", str(tmp_path / "x*")).totals.reused == 0
     assert night(given, tmp_path / "c", "latest", **keys).totals.reused == 120
     (tmp_path / "LATEST.json").write_text("[]")
-    with pytest.raises(ConfigError, match="not what output"):
+    with pytest.raises(ConflictError, match="not what output"):
         night(given, tmp_path / "d", "latest", **keys)
 
 

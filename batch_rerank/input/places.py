@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 from fsspec.utils import glob_translate
 
-from batch_rerank.config import JobConfig, as_list
+from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError
+from batch_rerank.sections import as_list
 from batch_rerank.store.filesystem import Location, locate
 
 WRITTEN = (

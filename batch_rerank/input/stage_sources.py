@@ -2,11 +2,12 @@
 
 import pyarrow as pa
 
-from batch_rerank.config import Input, JobConfig, as_list
+from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.input.layouts import Columns, find_columns
 from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.sources import Source, find_files, find_source, footers
+from batch_rerank.sections import as_list
 from batch_rerank.store.filesystem import input_errors, list_files, locate
 
 

@@ -10,18 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.calls import ahead, in_turn
-from batch_rerank.config import JobConfig, Section
+from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import ConflictError, StorageError, UnfinishedError
+from batch_rerank.errors import ConfigError, ConflictError, StorageError, UnfinishedError
 from batch_rerank.input.places import matches, patterns_of
 from batch_rerank.input.shards import check_planned
 from batch_rerank.input.stage import staged_pattern
 from batch_rerank.job.finish import finish
+from batch_rerank.job.gate import pass_gate
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
 from batch_rerank.publish.publish import unavailable, withdraw
 from batch_rerank.schema import PASSED
+from batch_rerank.sections import Section
 from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import hold
@@ -30,32 +32,38 @@ from batch_rerank.store.names import work_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import Scan, scan
+from batch_rerank.store.verdict import Verdict
 
 log = logging.getLogger("batch_rerank")
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published, candidates in and rows out, and how long it took. again: another publication was
-    withdrawn."""
+    """What was published, candidates in and rows out, and how long it took. again: another publication was withdrawn;
+    gate: what the job's gate has found, None where nothing was judged."""
 
     output: str
     rows_in: int
     rows_out: int
     again: bool
     seconds: float
+    gate: Verdict | None = None
 
 
-def republish(place: Place, *, local: bool = False) -> Published:
+def republish(place: Place, *, local: bool = False, despite: str | None = None) -> Published:
     """Publish the scores of an output: as its job file says, or, given by its path, as it was published or planned.
 
-    What is published otherwise is withdrawn first, `_SUCCESS` before all else. Raises ConflictError where the job file
-    is of other scores, UnfinishedError where scores are missing, and the errors of `publish`.
+    What is published otherwise is withdrawn first, `_SUCCESS` before all else. What is not published yet has to pass
+    the job's gate, but for `despite`, a reason that is recorded. Raises ConflictError where the job file is of other
+    scores, UnfinishedError where scores are missing, and the errors of `pass_gate` and `publish`.
     """
     started = time.monotonic()
+    if despite is not None and not despite.strip():
+        raise ConfigError("--despite-gate: no reason; expected why it is published all the same, e.g. a ticket")
     manifest, plan = open_output(place)
     config = config_of(plan, place)
-    output = config.output if place.job is None else place.job.output
+    given = place.job or config
+    output, gate = given.output, given.gate
     if place.job is not None:
         refuse_other_scores(manifest, place.job, config)
     totals = Totals()
@@ -66,20 +74,23 @@ def republish(place: Place, *, local: bool = False) -> Published:
         if place.job is None and found.publication is not None:
             output = output_of(found.publication, output)
         output = output.model_copy(update={"path": str(manifest.root), "storage_options": place.options})
-        config = config.model_copy(update={"output": output})
+        config = config.model_copy(update={"output": output, "gate": gate})
         _check(manifest, plan, found, config)
         for receipt in found.committed:
             totals.add(receipt)
         totals.resumed_pairs = totals.rows_in
         again = found.publication is not None and found.publication.fields != publishing_fields(output)
         with recording(manifest, plan, totals, lease):
+            verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite)
+            if despite and not (verdict and verdict.despite):
+                log.info("--despite-gate: no gate held it back")
             if again:
                 withdraw(manifest, lease)
             each = in_turn if local else on_ray(config)
             # an old output that is looked at again by its path takes no pointer from a newer one
             point = place.job is not None or again or not _is_whole(found)
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
-    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, time.monotonic() - started)
+    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, time.monotonic() - started, verdict)
 
 
 def _is_whole(found: Scan) -> bool:

@@ -15,6 +15,7 @@ from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.finish import finish, finished
+from batch_rerank.job.gate import check_gate, pass_gate
 from batch_rerank.job.progress import Display
 from batch_rerank.job.reused import expected, score
 from batch_rerank.job.staging import on_ray, stage
@@ -29,6 +30,7 @@ from batch_rerank.store.plans import Plan, refuse_protocol
 from batch_rerank.store.receipts import Receipt, SetAside, Totals
 from batch_rerank.store.rolls import Rolls
 from batch_rerank.store.scan import scan
+from batch_rerank.store.verdict import Verdict, read_verdict
 
 log = logging.getLogger("batch_rerank")
 STATUS_SECONDS = 10.0
@@ -38,7 +40,8 @@ STATUS_SECONDS = 10.0
 class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
     included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
-    which earlier outputs served, and why others did not."""
+    which earlier outputs served, and why others did not; `gate` is what the job's gate has found, None where nothing
+    was judged."""
 
     output: str
     fingerprint: str
@@ -50,6 +53,7 @@ class Summary:
     steady_rate: float | None
     counts: dict[str, int]
     reuse: dict[str, Any] | None = None
+    gate: Verdict | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -68,7 +72,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     if totals:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
-        return replace(described, seconds=time.monotonic() - started)
+        return replace(described, seconds=time.monotonic() - started, gate=read_verdict(manifest))
     totals = Totals()
     earlier = find_earlier(config, plan)
     each = in_turn if local else on_ray(config)
@@ -87,6 +91,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             expected.check({unit.unit: unit.error for unit in failed})
             rolls.finish()
             _check_failed_rows(manifest, totals, config)
+            verdict = pass_gate(manifest, plan, totals, config, model, lease)
             finish(manifest, plan, totals, config, model, lease, each)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
@@ -100,6 +105,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         steady_rate=rates and rates[0],
         counts=plan.counts,
         reuse=None if earlier is None else earlier.summary(),
+        gate=verdict,
     )
 
 
@@ -150,6 +156,7 @@ def _input_of(
     and None where that is nothing."""
     configured_model(config)  # a stage may take long: what is wrong with the model comes before it
     refuse_overlap(config)
+    check_gate(config)
     found: Staged | None = None
     if needs_stage(config):
         if (found := staged(config)) is None:

@@ -38,7 +38,7 @@ def publish(
     """Publish the scores of a plan, all of which are there, as `config.output` says; what is published already stays.
     Raises the errors of its steps, and ConflictError where the lease is lost or the output is published otherwise."""
     found = scan(manifest, plan)
-    _refuse_unseen(manifest, plan, found)
+    refuse_unseen(manifest, plan, found)
     publication = found.publication or _begin(manifest, plan, found, config)
     refuse_other_publication(manifest, publication, config.output)
     missing = [number for number in range(len(publication.parts)) if number not in found.parts]
@@ -72,7 +72,7 @@ def publish(
     return mark, publication
 
 
-def _refuse_unseen(manifest: Manifest, plan: Plan, found: Scan) -> None:
+def refuse_unseen(manifest: Manifest, plan: Plan, found: Scan) -> None:
     """Raise StorageError where a listing does not show what has been committed."""
     if len(found.committed) < len(plan.units):
         done = {receipt.unit for receipt in found.committed}

@@ -9,6 +9,7 @@ from batch_rerank.store.lease import sign_of_life
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.scan import scan
+from batch_rerank.store.verdict import read_verdict
 
 Shown = str | int | float | bool | None | list[str]
 
@@ -18,6 +19,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
     manifest, plan = open_output(place, or_stage=True)
     last = manifest.read_status()
     found = scan(manifest, plan)
+    verdict = read_verdict(manifest)
     state, message = last.state, last.message
     if state == "running":
         state, message = _of_lease(manifest, plan)
@@ -39,6 +41,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
         "pairs_planned": plan.pairs,
         "failed_rows": sum(receipt.failed for receipt in found.committed),
         "units_padded": sum(bool(receipt.fallback) for receipt in found.committed),
+        "gate": None if verdict is None else verdict.summary,
         "success": "_SUCCESS" in found.files.found,
     }
 

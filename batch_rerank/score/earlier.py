@@ -17,6 +17,7 @@ from batch_rerank.input.places import real_path
 from batch_rerank.score.reuse import Index, KeptFile, Reuse
 from batch_rerank.store.filesystem import Location, list_files, locate, storage_errors
 from batch_rerank.store.kept import PAIR, QUERY, Records, from_bytes, pairs_name, queries_name
+from batch_rerank.store.latest import read_latest
 from batch_rerank.store.manifest import Manifest, differing, sha256
 from batch_rerank.store.names import SCORES
 from batch_rerank.store.plans import Plan
@@ -112,17 +113,11 @@ def _latest(config: JobConfig) -> Sequence[Location]:
     if config.output.latest is None:
         raise ConfigError("reuse.from: latest, but the job has no output.latest; name one, or an output")
     location = locate(config.output.latest, options)
-    with storage_errors(location):
-        try:
-            told = json.loads(location.read_bytes())
-            return [locate(str(told["path"]), options)]
-        except FileNotFoundError:
-            log.info("reuse: %s: not there yet; nothing is published before this job", location)
-            return []
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"reuse.from: latest: {location} is not what output.latest writes; expected JSON with a path"
-            ) from None
+    named = read_latest(location)
+    if named is None:
+        log.info("reuse: %s: not there yet; nothing is published before this job", location)
+        return []
+    return [locate(named, options)]
 
 
 def _matching(config: JobConfig, pattern: str) -> Sequence[Location]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 import batch_rerank
+from batch_rerank.conditions import LATEST
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.engine.encoding import make_encoder
@@ -89,11 +90,17 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
 
 
 def _stored(config: JobConfig) -> dict[str, object]:
-    """The job as its plan keeps it; its pointer is found from any working directory."""
+    """The job as its plan keeps it; its pointer, and what its gate needs, are found from any working directory."""
     latest = config.output.latest
     if latest is not None:
         latest = str(locate(latest, config.output.storage_options))
         config = config.model_copy(update={"output": config.output.model_copy(update={"latest": latest})})
+    gate = config.gate
+    if gate is not None:
+        against = None if gate.against in (None, LATEST) else locate(str(gate.against), config.output.storage_options)
+        qrels = None if gate.qrels is None else locate(gate.qrels, config.input.storage_options)
+        found = {name: str(place) for name, place in (("against", against), ("qrels", qrels)) if place is not None}
+        config = config.model_copy(update={"gate": gate.model_copy(update=found)})
     return config.model_dump(mode="json")
 
 

@@ -17,13 +17,10 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Group
 from batch_rerank.input.shards import twice_read
 from batch_rerank.input.unit_reader import read_units
-from batch_rerank.schema import QUERY_HASH, TEXT_HASH
+from batch_rerank.schema import NULL_QUERY, NULL_TEXT, QUERY_HASH, TEXT_HASH
 from batch_rerank.score.hashes import query_hashes, text_hashes
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.plans import Plan, Shard, Unit
-
-NULL_QUERY = "query is null"
-NULL_TEXT = "text is null"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.schema import CHUNK_OFFSET
-from batch_rerank.score.read_unit import NULL_QUERY, NULL_TEXT, spread
+from batch_rerank.schema import CHUNK_OFFSET, NULL_QUERY, NULL_TEXT
+from batch_rerank.score.read_unit import spread
 from batch_rerank.score.steps import ScoredUnit
 from batch_rerank.store.commit import commit, footer
 from batch_rerank.store.filesystem import locate, storage_errors

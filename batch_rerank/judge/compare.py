@@ -1,38 +1,27 @@
 """Two outputs query by query: what moved, by how much, and whether the judgements see it."""
 
 import heapq
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from batch_rerank.agreement import kendall, overlap, rbo, settled
 from batch_rerank.errors import StorageError
-from batch_rerank.evaluate import DEFAULT_MEASURES, evaluate
-from batch_rerank.input.layouts import run_starts
+from batch_rerank.judge.agreement import Float64
+from batch_rerank.judge.evaluate import DEFAULT_MEASURES, by_query, read_qrels
+from batch_rerank.judge.matched import Held, agreed, passes_over
+from batch_rerank.judge.rankings import Ranking, published
 from batch_rerank.publish.output import Place, open_output
-from batch_rerank.publish.read_parts import read_part
-from batch_rerank.store.manifest import PUBLICATION, Manifest
+from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
 
 DEPTHS = (1, 10, 100)
 MOVED = 10
 """Queries that are named."""
 
-HELD_ROWS = 10_000_000
-"""Rows of an output that are held at once: more queries are compared in several passes, by a hash of their ids."""
-
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
-"""Differences of scores that are noise, by what they were computed in: twice what another batch was seen to change."""
-
 RESAMPLES, SEED = 2000, 0
 LOSS = 0.01
 """Of a measure: how many queries it takes to see it is told."""
-
-COLUMNS = ["query_id", "doc_id", "score"]
 
 
 @dataclass(frozen=True)
@@ -91,14 +80,14 @@ def compare(
     Raises StorageError where one is not finished, and what `evaluate` raises.
     """
     (one, plan), (other, other_plan) = _opened(old), _opened(new)
-    allowed = _tolerance(plan, other_plan) if tolerance is None else tolerance
-    sums = _Sums(allowed)
-    passes = max(1, -(-max(_rows(one), _rows(other)) // HELD_ROWS))
+    there, here = published(one, plan), published(other, other_plan)
+    sums = _Sums(max(there.tolerance, here.tolerance) if tolerance is None else tolerance)
+    passes = passes_over(there.rows, here.rows)
     for number in range(passes):
-        sums.take(_Held(one, number, passes), _Held(other, number, passes))
+        sums.take(Held(there.tables(), number, passes), Held(here.tables(), number, passes))
     fields, others = plan.fingerprint_fields, other_plan.fingerprint_fields
     differing = [name for name in sorted({*fields, *others}) if fields.get(name) != others.get(name)]
-    judged = {} if qrels is None else _judged(old, new, qrels, measures or DEFAULT_MEASURES)
+    judged = {} if qrels is None else _judged(there, here, qrels, measures or DEFAULT_MEASURES)
     return sums.comparison(differing, judged)
 
 
@@ -107,63 +96,6 @@ def _opened(place: Place) -> tuple[Manifest, Plan]:
     if not manifest.success.exists():
         raise StorageError(f"{manifest.root}: no _SUCCESS, it is not finished; run it to the end, then compare")
     return manifest, plan
-
-
-def _tolerance(*plans: Plan) -> float:
-    return max(TOLERANCE.get(str(plan.model.get("dtype")), TOLERANCE["bfloat16"]) for plan in plans)
-
-
-def _rows(manifest: Manifest) -> int:
-    mark = manifest.read_mark()
-    return 0 if mark is None else mark.rows
-
-
-class _Held:
-    """The queries of an output whose ids have one hash of so many, each with its documents in the order of their
-    ranks."""
-
-    def __init__(self, manifest: Manifest, number: int, passes: int) -> None:
-        tables = [_of_pass(rows, number, passes) for rows in _parts(manifest)]
-        rows = pa.concat_tables(tables) if tables else pa.table({name: pa.array([], pa.string()) for name in COLUMNS})
-        self._documents = rows["doc_id"].combine_chunks() if len(rows) else pa.array([], pa.string())
-        self._scores = pc.cast(rows["score"], pa.float64()).to_numpy()  # NaN where null
-        ids = rows["query_id"].combine_chunks()
-        starts = run_starts(ids)
-        names = ids.take(pa.array(starts)).to_pylist()
-        self._at = dict(zip(names, zip(starts.tolist(), [*starts.tolist()[1:], len(rows)], strict=True), strict=True))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._at)
-
-    def __contains__(self, query_id: str) -> bool:
-        return query_id in self._at
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def ranking(self, query_id: str) -> tuple[list[str], "np.ndarray"]:
-        """Documents, best first, and their scores, float64."""
-        start, stop = self._at[query_id]
-        return self._documents[start:stop].to_pylist(), self._scores[start:stop]
-
-
-def _parts(manifest: Manifest) -> Iterator[pa.Table]:
-    publication = manifest.read_publication()
-    if publication is None:
-        raise StorageError(f"{manifest.root}: _SUCCESS without {PUBLICATION}; the manifest is damaged; run it again")
-    for number in range(len(publication.parts)):
-        yield from read_part(manifest.part(number), COLUMNS)
-
-
-def _of_pass(rows: pa.Table, number: int, passes: int) -> pa.Table:
-    if passes == 1:
-        return rows
-    ids = rows["query_id"].combine_chunks()
-    starts = run_starts(ids)
-    names = ids.take(pa.array(starts)).to_pylist()
-    mine = [zlib.crc32(name.encode()) % passes == number for name in names]
-    lengths = np.diff(np.append(starts, len(rows)))
-    return rows.filter(pa.array(np.repeat(mine, lengths)))
 
 
 class _Sums:
@@ -175,7 +107,7 @@ class _Sums:
         self._shift = self._absolute = self._largest = 0.0
         self._moved: list[tuple[float, int, Moved]] = []
 
-    def take(self, old: _Held, new: _Held) -> None:
+    def take(self, old: Held, new: Held) -> None:
         """More queries, all of which are in these."""
         shared = [query for query in old if query in new]
         self._only_old += len(old) - len(shared)
@@ -183,31 +115,21 @@ class _Sums:
         for query in shared:
             self._add(query, old, new)
 
-    def _add(self, query: str, old: _Held, new: _Held) -> None:
-        (there, before), (here, after) = old.ranking(query), new.ranking(query)
-        number = {document: index for index, document in enumerate(there)}
-        one = np.arange(len(there))
-        other = np.array([number.setdefault(document, len(number)) for document in here], np.int64)
-        common = other < len(there)
-        shift = after[common] - before[other[common]]
-        shift = shift[~np.isnan(shift)]
-        other = settled(other, after, one, self._tolerance)
-        one = settled(one, before, other, self._tolerance)
-        agreed = rbo(one, other)
+    def _add(self, query: str, old: Held, new: Held) -> None:
+        found = agreed(query, old, new, self._tolerance, DEPTHS)
         self._queries += 1
-        self._overlap += [overlap(one, other, depth) for depth in DEPTHS]
-        self._rbo += agreed
-        tau = kendall(one, other)
-        if not np.isnan(tau):
-            self._taus, self._tau = self._taus + 1, self._tau + tau
-        self._pairs += len(shift)
-        self._gained += int((~common).sum())
-        self._lost += len(there) - int(common.sum())
-        self._shift += float(shift.sum())
-        self._absolute += float(np.abs(shift).sum())
-        self._largest = max(self._largest, float(np.abs(shift).max(initial=0.0)))
-        if agreed < 1 - 1e-12:
-            least = (-agreed, -self._queries, Moved(query, agreed, there[:3], here[:3]))
+        self._overlap += found.overlap
+        self._rbo += found.rbo
+        if not np.isnan(found.tau):
+            self._taus, self._tau = self._taus + 1, self._tau + found.tau
+        self._pairs += len(found.shift)
+        self._gained += found.gained
+        self._lost += found.lost
+        self._shift += float(found.shift.sum())
+        self._absolute += float(np.abs(found.shift).sum())
+        self._largest = max(self._largest, float(np.abs(found.shift).max(initial=0.0)))
+        if found.rbo < 1 - 1e-12:
+            least = (-found.rbo, -self._queries, Moved(query, found.rbo, found.old[:3], found.new[:3]))
             (heapq.heappush if len(self._moved) < MOVED else heapq.heappushpop)(self._moved, least)
 
     def comparison(self, differing: list[str], judged: dict[str, Judged]) -> Comparison:
@@ -233,8 +155,9 @@ class _Sums:
         )
 
 
-def _judged(old: Place, new: Place, qrels: str, measures: Sequence[str]) -> dict[str, Judged]:
-    results = [evaluate(place, qrels, measures).after_by_query for place in (old, new)]
+def _judged(old: Ranking, new: Ranking, qrels: str, measures: Sequence[str]) -> dict[str, Judged]:
+    read = read_qrels(qrels)
+    results = [by_query(ranking.tables(), read, measures) for ranking in (old, new)]
     judged = {}
     for name, before in results[0].items():
         values = np.array([[before[query], results[1][name][query]] for query in before])
@@ -248,8 +171,14 @@ def _judged(old: Place, new: Place, qrels: str, measures: Sequence[str]) -> dict
     return judged
 
 
-def bootstrap(differences: "np.ndarray") -> tuple[float, float]:
-    """95 % of the means of resampled paired differences: percentiles, seeded, a few resamples at a time."""
+def bootstrap(differences: Float64) -> tuple[float, float]:
+    """95 % of the means of resampled paired differences: percentiles."""
+    low, high = np.percentile(resampled(differences), [2.5, 97.5]).tolist()
+    return low, high
+
+
+def resampled(differences: Float64) -> Float64:
+    """float64[RESAMPLES], means of resampled paired differences, seeded; a few resamples at a time."""
     random = np.random.default_rng(SEED)
     at_once = max(1, 10_000_000 // len(differences))
     means = [
@@ -258,5 +187,4 @@ def bootstrap(differences: "np.ndarray") -> tuple[float, float]:
         )
         for done in range(0, RESAMPLES, at_once)
     ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()
-    return low, high
+    return np.concatenate(means)

@@ -5,7 +5,7 @@ own way (trec_eval by doc_id), which would not be the order that was written. A 
 not have counts as zero.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,12 +13,12 @@ import ir_measures
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_rerank.errors import ConfigError, InputError, StorageError
+from batch_rerank.conditions import measure_of
+from batch_rerank.errors import InputError, StorageError
+from batch_rerank.judge.rankings import published_rows
 from batch_rerank.publish.output import Place, config_of, input_ids, open_output
-from batch_rerank.publish.read_parts import read_part
-from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.manifest import PUBLICATION, Manifest
-from batch_rerank.store.receipts import Publication
+from batch_rerank.store.filesystem import Options, locate, storage_errors
+from batch_rerank.store.manifest import PUBLICATION
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@10")
 
@@ -49,7 +49,7 @@ def evaluate(
     A query's rows are in one part, so parts are evaluated some at a time and their sums are kept; without `per_query`
     memory grows with the qrels alone.
     """
-    parsed = [_measure(name) for name in measures]
+    parsed = [measure_of(name) for name in measures]
     qrels = read_qrels(qrels_path)
     manifest, plan = open_output(output)
     config = config_of(plan, output)
@@ -61,8 +61,8 @@ def evaluate(
     if publication is None:
         raise StorageError(f"{manifest.root}: _SUCCESS without {PUBLICATION}; the manifest is damaged; run it again")
     whole = publication.fields.get("top_k") is None
-    before, after = (_Sums(parsed, qrels, per_query) for _ in range(2))
-    for part in _parts(manifest, publication):
+    before, after = (Sums(parsed, qrels, per_query) for _ in range(2))
+    for part in published_rows(manifest, ["query_id", "doc_id", "rank", "first_stage_rank"]):
         after.add(part, "rank")
         if whole:
             before.add(part, "first_stage_rank")
@@ -82,12 +82,16 @@ def evaluate(
     )
 
 
-def _parts(manifest: Manifest, publication: Publication) -> Iterator[pa.Table]:
-    for number in range(len(publication.parts)):
-        yield from read_part(manifest.part(number), ["query_id", "doc_id", "rank", "first_stage_rank"])
+def by_query(tables: Iterable[pa.Table], qrels: Qrels, measures: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Measure -> query_id -> value, of rows of whole queries with their `rank`."""
+    sums = Sums([measure_of(name) for name in measures], qrels, per_query=True)
+    for rows in tables:
+        sums.add(rows, "rank")
+    sums.calculate()
+    return sums.by_query
 
 
-class _Sums:
+class Sums:
     """Sums of measures over queries, fed with whole queries."""
 
     def __init__(self, measures: Sequence["ir_measures.Measure"], qrels: Qrels, per_query: bool) -> None:
@@ -125,18 +129,9 @@ class _Sums:
         return {name: value / len(self._qrels) for name, value in self._sums.items()}
 
 
-def _measure(name: str) -> "ir_measures.Measure":
-    try:
-        return ir_measures.parse_measure(name)
-    except (NameError, ValueError, SyntaxError) as error:
-        raise ConfigError(
-            f"measure {name!r} is not known ({error}); expected names as in ir_measures, e.g. nDCG@10, RR@10, AP"
-        ) from None
-
-
-def read_qrels(path: str) -> Qrels:
+def read_qrels(path: str, options: Options | None = None) -> Qrels:
     """qrels[query_id][doc_id] = relevance, from `qid 0 docid rel` or a BEIR TSV with a header."""
-    location = locate(path)
+    location = locate(path, options)
     try:
         with storage_errors(location, InputError):
             lines = location.read_bytes().decode("utf-8-sig").splitlines()
