@@ -52,6 +52,7 @@ said = {}
 if what == "run":
     summary = jobs.run(config)
     said = {"units": summary.units, "steady_rate": summary.steady_rate and round(summary.steady_rate)}
+    said["reused"] = summary.totals.reused
 elif what == "verify":
     said = {"problems": verify(config.output.path).problems}
 elif what == "publish":
@@ -92,13 +93,18 @@ def measure(directory: Path, pairs: int, text_bytes: int) -> dict[str, Any]:
     return result
 
 
-def execute(directory: Path, what: str, **output: int) -> dict[str, Any]:
-    job = {
-        "input": {"layout": "nested", "path": f"{directory}/in/*.parquet"},
-        "output": {"path": f"{directory}/out", **output},
+def execute(
+    directory: Path, what: str, given: str = "in", to: str = "out", earlier: str | None = None, **output: int
+) -> dict[str, Any]:
+    """Do something in a process of its own with the shards `given` and the output `to`; what it took."""
+    job: dict[str, Any] = {
+        "input": {"layout": "nested", "path": f"{directory}/{given}/*.parquet"},
+        "output": {"path": f"{directory}/{to}", **output},
         "model": {"name": "none", "kind": "checksum"},
         "cluster": {"actors": 1, "gpus_per_actor": 0, "cpus_per_actor": 1},
     }
+    if earlier is not None:
+        job["reuse"] = {"from": f"{directory}/{earlier}"}
     (directory / "job.yaml").write_text(json.dumps(job))
     started = time.monotonic()
     command = [sys.executable, "-c", CHILD, str(directory / "job.yaml"), what]
@@ -107,7 +113,7 @@ def execute(directory: Path, what: str, **output: int) -> dict[str, Any]:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found["seconds_with_imports"] = round(time.monotonic() - started, 1)
-    print(what, found, flush=True)
+    print(what, to, found, flush=True)
     return found
 
 
