@@ -55,13 +55,13 @@ def free(directory: Path, pairs: int, text_bytes: int) -> dict[str, Any]:
         ("moved", "moved", "first"),
         ("changed", "changed", "first"),
     ):
-        found = execute(directory, "run", given=given, to=night, earlier=earlier)
+        found = execute(directory, "run", given=given, to=f"night-{night}", earlier=earlier and f"night-{earlier}")
         found["pairs_per_s_with_publishing"] = round(pairs / found["seconds"])
         result[night] = found
         if earlier is None:
-            kept = sum(path.stat().st_size for path in (directory / night / "_scores").glob("*.npy"))
+            kept = sum(path.stat().st_size for path in (directory / f"night-{night}" / "_scores").glob("*.npy"))
             result["kept_bytes_a_pair"] = round(kept / pairs, 1)
-            result["scores_bytes_a_pair"] = round(size_of(directory / night / "_scores") / pairs, 1)
+            result["scores_bytes_a_pair"] = round(size_of(directory / f"night-{night}" / "_scores") / pairs, 1)
     result["times_as_long_when_moved"] = round(result["moved"]["seconds"] / result["same"]["seconds"], 2)
     return result
 
