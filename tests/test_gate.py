@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from conftest import candidate_rows, job, rows_of, write
+from conftest import Killed, candidate_rows, job, rows_of, scored_only, write
 
 import batch_rerank.judge.matched as matched
+import batch_rerank.publish.publish as publishing
 from batch_rerank.conditions import parse_condition
 from batch_rerank.config import JobConfig, parse_config
 from batch_rerank.errors import ConfigError, GateError
@@ -411,9 +412,10 @@ def test_a_gate_that_lets_through_needs_no_override(nights: Nights, cli: Cli) ->
 def test_the_first_night_has_nothing_to_be_held_against(nights: Nights, cli: Cli) -> None:
     nights.latest.unlink()
     gate = {**AGAINST, "qrels": str(nights.directory / "qrels"), "error": ["overlap@10 >= 1", "RR >= 0.001"]}
+    assert cli("plan", nights.file("two", gate=gate))[0] == 0
     code, _, error = cli("run", nights.file("two", gate=gate), "--local")
     assert code == 0 and nights.live == "two"
-    assert error.count("LATEST.json is not there yet); passed over: overlap@10 >= 1; rbo >= 0.95") >= 1
+    assert error.count("LATEST.json is not there yet); passed over: overlap@10 >= 1; rbo >= 0.95") == 1
     assert [line["state"] for line in nights.recorded("two")["lines"]] == ["passed over", "held", "passed over"]
 
 
@@ -521,6 +523,52 @@ def test_paths_of_a_gate_are_found_from_any_working_directory(
     monkeypatch.chdir(nights.directory)
     gate = {"qrels": "qrels", "against": "one", "error": ["RR >= 0", "overlap@10 >= 0.95"]}
     assert cli("run", nights.file("two", gate=gate), "--local")[0] == 7
+    (nights.directory / "two/_manifest/gate.json").unlink()
     monkeypatch.chdir("/")
     code, _, error = cli("publish", nights.directory / "two", "--local")
     assert code == 7 and "overlap@10 >= 0.95: found" in error
+
+
+def test_killed_between_the_verdict_and_publishing_is_judged_again(nights: Nights) -> None:
+    good = nights.job("two", gate={"error": ["failed <= 0"]})
+    assert nights.recorded(scored_only(good).name)["passed"]
+    with pytest.raises(GateError):
+        run(nights.job("two", gate={"error": ["reused >= 1"]}), local=True)
+    assert not nights.recorded("two")["passed"] and nights.live == "one"
+    summary = run(good, local=True)
+    assert (summary.units, nights.live) == (0, "two") and nights.recorded("two")["passed"]
+
+
+def test_killed_while_it_is_published_it_is_not_judged_again(nights: Nights) -> None:
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(publishing, "mark_done", killed)
+        run(nights.job("two", gate={"error": ["failed <= 0"]}), local=True)
+    summary = run(nights.job("two", gate={"error": ["reused >= 1"]}), local=True)
+    assert summary.gate is not None and summary.gate.passed and nights.live == "two"
+
+
+def test_a_gate_reads_score_files_wherever_they_are(nights: Nights, cli: Cli) -> None:
+    """Below `_scores/`: of a publication that was withdrawn."""
+    output = nights.directory / "one"
+    for name in ("_SUCCESS", "_manifest/publication.json", "part-00000.parquet", "_manifest/parts/00000.json"):
+        (output / name).unlink()
+    gate = {"qrels": str(nights.directory / "qrels"), "error": ["RR >= 0.9", "failed <= 0"]}
+    with pytest.raises(GateError):
+        run(nights.job("one", gate=gate), local=True)
+    found = nights.recorded("one")["lines"][0]["found"]
+    # by its path, what was found last stands: the plan is of a job without a gate
+    code, _, error = cli("publish", output, "--local")
+    assert code == 7 and "RR >= 0.9: found" in error and not nights.recorded("one")["despite"]
+    assert cli("publish", output, "--local", "--despite-gate", "to look at it")[0] == 0
+    assert evaluate(str(output), gate["qrels"], ["RR"]).after["RR"] == pytest.approx(found)
+
+
+def test_on_ray_it_is_the_same(nights: Nights, local_ray: None) -> None:
+    with pytest.raises(GateError, match="of the gate's conditions do not hold"):
+        run(nights.job("two", gate=AGAINST))
+    assert nights.live == "one" and not nights.recorded("two")["passed"]
+    again = run(nights.job("two", gate={**AGAINST, "error": ["overlap@10 >= 0.01"]}))
+    assert (again.units, nights.live) == (0, "two")

@@ -32,7 +32,7 @@ from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import Scan, scan
-from batch_rerank.store.verdict import GATE, Verdict, read_verdict
+from batch_rerank.store.verdict import GATE, PASSED_OVER, Verdict, read_verdict
 
 log = logging.getLogger("batch_rerank")
 
@@ -56,8 +56,10 @@ def pass_gate(
     model: ModelSpec,
     lease: Lease,
     despite: str | None = None,
+    stands: bool = False,
 ) -> Verdict | None:
-    """Judge scores that are all there and not published, and record it. `despite`: why to publish them all the same.
+    """Judge scores that are all there and not published, and record it. `despite`: why to publish them all the same;
+    stands: a refusal that is recorded does, for there is no job file that could say otherwise.
 
     Returns the verdict, or the one that is there of what is published already. Raises GateError where an error
     condition does not hold, ConfigError where nothing can be judged, and StorageError.
@@ -66,7 +68,9 @@ def pass_gate(
     if manifest.read_publication() is not None:
         return recorded
     gate = config.gate
-    if gate is None:
+    if stands and recorded is not None and not recorded.passed:
+        verdict: Verdict | None = replace(recorded, despite=despite or recorded.despite)
+    elif gate is None:
         verdict = recorded and replace(recorded, despite=despite or "the job has no gate any more")
         if verdict is None or verdict.passed:
             return recorded
@@ -75,6 +79,7 @@ def pass_gate(
         return None
     else:
         verdict = _verdict(manifest, plan, totals, config, model, gate, despite)
+    assert verdict is not None
     lease.check()
     verdict.write(manifest)
     for line in verdict.failed("warn"):
@@ -99,7 +104,7 @@ def _verdict(
     try:
         found = scan(manifest, plan)
         refuse_unseen(manifest, plan, found)
-        old = _earlier(gate, config, manifest)
+        old, why = _earlier(gate, config, manifest)
         new = unpublished(manifest, plan, found, config, model)
         counts = {name: getattr(totals, name) for name in (*SHARES, "rows_in")}
         shares = Shares(counts, lambda share: _rows_behind(share, manifest, plan, found))
@@ -108,6 +113,9 @@ def _verdict(
         if despite is None:
             raise
         return replace(said, problem=f"could not be judged: {error}")
+    over = [line.condition for line in lines if line.state == PASSED_OVER]
+    if over:
+        log.info("gate: no earlier output (%s); passed over: %s", why, "; ".join(over))
     made = replace(said, against=old.name if old else "", lines=lines)
     passed = not made.failed("error")
     return replace(made, passed=passed, despite="" if passed else made.despite)
@@ -135,21 +143,18 @@ def _qrels(gate: Gate, config: JobConfig) -> Qrels | None:
         raise ConfigError(f"gate.qrels: {error}") from None
 
 
-def _earlier(gate: Gate, config: JobConfig, manifest: Manifest) -> Ranking | None:
-    """The output to compare with, where a condition needs one; None, which is said, where there is none yet. Raises
-    ConfigError, and ConflictError where `output.latest` is no pointer of ours."""
-    needing = [condition.text for _, condition in gate.conditions if condition.needs_earlier]
-    if not needing or gate.against is None:
-        return None
+def _earlier(gate: Gate, config: JobConfig, manifest: Manifest) -> tuple[Ranking | None, str]:
+    """The output to compare with, where a condition needs one; or None and why there is none yet. Raises ConfigError,
+    and ConflictError where `output.latest` is no pointer of ours."""
+    if gate.against is None or not any(condition.needs_earlier for _, condition in gate.conditions):
+        return None, "none is asked for"
     options, path = config.output.storage_options, gate.against
     if path == LATEST:
         if config.output.latest is None:
             raise ConfigError("gate.against: found latest, and no output.latest; set output.latest, or name an output")
         named = read_latest(locate(config.output.latest, options))
         if named is None or _same(named, manifest, config):
-            why = f"{config.output.latest} {'is not there yet' if named is None else 'names this output'}"
-            log.info("gate: no earlier output (%s); passed over: %s", why, "; ".join(needing))
-            return None
+            return None, f"{config.output.latest} {'is not there yet' if named is None else 'names this one'}"
         path = named
     elif _same(path, manifest, config):
         raise ConfigError(f"gate.against: {path} is the job's own output; expected an earlier one, or latest")
@@ -159,7 +164,7 @@ def _earlier(gate: Gate, config: JobConfig, manifest: Manifest) -> Ranking | Non
             raise StorageError(f"{earlier.root}: no _SUCCESS, it is not finished; expected a finished output")
     except StorageError as error:
         raise ConfigError(f"gate.against: {error}") from None
-    return published(earlier, plan)
+    return published(earlier, plan), ""
 
 
 def _same(path: str, manifest: Manifest, config: JobConfig) -> bool:

@@ -81,7 +81,8 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         totals.resumed_pairs = totals.rows_in
         again = found.publication is not None and found.publication.fields != publishing_fields(output)
         with recording(manifest, plan, totals, lease):
-            verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite)
+            stands = place.job is None
+            verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
             if despite and not (verdict and verdict.despite):
                 log.info("--despite-gate: no gate held it back")
             if again:

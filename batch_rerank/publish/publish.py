@@ -39,6 +39,7 @@ def publish(
     Raises the errors of its steps, and ConflictError where the lease is lost or the output is published otherwise."""
     found = scan(manifest, plan)
     refuse_unseen(manifest, plan, found)
+    lease.check()  # a successor may have judged otherwise, and what has a publication is not judged again
     publication = found.publication or _begin(manifest, plan, found, config)
     refuse_other_publication(manifest, publication, config.output)
     missing = [number for number in range(len(publication.parts)) if number not in found.parts]
