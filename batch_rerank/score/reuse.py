@@ -213,7 +213,8 @@ def _spans(index: Index, entries: Int64) -> Iterator[tuple[int, int, int, list[i
         if span is not None:
             near = span[0] == file and (first - span[2]) * PAIR.itemsize <= GAP_BYTES
             if near and (stop - span[1]) * PAIR.itemsize <= SPAN_BYTES:
-                span = (file, span[1], max(stop, span[2]), [*span[3], entry])
+                span[3].append(entry)
+                span = (file, span[1], max(stop, span[2]), span[3])
                 continue
             yield span
         span = (file, first, stop, [entry])
