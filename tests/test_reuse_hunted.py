@@ -32,7 +32,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
     monkeypatch.setattr(LoadedScorer, "score", score)
 
 
-# Defect: pairs that failed are never kept, so the next night they are all that a bundle has; "all pairs raise" then
+# pairs that failed are never kept, so the next night they are all that a bundle has; "all pairs raise" then
 # takes the unit for a bad one and sets it aside, where a run without reuse gives an error row each.
 def test_pairs_that_failed_last_night_fail_alone_tonight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = corpus()
@@ -45,7 +45,7 @@ def test_pairs_that_failed_last_night_fail_alone_tonight(tmp_path: Path, monkeyp
     assert night(given, tmp_path / "second", tmp_path / "first", **keys, **NO_AUDIT).totals.failed == 2
 
 
-# Defect: a unit may have 16 pairs that raise; units that go together have 16 between them, and all are set aside.
+# a unit may have 16 pairs that raise; units that go together have 16 between them, and all are set aside.
 def test_pairs_that_raise_are_counted_by_unit_not_by_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = corpus(60, 10)
     run(job(shards(tmp_path / "in", rows), tmp_path / "first"), local=True)
@@ -60,7 +60,7 @@ def test_pairs_that_raise_are_counted_by_unit_not_by_bundle(tmp_path: Path, monk
     assert night(given, tmp_path / "second", tmp_path / "first", **keys, **NO_AUDIT).totals.failed == 24
 
 
-# Defect: a tokenizer that raises in one unit ends the job with a traceback; without reuse the unit is set aside.
+# a tokenizer that raises in one unit ends the job with a traceback; without reuse the unit is set aside.
 def test_a_unit_that_cannot_be_encoded_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = corpus()
     run(job(shards(tmp_path / "in", rows), tmp_path / "first"), local=True)
@@ -86,7 +86,7 @@ def test_a_unit_that_cannot_be_encoded_is_set_aside(tmp_path: Path, monkeypatch:
         night(given, tmp_path / "second", tmp_path / "first", **NO_AUDIT)
 
 
-# Defect: each output that serves is read in full for every query: the pairs of eight nights where one has them all.
+# each output that serves is read in full for every query: the pairs of eight nights where one has them all.
 def test_what_the_newest_output_has_is_not_read_in_the_older_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +108,7 @@ def test_what_the_newest_output_has_is_not_read_in_the_older_ones(
     assert sum(read) == alone
 
 
-# Defect: a job that was killed after its last score cannot be finished once the output it reused is removed.
+# a job that was killed after its last score cannot be finished once the output it reused is removed.
 def test_a_scored_job_needs_no_earlier_output_to_be_finished(tmp_path: Path) -> None:
     given = shards(tmp_path / "in", corpus())
     run(job(given, tmp_path / "first"), local=True)
@@ -118,7 +118,7 @@ def test_a_scored_job_needs_no_earlier_output_to_be_finished(tmp_path: Path) -> 
     assert run(config, local=True).totals.reused == 120
 
 
-# Defect: `latest` names an output that is gone: the job ends, where a score that is gone is a counted miss.
+# `latest` names an output that is gone: the job ends, where a score that is gone is a counted miss.
 def test_latest_that_names_what_is_gone_is_a_first_night(tmp_path: Path) -> None:
     given = shards(tmp_path / "in", corpus())
     latest = {"output__latest": str(tmp_path / "LATEST.json")}

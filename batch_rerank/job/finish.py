@@ -50,14 +50,14 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     manifest.refuse_other(existing, plan)
     found = scan(manifest, existing)
     refuse_strays(manifest, found, existing)
-    refuse_other_publication(manifest, found.publication, config.output)
+    refuse_other_publication(manifest, None if found.condemned else found.publication, config.output)
     if not Lease(manifest.root, config.cluster.lease_seconds).look():
         return None
     totals = Totals()
     for receipt in found.committed:
         totals.add(receipt)
     totals.rows_out = mark.rows
-    if found.publication is None or totals.units < len(existing.units):
+    if found.publication is None or found.condemned or totals.units < len(existing.units):
         return None
     told = (existing.fingerprint, len(existing.units), found.publication.id)
     whole = {part.part: (part.size, part.sha256) for part in found.parts.values()}

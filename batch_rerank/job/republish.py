@@ -21,7 +21,8 @@ from batch_rerank.job.gate import pass_gate
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
-from batch_rerank.publish.publish import unavailable, withdraw
+from batch_rerank.publish.publish import unavailable
+from batch_rerank.publish.withdraw import withdraw
 from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
 from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
@@ -79,14 +80,15 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         for receipt in found.committed:
             totals.add(receipt)
         totals.resumed_pairs = totals.rows_in
-        again = found.publication is not None and found.publication.fields != publishing_fields(output)
+        other = found.publication is not None and found.publication.fields != publishing_fields(output)
+        again = other or found.condemned
         with recording(manifest, plan, totals, lease):
             stands = place.job is None
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
             if despite and not (verdict and verdict.despite):
                 log.info("--despite-gate: no gate held it back")
-            if again:
-                withdraw(manifest, lease)
+            if again and found.publication is not None:
+                withdraw(manifest, found.publication, lease)
             each = in_turn if local else on_ray(config)
             # an old output that is looked at again by its path takes no pointer from a newer one
             point = place.job is not None or again or not _is_whole(found)
@@ -155,7 +157,8 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
     """Raise before anything is withdrawn, where the new publication could not be made."""
     missing = unavailable(manifest, plan, found)
     done = {receipt.unit for receipt in found.committed}
-    same = found.publication is not None and found.publication.fields == publishing_fields(config.output)
+    standing = None if found.condemned else found.publication
+    same = standing is not None and standing.fields == publishing_fields(config.output)
     undone = [unit.id for unit in plan.units if unit.id not in done]
     if undone or (missing and not same):
         absent = undone or missing

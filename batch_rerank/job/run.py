@@ -20,6 +20,7 @@ from batch_rerank.job.progress import Display
 from batch_rerank.job.reused import expected, score
 from batch_rerank.job.staging import on_ray, stage
 from batch_rerank.publish.publish import refuse_other_publication
+from batch_rerank.publish.withdraw import go_on_withdrawing
 from batch_rerank.score.earlier import find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
@@ -80,6 +81,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
+        go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
         with recording(manifest, plan, totals, lease):
             done, found = resume(manifest, plan, totals, lease)

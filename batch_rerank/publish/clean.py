@@ -129,7 +129,8 @@ def _finished(manifest: Manifest, plan: Plan, found: Scan) -> bool:
     """Whether all of it is there: a unit's scores may be so, and the part that was made of them not."""
     units = "_SUCCESS" in found.files.found and len(found.committed) == len(plan.units)
     publication = found.publication
-    return units and (manifest.staged or (publication is not None and len(found.parts) == len(publication.parts)))
+    whole = publication is not None and len(found.parts) == len(publication.parts) and not found.condemned
+    return units and (manifest.staged or whole)
 
 
 def _named(pointer: Location, root: Location) -> bool:

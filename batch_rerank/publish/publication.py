@@ -23,8 +23,9 @@ def publishing_fields(output: Output) -> dict[str, Any]:
     return {"publishing_version": PUBLISHING_VERSION, **{name: getattr(output, name) for name in FIELDS}}
 
 
-def make_publication(plan: Plan, sizes: Mapping[str, int], fields: dict[str, Any]) -> Publication:
-    """Whole units in the order of the plan, in parts of about `file_bytes`. sizes: bytes of the units' score files."""
+def make_publication(plan: Plan, sizes: Mapping[str, int], fields: dict[str, Any], lease: str = "") -> Publication:
+    """Whole units in the order of the plan, in parts of about `file_bytes`. sizes: bytes of the units' score files;
+    lease: of who makes it, where it must be unlike all others of the output."""
     parts: list[tuple[int, int]] = []
     first, size = 0, 0.0
     for index, unit in enumerate(plan.units):
@@ -32,8 +33,8 @@ def make_publication(plan: Plan, sizes: Mapping[str, int], fields: dict[str, Any
         if size >= fields["file_bytes"] or index == len(plan.units) - 1:
             parts.append((first, index))
             first, size = index + 1, 0.0
-    told = {"fingerprint": plan.fingerprint, "fields": fields, "parts": parts}
-    return Publication(id=fingerprint(told), fingerprint=plan.fingerprint, fields=fields, parts=parts)
+    told = {"fingerprint": plan.fingerprint, "fields": fields, "parts": parts, **({"lease": lease} if lease else {})}
+    return Publication(fingerprint(told), plan.fingerprint, fields, parts, lease=lease)
 
 
 def _published_bytes(unit: Unit, size: int, top_k: int | None) -> float:

@@ -22,7 +22,7 @@ from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import PUBLICATION, Manifest, differing
-from batch_rerank.store.names import PART, TREC_RUN, Files, part_name
+from batch_rerank.store.names import TREC_RUN, Files, part_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Publication
 from batch_rerank.store.records import Mark, PartMark
@@ -40,13 +40,15 @@ def publish(
     found = scan(manifest, plan)
     refuse_unseen(manifest, plan, found)
     lease.check()  # a successor may have judged otherwise, and what has a publication is not judged again
-    publication = found.publication or _begin(manifest, plan, found, config)
+    standing = None if found.condemned else found.publication
+    publication = standing or _begin(manifest, plan, found, config, lease)
     refuse_other_publication(manifest, publication, config.output)
-    missing = [number for number in range(len(publication.parts)) if number not in found.parts]
+    whole = found.parts if standing else {}
+    missing = [number for number in range(len(publication.parts)) if number not in whole]
     if missing:
         _withdraw_parts(manifest, found.files, missing)
         log.info("publishing %d parts of %d units", len(missing), len(plan.units))
-    done = dict(found.parts)
+    done = dict(whole)
     places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
     said = time.monotonic()
     checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
@@ -70,6 +72,9 @@ def publish(
         parts=[PartMark(part.part, part.rows, part.size, part.sha256) for part in parts],
     )
     mark_done(manifest, plan, mark, lease)
+    for name, taken_back in found.withdrawn.items():
+        if taken_back != publication.id:  # it is gone, and none will be the same
+            manifest.remove_seen(name, found.files)
     return mark, publication
 
 
@@ -85,17 +90,21 @@ def refuse_unseen(manifest: Manifest, plan: Plan, found: Scan) -> None:
         )
 
 
-def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> Publication:
-    """A new publication; of two publishers both follow the first."""
+def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, lease: Lease) -> Publication:
+    """A new publication; of two publishers both follow the first. Behind a withdrawal it is unlike all before it: who
+    withdraws may be paused, and removes on S3 what has the content that it saw."""
     sizes = {receipt.unit: receipt.size for receipt in found.committed}
-    made = make_publication(plan, sizes, publishing_fields(config.output))
+    made = make_publication(plan, sizes, publishing_fields(config.output), lease.id if found.withdrawn else "")
     location = manifest.root / PUBLICATION
     with storage_errors(location):
-        if location.create_exclusive(made.to_json()):
-            return made
-    there = manifest.read_publication()
-    assert there is not None
-    return there
+        while not location.create_exclusive(made.to_json()):
+            there, seen = manifest.read_publication(), location.stat()
+            if there is not None and there.id not in found.withdrawn.values():
+                return there
+            # one that was taken back: a publisher that was paused before it wrote its own has written it since
+            lease.check()
+            location.remove_seen(seen)
+    return made
 
 
 def refuse_other_publication(manifest: Manifest, publication: Publication | None, output: Output) -> None:
@@ -115,16 +124,6 @@ def unavailable(manifest: Manifest, plan: Plan, found: Scan) -> list[str]:
     """Units whose scores are not there, or not any more."""
     there = {receipt.unit for receipt in found.committed if found.available(manifest, receipt)}
     return [unit.id for unit in plan.units if unit.id not in there]
-
-
-def withdraw(manifest: Manifest, lease: Lease) -> None:
-    """Take an output back, so that it can be published otherwise: no reader meets parts of two publications. `_SUCCESS`
-    goes first and the publication last: killed here, the rest is done by who goes on."""
-    files = manifest.list_files()
-    lease.check()
-    for name in ("_SUCCESS", TREC_RUN, *files.matching(PART), *files.within("_manifest/parts"), PUBLICATION):
-        manifest.remove_seen(name, files)
-    lease.check()
 
 
 def _withdraw_parts(manifest: Manifest, files: Files, numbers: list[int]) -> None:

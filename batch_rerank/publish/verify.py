@@ -81,6 +81,8 @@ def _verify(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig | Non
     verdict = Verdict()
     mark, problems = _verify_mark(manifest, plan, found)
     verdict.problems += problems
+    if found.condemned:
+        verdict.problems.append("what is published is being withdrawn; run batch-rerank publish, or the job, to go on")
     for stray in found.files.strays(expected_parts(manifest, plan, found.publication)):
         verdict.problems.append(
             f"{manifest.root / stray}: a Parquet file that the plan does not have; readers would take it for output"

@@ -7,6 +7,7 @@ have left is worth a unit, so that batches are as full as in a job that reuses n
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,9 @@ from batch_rerank.engine.packing import Scored
 from batch_rerank.score.read_unit import ReadRange, ReadUnit, read_range, read_ranges
 from batch_rerank.score.reuse import Known, Reuse, asked_groups, recall
 from batch_rerank.score.score_file import commit_unit
-from batch_rerank.score.steps import EncodedUnit, Member, ScoredUnit
+from batch_rerank.score.steps import EncodedUnit, Member, ScoredUnit, or_set_aside
 from batch_rerank.store.plans import Plan
-from batch_rerank.store.receipts import Receipt
+from batch_rerank.store.receipts import Receipt, SetAside
 
 MOST_ROWS = 250_000
 """Candidates of units that go together: some 25 MB without their texts."""
@@ -92,8 +93,9 @@ def bundled_ranges(plan: Plan, done: frozenset[str], misses: Mapping[str, int], 
 
 def read_bundles(
     works: Sequence[ReadRange], config: JobConfig, model: ModelSpec, reuse: Reuse, enough: int, encoder: Encoder
-) -> Iterator[EncodedUnit]:
-    """Units in bundles with `enough` pairs to score, encoded. Raises InputError."""
+) -> Iterator[EncodedUnit | list[SetAside]]:
+    """Units in bundles with `enough` pairs to score, encoded; alone, or set aside, where they cannot be encoded
+    together. Raises InputError."""
     pending: list[tuple[ReadUnit, Known]] = []
     left = rows = 0
     for work in works:
@@ -103,10 +105,19 @@ def read_bundles(
             left += int(known.asked.sum())
             rows += len(read.rows)
             if left >= enough or rows >= MOST_ROWS:
-                yield _encode(pending, encoder)
+                yield from _encoded(pending, encoder)
                 pending, left, rows = [], 0, 0
     if pending:
-        yield _encode(pending, encoder)
+        yield from _encoded(pending, encoder)
+
+
+def _encoded(pending: Sequence[tuple[ReadUnit, Known]], encoder: Encoder) -> Iterator[EncodedUnit | list[SetAside]]:
+    made = or_set_aside([read.unit for read, _ in pending], partial(_encode, pending, encoder))
+    if isinstance(made, list) and len(pending) > 1:
+        for one in pending:
+            yield from _encoded([one], encoder)
+    else:
+        yield made
 
 
 def _encode(pending: Sequence[tuple[ReadUnit, Known]], encoder: Encoder) -> EncodedUnit:

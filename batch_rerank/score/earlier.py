@@ -128,6 +128,9 @@ def _matching(config: JobConfig, pattern: str) -> Sequence[Location]:
         if not roots:
             log.warning("reuse.from: %s matches no output", pattern)
         return roots
+    if not roots and Manifest(locate(config.output.path, config.output.storage_options)).plan_location.exists():
+        log.warning("reuse.from: %s: no output is there any more", pattern)  # since this job was begun
+        return roots
     if not roots:
         raise ConfigError(
             f"reuse.from: {pattern}: no _manifest/plan.json there; expected the output of an earlier run, a glob of "
@@ -141,7 +144,10 @@ def _matching(config: JobConfig, pattern: str) -> Sequence[Location]:
 def _plan_of(manifest: Manifest) -> Plan | str:
     """An output's plan, or why it cannot be read. Raises StorageError where the store fails."""
     with storage_errors(manifest.plan_location):
-        data = manifest.plan_location.read_bytes()
+        try:
+            data = manifest.plan_location.read_bytes()
+        except FileNotFoundError:
+            return "no output is there any more"
     try:
         return Plan.from_json(data, "its plan")
     except BatchRerankError as error:

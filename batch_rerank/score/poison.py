@@ -45,14 +45,16 @@ def score_around(
     device_lost: Callable[[], bool],
     by_text: bool = False,
     alone: bool = True,
+    most: int = MOST_POISON,
+    all_may: bool = False,
 ) -> tuple[Float32, dict[int, str]]:
     """Score a unit without the pairs that raise: float32[n_pairs], NaN for those, and their errors by pair.
 
     `trial` is what an earlier try left, and what this one leaves where the device is lost. `by_text`: a bi-encoder's
     texts raise, and one text may take all pairs of its query with it. `alone`: else a lost device says nothing about
     these pairs, and they are tried again. Raises PoisonedUnitError for more than
-    MOST_POISON such pairs or texts, ModelError where those, or all pairs, fail in the model's own checks, and
-    DeviceLostError.
+    `most` such pairs or texts, or for all pairs unless they `all_may` raise (others of their unit are known to be
+    good); ModelError where those fail in the model's own checks; and DeviceLostError.
     """
     n = len(encoded.document)
     trial = trial or Trial.of(encoded)
@@ -75,8 +77,8 @@ def score_around(
                 trial.todo += scored  # their scores die with this process
                 raise DeviceLostError(trial.errors.get(start) or _name(error)) from error
             causes = _texts(encoded, trial.errors) if by_text else len(trial.errors)
-            all_raised = len(trial.errors) == n and causes > 1
-            if causes > MOST_POISON or all_raised:
+            all_raised = len(trial.errors) == n and causes > 1 and not all_may
+            if causes > most or all_raised:
                 if isinstance(error, ModelError):
                     raise
                 raise PoisonedUnitError(f"{len(trial.errors)} pairs raised, the last of them {_name(error)}") from error

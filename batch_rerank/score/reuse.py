@@ -65,6 +65,14 @@ class Index:
             (stop - start).sum()
         )
 
+    def by_output(self, entries: Int64) -> Iterator[Int64]:
+        """Entries of one output after the other, the newest first."""
+        order = list(dict.fromkeys(file.output for file in self.files))
+        of_file = np.array([order.index(file.output) for file in self.files], np.int64)
+        of_entry = of_file[self.file[entries]]
+        for output in np.unique(of_entry).tolist():
+            yield entries[of_entry == output]
+
 
 @dataclass(frozen=True)
 class Reuse:
@@ -86,6 +94,11 @@ class Known:
     found: Bools
     asked: Bools
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def audited(self) -> Bools:
+        """bool[n]: rows that are known, and scored again."""
+        return np.logical_and(self.found, self.asked)
 
     def merge(self, computed: Scored, chunked: bool) -> Scored:
         """The scores of all rows; `computed` are those of the asked ones. An audited row keeps what was known."""
@@ -113,7 +126,7 @@ class Known:
     def audit(self, computed: Float32, allowed: Limits) -> tuple[dict[str, Any], str]:
         """What the receipt says of the audited pairs, and what is wrong with them, empty where nothing is. computed:
         float32[asked rows]."""
-        audited = self.found & self.asked
+        audited = self.audited
         again, known = computed[audited[self.asked]], self.pairs["score"][audited]
         again, known = again[~np.isnan(again)], known[~np.isnan(again)]
         if not len(again):
@@ -131,36 +144,27 @@ class Known:
         return about, seen if wrong else ""
 
 
-NOTHING_READ = np.empty(0, PAIR)
-
-
 def recall(read: ReadUnit, reuse: Reuse) -> Known:
     """What earlier outputs know of a unit. What cannot be read, or is not what its checksum says, is not known."""
     queries, texts = (read.rows[name].drop_null().to_numpy() for name in (QUERY_HASH, TEXT_HASH))
     index = reuse.index
-    distinct = np.unique(queries)
-    entries = index.of(distinct)
-    whole, blocks = _read(reuse, entries)
-    pairs = np.concatenate([NOTHING_READ, *blocks])
-    source = np.repeat(entries[whole], index.pairs[entries[whole]])
-    of_query = index.query_hash[source]
-    key = _mixed(of_query, pairs["text_hash"])
-    order = np.argsort(key, kind="stable")  # entries are newest first
-    at = np.minimum(np.searchsorted(key[order], _mixed(queries, texts)), max(0, len(order) - 1))
-    place = order[at] if len(order) else np.zeros(len(queries), np.int64)
-    known, found = np.zeros(len(queries), PAIR), np.zeros(len(queries), bool)
-    if len(order):
-        found = (of_query[place] == queries) & (pairs["text_hash"][place] == texts)
-        known[found] = pairs[place[found]]
-    lost = np.isin(queries, index.query_hash[entries[~whole]]) & ~found
-    new = ~np.isin(queries, index.query_hash[entries])
-    files = np.unique(index.file[source[place[found]]]) if found.any() else ()
+    known, found = np.zeros(len(queries), PAIR), np.zeros(len(queries), np.bool_)
+    listed, lost = np.zeros(len(queries), np.bool_), np.zeros(len(queries), np.bool_)
+    used: set[str] = set()
+    for entries in index.by_output(index.of(np.unique(queries))):
+        listed |= np.isin(queries, index.query_hash[entries])
+        wanted = entries[np.isin(index.query_hash[entries], queries[~found])]
+        whole, blocks = _read(reuse, wanted)
+        lost |= np.isin(queries, index.query_hash[wanted[~whole]])
+        hits = _matched(index, wanted[whole], blocks, queries, texts, known, found)
+        used |= {index.files[file].output for file in np.unique(index.file[hits]).tolist()}
+    lost &= ~found
     about = {
         "reused": int(found.sum()),
-        "new_queries": int(new.sum()),
+        "new_queries": int((~listed).sum()),
         "unreadable": int(lost.sum()),
-        "new_documents": int((~found & ~new & ~lost).sum()),
-        "reused_from": sorted({index.files[file].output for file in files}),
+        "new_documents": int((listed & ~found & ~lost).sum()),
+        "reused_from": sorted(used),
     }
     asked = ~found
     if asked.any():
@@ -168,6 +172,31 @@ def recall(read: ReadUnit, reuse: Reuse) -> Known:
         asked |= mixed < np.uint64(min(reuse.share, 1) * (2**64 - 2**11))
         asked |= reuse.share >= 1
     return Known(known, found, asked, about)
+
+
+def _matched(
+    index: Index,
+    entries: Int64,
+    blocks: Sequence[Records],
+    queries: UInt64,
+    texts: UInt64,
+    known: Records,
+    found: Bools,
+) -> Int64:
+    """Take what some entries' pairs know of the rows that are not found yet: fills `known` and `found`, and gives the
+    entries that were of use."""
+    if not len(entries):
+        return entries
+    pairs, source = np.concatenate(blocks), np.repeat(entries, index.pairs[entries])
+    of_query = index.query_hash[source]
+    key = _mixed(of_query, pairs["text_hash"])
+    order = np.argsort(key, kind="stable")
+    place = order[np.minimum(np.searchsorted(key[order], _mixed(queries, texts)), len(order) - 1)]
+    new = (of_query[place] == queries) & (pairs["text_hash"][place] == texts) & ~found
+    known[new] = pairs[place[new]]
+    found |= new
+    used: Int64 = source[place[new]]
+    return used
 
 
 def asked_groups(groups: Sequence[Group], asked: Bools) -> list[Group]:

@@ -22,7 +22,7 @@ from batch_rerank.engine.packing import Float32, best_chunks, unreadable
 from batch_rerank.engine.selftest import unit_fault
 from batch_rerank.engine.tested import tested_scorer
 from batch_rerank.errors import BatchRerankError, ModelError
-from batch_rerank.score.poison import DeviceLostError, PoisonedUnitError, Trial, score_around
+from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.read_unit import ReadUnit
 from batch_rerank.score.reuse import Known
 from batch_rerank.store.plans import Unit
@@ -132,7 +132,9 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
     """
     started = time.monotonic()
     by_text = scorer.model.kind == "bi_encoder"
-    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost, by_text, alone)
+    most, known = MOST_POISON * len(unit.units), unit.known
+    all_may = known is not None and bool(known.found.any()) and not known.audited.any()
+    scores, raised = score_around(scorer.score, unit.encoded, trial, scorer.device_lost, by_text, alone, most, all_may)
     for pair in np.flatnonzero(unreadable(unit.encoded, by_text)).tolist():
         raised[pair] = NO_TOKENS
     fault = unit_fault(scorer.model, unit.encoded, scores, raised)

@@ -153,7 +153,9 @@ def mark_done(manifest: Manifest, plan: Plan, mark: Mark, lease: Lease) -> None:
         lease.check()
         if not location.create_exclusive(mark.to_json()):
             there = manifest.read_mark()
-            if there is not None and replace(there, lease=mark.lease) == mark:
+            same = there is not None and replace(there, lease=mark.lease) == mark
+            # one whose writer was paused behind it would take it back when it wakes
+            if there is not None and same and (there.lease == lease.id or not lease.may_wake(there.lease)):
                 return
             # of what was seen before the lease was looked at: a successor's mark stays
             gone = seen is not None and location.remove_seen(seen)

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -146,6 +146,16 @@ class Lease:
                 f"{self._root}: another job has taken this output over (lease {self._epoch + 1}): this one was silent "
                 f"for {self._seconds:g} s; it stops here, what it committed is kept"
             )
+
+    def may_wake(self, holder: str) -> bool:
+        """Whether an earlier holder, by its id, may still be at work: it has not given its lease back, and is not known
+        to have ended."""
+        for epoch in range(self._epoch - 1, 0, -1):
+            with storage_errors(self._at(epoch)), suppress(FileNotFoundError):
+                found = Holder.from_json(self._at(epoch).read_bytes())
+                if found is not None and found.id == holder:
+                    return not found.released and _is_alive(found) is not False
+        return False
 
     def release(self) -> None:
         """Let the next job start at once."""

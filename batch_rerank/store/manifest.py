@@ -13,9 +13,9 @@ from typing import Any
 
 from batch_rerank.errors import ConfigError, ConflictError, StorageError
 from batch_rerank.store.filesystem import Location, storage_errors
-from batch_rerank.store.names import TREC_RUN, Files, checked, part_name, receipt_name, work_name
+from batch_rerank.store.names import TREC_RUN, WITHDRAWN, Files, checked, part_name, receipt_name, work_name
 from batch_rerank.store.plans import Plan, differing_shards, refuse_protocol
-from batch_rerank.store.receipts import PartReceipt, Publication, ScoresReceipt
+from batch_rerank.store.receipts import PartReceipt, Publication, ScoresReceipt, Withdrawal
 from batch_rerank.store.records import Mark, Status, parse
 
 PUBLICATION = "_manifest/publication.json"
@@ -153,6 +153,16 @@ class Manifest:
                 return None
             except ValueError as error:
                 raise StorageError(f"{location}: not what we write ({error}); delete it and run again") from None
+
+    def read_withdrawn(self, files: Files) -> dict[str, str]:
+        """The notes of a listing, each with the id of the publication that it takes back; of one that is none, ""."""
+        found = {}
+        for name in files.matching(WITHDRAWN):
+            try:
+                found[name] = parse(Withdrawal, self.read(name)).publication
+            except ValueError:
+                found[name] = ""
+        return found
 
     def read_part_receipts(self, publication: Publication, files: Files, pool: Executor) -> dict[int, PartReceipt]:
         """The receipts of a publication's parts that are there with the size and version that they say, by number."""

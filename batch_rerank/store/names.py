@@ -12,7 +12,7 @@ from batch_rerank.store.records import UNIT
 TREC_RUN = "_run.trec"
 """The ranked rows as a TREC run, under a name that readers of directories pass over."""
 
-_FOLDERS = "receipts|attempts|failures|damaged|lease|exchange|parts|scores"
+_FOLDERS = "receipts|attempts|failures|damaged|lease|exchange|parts|scores|withdrawn"
 _LEFTOVER = re.compile(
     rf"_manifest/(?:attempts/[0-9a-f]+|failures/{UNIT}|damaged/(?:part-|scores-)?{UNIT})\.json"
     rf"|(?:_manifest/(?:(?:{_FOLDERS})/)?|_work/|_scores/)?{TEMPORARY_NAME}"
@@ -26,6 +26,8 @@ EXCHANGED = rf"_manifest/exchange/(?:[0-9]{{5,9}}(?:-[0-9]{{4,9}}\.arrows|\.json
 NOTE = rf"_manifest/damaged/(?:part-|scores-)?{UNIT}\.json"
 PART = r"part-[0-9]{5,9}\.parquet"
 SCORES = r"_scores/[0-9]{5,9}\.parquet"
+WITHDRAWN = r"_manifest/withdrawn/[0-9a-f]{32}\.json"
+"""Notes of publications that are taken back, named by the leases of who takes them."""
 
 
 OUTPUT_KINDS = {
@@ -35,7 +37,7 @@ OUTPUT_KINDS = {
     "work": rf"_work/{UNIT}\.parquet|{EXCHANGED}",
     "records": (
         rf"_manifest/(?:(?:plan|status|publication|missing|gate)\.json|(?:receipts|failures)/{UNIT}\.json"
-        rf"|parts/[0-9]{{5,9}}\.json|lease/[1-9][0-9]{{0,8}})|{ROLL}|{_LEFTOVER.pattern}"
+        rf"|parts/[0-9]{{5,9}}\.json|lease/[1-9][0-9]{{0,8}})|{ROLL}|{WITHDRAWN}|{_LEFTOVER.pattern}"
     ),
 }
 """All that we write below an output or a stage, by what it is for."""

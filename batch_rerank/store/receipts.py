@@ -158,13 +158,26 @@ class PartReceipt:
 @dataclass(frozen=True)
 class Publication:
     """What is made of the scores: `fields` decide it, `parts` are the first and last unit of each part, as places in
-    the plan. Created once, and followed by whoever goes on. id: a hash of it all."""
+    the plan. Created once, and followed by whoever goes on. lease: who made it, where another was withdrawn before it,
+    so that no two publications of an output are the same; id: a hash of it all, which every part has in it."""
 
     id: str
     fingerprint: str
     fields: dict[str, Any]
     parts: list[tuple[Count, Count]]
     counts: dict[str, Count] = field(default_factory=dict)
+    lease: Line = ""
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """Says that the publication with this id is taken back: whoever holds the output removes the rest of it."""
+
+    publication: str
 
     def to_json(self) -> bytes:
         """One JSON object."""

@@ -30,7 +30,8 @@ Held = dict[str, list[tuple[str, int, str]]]
 class Scan:
     """An output as a listing shows it. broken: units with a receipt that does not fit, and why; loose: receipts that
     are alone; rolled: those of each roll; held: what is below `_scores/`; spoiled: files there that `verify --repair`
-    has found damaged; publication and parts: what is published and whole."""
+    has found damaged; publication and parts: what is published and whole; withdrawn: notes of publications that are
+    taken back, with their ids."""
 
     files: Files
     committed: list[Receipt] = field(default_factory=list)
@@ -41,6 +42,12 @@ class Scan:
     publication: Publication | None = None
     parts: dict[int, PartReceipt] = field(default_factory=dict)
     spoiled: list[str] = field(default_factory=list)
+    withdrawn: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def condemned(self) -> bool:
+        """Whether somebody has begun to take back what is published: no `_SUCCESS` and no part of it counts."""
+        return self.publication is not None and self.publication.id in self.withdrawn.values()
 
     def set_aside(self) -> list[str]:
         """Units that could not be scored."""
@@ -80,7 +87,17 @@ def scan(manifest: Manifest, plan: Plan) -> Scan:
     parts = {number: part for number, part in parts.items() if not is_damaged(part.part, *part_files(number))}
     spoiled = [name for name in scores if is_damaged(name, name)]
     held = _held(files, plan, {name: receipt for name, receipt in receipts.items() if name not in spoiled})
-    found = Scan(files, loose=loose, rolled=rolled, held=held, publication=publication, parts=parts, spoiled=spoiled)
+    withdrawn = manifest.read_withdrawn(files)
+    found = Scan(
+        files,
+        loose=loose,
+        rolled=rolled,
+        held=held,
+        publication=publication,
+        parts=parts,
+        spoiled=spoiled,
+        withdrawn=withdrawn,
+    )
     published = {
         unit.id
         for number in parts
