@@ -72,14 +72,17 @@ def run(
 
 
 def _reused(totals: Totals) -> str:
+    scored = totals.scored - totals.reused
     why = {
         "of new queries": totals.new_queries,
         "new or changed documents": totals.new_documents,
         "whose earlier score is damaged or gone": totals.unreadable,
     }
-    audit = f"{totals.audited:,} of them scored again, {totals.audit_difference:.1e} off at most"
-    return f"{totals.reused:,} pairs reused ({audit}), {totals.scored - totals.reused:,} scored: " + (
-        ", ".join(f"{count:,} {name}" for name, count in why.items() if count) or "none was new"
+    reasons = ", ".join(f"{count:,} {name}" for name, count in why.items() if count)
+    audit = f", of which {totals.audited:,} scored again: {totals.audit_difference:.1e} off at most"
+    return (
+        f"{totals.reused:,} pairs reused{audit if totals.audited else ''}; {scored:,} scored"
+        f"{f': {reasons}' if reasons else ''}"
     )
 
 

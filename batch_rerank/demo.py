@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,9 @@ from rich.table import Table
 from batch_rerank.config import JobConfig, load_config
 from batch_rerank.errors import ConfigError, StorageError
 from batch_rerank.job.run import run
+from batch_rerank.judge.compare import compare
 from batch_rerank.judge.evaluate import evaluate
+from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 
 log = logging.getLogger("batch_rerank")
@@ -33,6 +36,7 @@ DEPTH = 50
 SHARDS = 4
 ACTORS = 2
 FLAT_SAMPLE = 10
+CHANGED = 3
 SHORTEST = 4  # lines of code: shorter functions say too little to be found
 LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
 
@@ -71,6 +75,30 @@ def demo(directory: str, model: str | None, queries: int) -> None:
     print(f"{rate}; {time.monotonic() - started:.0f} s in all, start-up included")
     print(f"ranked rows (verified): {summary.output}/part-*.parquet")
     print(f"the flat layout, first {FLAT_SAMPLE} queries: {sample.output}/part-*.parquet")
+    print(second_night(collection, name, root, summary.output))
+
+
+def second_night(collection: Path, model: str, root: Path, first: str) -> str:
+    """Change some functions, rerank again with the scores of the first night, and say what was reused and what
+    moved."""
+    started = time.monotonic()
+    (collection / "second-night").mkdir(exist_ok=True)
+    shards = {path.name: pq.read_table(path).to_pylist() for path in sorted((collection / "nested").glob("*.parquet"))}
+    candidates = [one for queries in shards.values() for query in queries for one in query["candidates"]]
+    changed = set(random.Random(1).sample(sorted({one["doc_id"] for one in candidates}), CHANGED))
+    for one in candidates:
+        if one["doc_id"] in changed:
+            one["text"] += "\n    # changed since last night"
+    for name, queries in shards.items():
+        pq.write_table(pa.Table.from_pylist(queries), collection / "second-night" / name, compression="zstd")
+    totals = run(_job(collection, "second-night", model, root, None, earlier=first), local=True).totals
+    second = first.replace("-nested", "-second-night")
+    found = compare(Place(first), Place(second))
+    return (
+        f"a second night, {CHANGED} functions changed: {totals.reused:,} pairs reused, "
+        f"{totals.scored - totals.reused:,} scored; {time.monotonic() - started:.0f} s; "
+        f"the top 10 share {found.overlap['10']:.2%}: {second}/part-*.parquet"
+    )
 
 
 def build_collection(directory: Path, queries: int) -> None:
@@ -184,16 +212,25 @@ def packaged_model(required: bool = True) -> str:
     return str(get_model_path())
 
 
-def _job(collection: Path, layout: str, model: str, root: Path, limit: int | None) -> JobConfig:
-    """The job of a layout, read back from the job file that is written for the reader."""
+def _job(
+    collection: Path, layout: str, model: str, root: Path, limit: int | None, earlier: str | None = None
+) -> JobConfig:
+    """The job of a layout, or of the second night, which is nested: read back from the job file that is written for the
+    reader."""
     gpus = _gpus()
     slug = "minilm" if model == packaged_model(required=False) else model.strip("/").replace("/", "--")
-    raw = {
-        "input": {"layout": layout, "path": f"{collection}/{layout}/*.parquet", "unit_pairs": 500},
+    raw: dict[str, Any] = {
+        "input": {
+            "layout": "flat" if layout == "flat" else "nested",
+            "path": f"{collection}/{layout}/*.parquet",
+            "unit_pairs": 500,
+        },
         "output": {"path": f"{collection}/reranked-{slug}-{layout}"},
         "model": {"name": model},
         "cluster": {"actors": gpus or ACTORS, "gpus_per_actor": min(gpus, 1), "cpus_per_actor": 1},
     }
+    if earlier is not None:
+        raw["reuse"] = {"from": earlier}
     path = root / f"{layout}.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     return load_config(path, limit=limit)

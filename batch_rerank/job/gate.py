@@ -122,14 +122,18 @@ def _verdict(
     return replace(made, passed=passed, despite="" if passed else made.despite)
 
 
+def _many(failed: int) -> str:
+    return "a condition does not hold" if failed == 1 else f"{failed} conditions do not hold"
+
+
 def _refused(manifest: Manifest, verdict: Verdict) -> GateError:
     failed = verdict.failed("error")
     lines = "\n".join(f"  {line.condition}: found {line.said}" for line in failed)
     return GateError(
-        f"{manifest.root}: {len(failed)} of the gate's conditions do not hold:\n{lines}\n"
+        f"{manifest.root}: {_many(len(failed))} of the gate:\n{lines}\n"
         f"expected all of gate.error; nothing is published, and all scores are kept; {GATE} has the rows behind each; "
-        'batch-rerank publish JOB --despite-gate "REASON" publishes them all the same, and run judges them again '
-        "without scoring, by the job file's conditions then",
+        'batch-rerank publish JOB --despite-gate "REASON", with the --set of this run, publishes them all the same; '
+        "run judges them again without scoring, by the job file's conditions then",
         asdict(verdict),
     )
 
