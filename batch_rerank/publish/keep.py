@@ -26,6 +26,9 @@ from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import ScoresReceipt
 from batch_rerank.store.scan import Scan, scan, unused_scores
 
+GATHERED_BYTES = 64 * 2**20
+"""Of score files that become one: they, and their pairs, are held in memory."""
+
 REMOVALS = 16
 """Requests at once."""
 
@@ -37,7 +40,7 @@ def tidy(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, each: 
     """
     found = scan(manifest, plan)
     if config.output.keep_scores:
-        groups = list(_groups(found, config.output.file_bytes))
+        groups = list(_groups(found, min(config.output.file_bytes, GATHERED_BYTES)))
         number = 1 + max((int(name[8:-8]) for name in found.files.matching(SCORES)), default=-1)  # _scores/ .parquet
         calls = [
             partial(gather_scores, number + index, units, config, plan.fingerprint)
@@ -87,7 +90,8 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
     sink = io.BytesIO()
     hashes, kept = [np.empty(0, np.uint64)], [np.empty(0, PAIR)]
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for body in bodies:
+        for group, body in enumerate(bodies):
+            bodies[group] = b""  # not needed again
             rows = pq.read_table(io.BytesIO(body))
             writer.write_table(
                 rows.select(schema.names).replace_schema_metadata(schema.metadata), row_group_size=max(1, len(rows))
