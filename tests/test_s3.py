@@ -1,5 +1,6 @@
 """The whole job on s3://: input and output, credentials and endpoint from the environment, also in the workers."""
 
+import io
 import json
 import subprocess
 import sys
@@ -223,3 +224,18 @@ def test_a_large_part_is_created_in_one_request(bucket: str) -> None:
     assert "-" not in location.stat().version, "an etag of a multipart upload"
     assert not location.create_exclusive(b"other")
     assert location.stat().size == len(data)
+
+
+def test_a_night_on_s3_reuses_the_one_before_through_its_pointer(bucket: str, tmp_path: Path) -> None:
+    put_shards(bucket)
+    given = f"s3://{bucket}/in/*/*.parquet"
+    keys = {"input__layout": "nested", "output__latest": f"s3://{bucket}/out/LATEST.json", "reuse__from": "latest"}
+    for night in ("2026-01-01", "2026-01-02"):
+        totals = run(job(given, f"s3://{bucket}/out/{night}", **keys), local=True).totals
+    assert totals.reused == totals.rows_in > 0
+    by_glob = {"input__layout": "nested", "reuse__from": f"s3://{bucket}/out/2026-*", "input__unit_pairs": 7}
+    assert run(job(given, f"s3://{bucket}/out/2026-01-03", **by_glob), local=True).totals.reused == totals.rows_in
+    root = locate(f"s3://{bucket}/out")
+    tables = [pq.read_table(io.BytesIO((root / f"2026-01-0{n}/part-00000.parquet").read_bytes())) for n in (1, 3)]
+    assert tables[0].replace_schema_metadata() == tables[1].replace_schema_metadata()
+    assert verify(f"s3://{bucket}/out/2026-01-03").problems == []
