@@ -62,6 +62,7 @@ def test_the_demos_output_has_the_shape_and_the_promise_that_is_shown(workspace:
         assert list(values) == ["nDCG@10", "RR@10", "R@10"]
         assert all(after > before + 0.05 for before, after in values.values())
         assert "10,000 pairs on Ray" in text
+        assert re.search(r"a second night, 3 functions changed: 9,9\d\d pairs reused, \d\d scored", text)
         assert "ranked rows (verified): " in text
 
 
