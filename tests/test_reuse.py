@@ -194,9 +194,11 @@ def another_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(told))
 
 
+MINE = {"middle": "{query}\n{document}", "true_token": "yes", "false_token": "no"}
 RECIPES: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
     "weight": ({}, another_weight, "model.identity"),
     "tokenizer": ({}, another_tokenizer, "model.identity"),
+    "template": ({"model__template": {**MINE, "suffix": " "}}, None, "model.template"),
     "instruction": ({"model__instruction": "Find code."}, None, "model.instruction"),
     "max_length": ({"model__max_length": 255}, None, "model.max_length"),
     "dtype": ({"model__dtype": "bfloat16"}, None, "model.dtype"),

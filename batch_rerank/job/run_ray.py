@@ -255,19 +255,25 @@ def _address(config: JobConfig) -> str | None:
     return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
+_own: list[Machines] = []
+"""What this process computes on while a Ray of its own is open: Ray itself counts more CPUs than the machine has."""
+
+
 @contextmanager
 def _cluster(config: JobConfig) -> Iterator[Machines]:
     """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own; and what
     there is to compute on. Raises ConfigError where no Ray answers at the address."""
     if ray.is_initialized():
-        yield _machines()
+        yield _own[0] if _own else _machines()
         return
     address = _address(config)
     try:
         with _own_sigterm():
             found = _join(address) if address else _start(config)
+        _own[:] = [] if address else [found]
         yield found
     finally:
+        _own.clear()
         _leave()
 
 
