@@ -37,20 +37,28 @@ def score(
         return
     with nullcontext() if local else _cluster(config):
         misses: dict[str, int] = {}
-        resumed = len(done)
+        finished = set(done)
         calls = [partial(match_range, work, config, model, plan.fingerprint) for work in read_ranges(plan, done)]
         for found in each(calls, earlier.reuse):
             misses |= found.misses
-            done |= {receipt.unit for receipt in found.receipts}
+            finished |= {receipt.unit for receipt in found.receipts}
             yield from found.receipts
         log.info(
             "reuse: %d units need no scoring; %s pairs of %d others do",
-            len(done) - resumed,
+            len(finished) - len(done),
             f"{sum(misses.values()):,}",
             len(misses),
         )
-        run = run_local if local else _on_ray
-        yield from run(config, model, plan, done, earlier.reuse, misses)
+        run, failed = run_local if local else _on_ray, []
+        for one in run(config, model, plan, frozenset(finished), earlier.reuse, misses):
+            if isinstance(one, SetAside):
+                failed.append(one.unit)
+            else:
+                yield one
+        if failed:  # one of those that go together is enough for all of them
+            log.warning("reuse: %d units were set aside together, e.g. %s; each is tried alone", len(failed), failed[0])
+            others = frozenset(unit.id for unit in plan.units) - set(failed)
+            yield from run(config, model, plan, others, earlier.reuse, misses, True)
 
 
 def expected(config: JobConfig, model: ModelSpec, plan: Plan, earlier: Earlier) -> dict[str, int]:

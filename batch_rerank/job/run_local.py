@@ -29,9 +29,10 @@ def run_local(
     done: frozenset[str],
     reuse: Reuse | None = None,
     misses: Mapping[str, int] = MappingProxyType({}),
+    alone: bool = False,
 ) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done, one after the other. `misses`: pairs that they have left to score
-    where others are reused. Raises the errors of every step."""
+    where others are reused; `alone`: none is scored together with others. Raises the errors of every step."""
     if len(done) == len(plan.units):
         return
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
@@ -39,7 +40,7 @@ def run_local(
         log.info("%s", scorer.self_test)
     units: Iterator[EncodedUnit | list[SetAside]]
     if reuse is not None:
-        enough = unit_of(plan)
+        enough = 1 if alone else unit_of(plan)
         tasks = bundled_ranges(plan, done, misses, enough)
         units = (one for works in tasks for one in read_bundles(works, config, model, reuse, enough, encoder))
     else:

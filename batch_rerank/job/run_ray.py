@@ -59,13 +59,14 @@ def run_ray(
     done: frozenset[str],
     reuse: Reuse | None = None,
     misses: Mapping[str, int] = MappingProxyType({}),
+    alone: bool = False,
 ) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done; receipts come in the order in which units finish. `misses`: pairs
-    that they have left to score where others are reused.
+    that they have left to score where others are reused; `alone`: none is scored together with others.
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
     """
-    enough = unit_of(plan)
+    enough = 1 if alone else unit_of(plan)
     works = (
         [[work] for work in read_ranges(plan, done)] if reuse is None else bundled_ranges(plan, done, misses, enough)
     )

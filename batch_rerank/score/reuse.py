@@ -1,6 +1,6 @@
 """Scores that an earlier output has: found by what was scored, never by ids, and believed only with their checksum.
 
-The index has the queries of earlier outputs, not their pairs: 22 bytes a query, one array a node. The pairs of a unit's
+The index has the queries of earlier outputs, not their pairs: 24 bytes a query, one array a node. The pairs of a unit's
 queries are read from where they lie, and matched by query and text.
 """
 
@@ -48,11 +48,11 @@ class KeptFile:
 @dataclass(frozen=True)
 class Index:
     """Where the pairs of earlier outputs' queries are; arrays of one length, sorted by query_hash, newer ones first
-    among equals: query_hash uint64, file uint16 (which of `files`), first, pairs and crc uint32 as in store/kept.py."""
+    among equals: query_hash uint64, file (which of `files`), first, pairs and crc uint32 as in store/kept.py."""
 
     files: Sequence[KeptFile]
     query_hash: UInt64
-    file: npt.NDArray[np.uint16]
+    file: npt.NDArray[np.uint32]
     first: npt.NDArray[np.uint32]
     pairs: npt.NDArray[np.uint32]
     crc: npt.NDArray[np.uint32]
