@@ -106,7 +106,7 @@ def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch:
     put_shards(bucket)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     options = {"key": "testing", "secret": SECRET, "client_kwargs": {"region_name": "us-east-1"}}
-    raw = s3_job(bucket).model_dump(exclude={"limit"})
+    raw = s3_job(bucket).model_dump(exclude={"limit", "gate"})
     raw["input"]["storage_options"] = raw["output"]["storage_options"] = options
     shown, path = [], tmp_path / "job.yaml"
     sessions = set(Path("/tmp/ray").glob("session_2*"))

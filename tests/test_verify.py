@@ -273,17 +273,17 @@ def test_a_number_of_receipts_is_no_set_of_units(
     """Six receipts of six units, one of them not the one that was wanted: what Ray might hand over."""
     from dataclasses import replace
 
-    import batch_rerank.job.run as job_run
+    import batch_rerank.job.reused as reused
     from batch_rerank.errors import UnfinishedError
 
-    real = job_run.run_local
+    real = reused.run_local
 
     def stream(*arguments: object) -> object:
         receipts = list(real(*arguments))  # type: ignore[arg-type]
         other = receipts[0] if odd == "a duplicate" else replace(receipts[0], unit="00009-00009")
         return iter([*receipts[:-1], other])
 
-    monkeypatch.setattr(job_run, "run_local", stream)
+    monkeypatch.setattr(reused, "run_local", stream)
     with pytest.raises(UnfinishedError, match="1 of 6 units did not finish: 00002-00001"):
         run(job(flat_shards, tmp_path / "out"), local=True)
     assert not (tmp_path / "out" / "_SUCCESS").exists()
