@@ -113,8 +113,8 @@ def model(directory: Path, pairs: int) -> dict[str, Any]:
         for number, chosen in enumerate(chance.sample(functions, CANDIDATES))
     ]
     result: dict[str, Any] = {}
-    for night, earlier in (("first", None), ("second", "first")):
-        if earlier:
+    for night, earlier in (("first", None), ("second", "first"), ("second_without_audit", "first")):
+        if night == "second":
             for row in chance.sample(rows, pairs // 100):
                 row["text"] += " # changed"
         (directory / f"in-{night}").mkdir()
@@ -126,7 +126,7 @@ def model(directory: Path, pairs: int) -> dict[str, Any]:
             "cluster": {"gpus_per_actor": 0},
         }
         if earlier:
-            raw["reuse"] = {"from": f"{directory}/{earlier}"}
+            raw["reuse"] = {"from": f"{directory}/{earlier}", **({"audit": 0} if "without" in night else {})}
         summary = run(parse_config(raw, "benchmark"), local=True)
         totals = summary.totals
         result[night] = {
@@ -139,8 +139,9 @@ def model(directory: Path, pairs: int) -> dict[str, Any]:
             "audit_difference": totals.audit_difference,
         }
         print(night, result[night], flush=True)
-    share = result["second"]["scoring_seconds"] / result["first"]["scoring_seconds"]
-    result["share_of_the_scoring_time"] = round(share, 4)
+    for night in ("second", "second_without_audit"):
+        share = result[night]["scoring_seconds"] / result["first"]["scoring_seconds"]
+        result[f"{night}_share_of_the_scoring_time"] = round(share, 4)
     return result
 
 
