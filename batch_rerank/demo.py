@@ -92,8 +92,8 @@ def second_night(collection: Path, model: str, root: Path, first: str) -> str:
             one["text"] = one["text"].split("\n")[0] + "\n    raise NotImplementedError"
     for name, queries in shards.items():
         pq.write_table(pa.Table.from_pylist(queries), collection / "second-night" / name, compression="zstd")
-    totals = run(_job(collection, "second-night", model, root, None, earlier=first), local=True).totals
-    second = first.replace("-nested", "-second-night")
+    summary = run(_job(collection, "second-night", model, root, None, earlier=first), local=True)
+    totals, second = summary.totals, summary.output
     found = compare(Place(first), Place(second))
     return (
         f"a second night, {CHANGED} functions changed: {totals.reused:,} pairs reused, "

@@ -101,15 +101,13 @@ def self_test(spec: ModelSpec, scorer: Scorer) -> SelfTest:
     if spec.kind != "bi_encoder":
         found += _attempt("head", lambda: _head(spec, network, reference))
     found += _attempt("tokens", lambda: _tokens(spec, encoder, reference))
-    differences: list[float] = []
-    tolerances: list[Limits] = []
-    found += _attempt("canaries", lambda: _canaries(spec, encoder, scorer, reference, differences, tolerances))
+    measured: list[tuple[float, Limits]] = []
+    found += _attempt("canaries", lambda: _canaries(spec, encoder, scorer, reference, measured))
     found += _attempt("golden", lambda: _golden(spec, encoder, scorer))
     found += ["where the chunks of long documents begin and end"] if spec.chunk_overlap is not None else []
     checks = tuple(item for item in found if isinstance(item, Check))
-    return SelfTest(
-        checks, tuple(item for item in found if isinstance(item, str)), max(differences, default=None), *tolerances
-    )
+    not_checked = tuple(item for item in found if isinstance(item, str))
+    return SelfTest(checks, not_checked, *(measured[0] if measured else ()))
 
 
 def _attempt(name: str, check: Callable[[], Findings]) -> Findings:
@@ -229,11 +227,10 @@ def _canaries(
     encoder: Encoder,
     scorer: Scorer,
     reference: "Reference",
-    differences: list[float],
-    tolerances: list[Limits],
+    measured: list[tuple[float, Limits]],
 ) -> Findings:
-    """The canaries on both paths, and on the fast one in another order and other packs. Fills `differences`, and
-    `tolerances` with the one that they are judged by."""
+    """The canaries on both paths, and on the fast one in another order and other packs. Fills `measured` with
+    the largest difference of the two paths and what is allowed."""
     tried = canaries(reference.tokenizer, spec.max_length)
     encoded = encoder.encode(tried.groups)
     fast = scorer.score(encoded)
@@ -249,8 +246,7 @@ def _canaries(
     alike = distinct_sequences(encoded) < FEWEST_CANARIES
     spread = None if alike or suspect(spec, slow) else float(slow.std())
     allowed, group = limits(spec, spread), encoded.group_of_pair()[judged]
-    differences += np.abs(fast[judged] - slow).tolist()
-    tolerances.append(allowed)
+    measured.append((max(np.abs(fast[judged] - slow).tolist()), allowed))
     agree, seen = allowed.judge(fast[judged], slow)
     if spec.dtype == "float8" and spread:
         seen += f"; float8: {moved(fast[judged], slow, group)}"

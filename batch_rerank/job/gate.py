@@ -64,11 +64,12 @@ def pass_gate(
     Returns the verdict, or the one that is there of what is published already. Raises GateError where an error
     condition does not hold, ConfigError where nothing can be judged, and StorageError.
     """
-    recorded = read_verdict(manifest)
-    withdrawn = manifest.list_files("_manifest/withdrawn").found  # of a publication that is being replaced
-    if manifest.read_publication() is not None or withdrawn:
+    recorded, gate = read_verdict(manifest), config.gate
+    if recorded is None and gate is None:
+        return None
+    # withdrawn: of a publication that is being replaced
+    if manifest.read_publication() is not None or manifest.list_files("_manifest/withdrawn").found:
         return recorded
-    gate = config.gate
     if stands and recorded is not None and not recorded.passed:
         verdict: Verdict | None = replace(recorded, despite=despite or recorded.despite)
     elif gate is None:

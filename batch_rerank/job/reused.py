@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from batch_rerank.calls import Each
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.job.run_local import run_local
-from batch_rerank.score.bundles import count_range, match_range
+from batch_rerank.score.bundles import Bundling, count_range, match_range
 from batch_rerank.score.earlier import Earlier
 from batch_rerank.score.read_unit import ReadRange, read_ranges
 from batch_rerank.store.plans import Plan
@@ -49,8 +50,9 @@ def score(
             f"{sum(misses.values()):,}",
             len(misses),
         )
+        bundling = Bundling(earlier.reuse, misses, enough=max(1, plan.pairs // len(plan.units)))  # a unit's pairs
         run, failed = run_local if local else _on_ray, []
-        for one in run(config, model, plan, frozenset(finished), earlier.reuse, misses):
+        for one in run(config, model, plan, frozenset(finished), bundling):
             if isinstance(one, SetAside):
                 failed.append(one.unit)
             else:
@@ -58,7 +60,7 @@ def score(
         if failed:  # one of those that go together is enough for all of them
             log.warning("reuse: %d units were set aside together, e.g. %s; each is tried alone", len(failed), failed[0])
             others = frozenset(unit.id for unit in plan.units) - set(failed)
-            yield from run(config, model, plan, others, earlier.reuse, misses, True)
+            yield from run(config, model, plan, others, replace(bundling, enough=1))
 
 
 def expected(config: JobConfig, model: ModelSpec, plan: Plan, earlier: Earlier) -> dict[str, int]:
@@ -77,13 +79,15 @@ def expected(config: JobConfig, model: ModelSpec, plan: Plan, earlier: Earlier) 
     return {"reuse_units_read": len(chosen), "reuse_pairs_read": pairs, "reuse_pairs_known": reused}
 
 
-def _on_ray(*arguments: object) -> Iterator[Receipt | SetAside]:
+def _on_ray(
+    config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str], bundling: Bundling | None = None
+) -> Iterator[Receipt | SetAside]:
     from batch_rerank.job.run_ray import run_ray  # not at the top: --local does without ray
 
-    return run_ray(*arguments)  # type: ignore[arg-type]
+    return run_ray(config, model, plan, done, bundling)
 
 
-def _cluster(config: JobConfig) -> AbstractContextManager[None]:
+def _cluster(config: JobConfig) -> AbstractContextManager[object]:
     from batch_rerank.job.run_ray import on_cluster
 
     return on_cluster(config)

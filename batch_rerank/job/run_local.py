@@ -1,18 +1,16 @@
 """The job without Ray: the same functions in a loop. For laptops and notebooks, and the oracle of the Ray job."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import MappingProxyType
 from typing import TypeVar
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import make_encoder
-from batch_rerank.score.bundles import bundled_ranges, read_bundles, unit_of
+from batch_rerank.score.bundles import Bundling, read_bundles
 from batch_rerank.score.read_unit import read_range, read_ranges
-from batch_rerank.score.reuse import Reuse
 from batch_rerank.score.score_file import commit_unit
 from batch_rerank.score.steps import EncodedUnit, LoadedScorer, encode_unit, or_set_aside, score_unit
 from batch_rerank.store.plans import Plan
@@ -27,22 +25,19 @@ def run_local(
     model: ModelSpec,
     plan: Plan,
     done: frozenset[str],
-    reuse: Reuse | None = None,
-    misses: Mapping[str, int] = MappingProxyType({}),
-    alone: bool = False,
+    bundling: Bundling | None = None,
 ) -> Iterator[Receipt | SetAside]:
-    """Score and commit the units that are not done, one after the other. `misses`: pairs that they have left to score
-    where others are reused; `alone`: none is scored together with others. Raises the errors of every step."""
+    """Score and commit the units that are not done, one after the other; with `bundling`, what is left of them. Raises
+    the errors of every step."""
     if len(done) == len(plan.units):
         return
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
     if scorer.self_test:
         log.info("%s", scorer.self_test)
     units: Iterator[EncodedUnit | list[SetAside]]
-    if reuse is not None:
-        enough = 1 if alone else unit_of(plan)
-        tasks = bundled_ranges(plan, done, misses, enough)
-        units = (one for works in tasks for one in read_bundles(works, config, model, reuse, enough, encoder))
+    if bundling is not None:
+        given = (config, model, bundling.reuse, bundling.enough, encoder)
+        units = (one for works in bundling.tasks(plan, done) for one in read_bundles(works, *given))
     else:
         reads = (read for work in read_ranges(plan, done) for read in read_range(work, config, model))
         units = (or_set_aside([read.unit], partial(encode_unit, read, encoder)) for read in reads)

@@ -11,10 +11,10 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pyarrow as pa
@@ -28,9 +28,8 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, UnfinishedError, from_value
 from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
 from batch_rerank.job.watch import Heartbeat, Watch, head_answers
-from batch_rerank.score.bundles import bundled_ranges, unit_of
+from batch_rerank.score.bundles import Bundling
 from batch_rerank.score.read_unit import read_ranges
-from batch_rerank.score.reuse import Reuse
 from batch_rerank.score.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt, SetAside
@@ -57,30 +56,26 @@ def run_ray(
     model: ModelSpec,
     plan: Plan,
     done: frozenset[str],
-    reuse: Reuse | None = None,
-    misses: Mapping[str, int] = MappingProxyType({}),
-    alone: bool = False,
+    bundling: Bundling | None = None,
 ) -> Iterator[Receipt | SetAside]:
-    """Score and commit the units that are not done; receipts come in the order in which units finish. `misses`: pairs
-    that they have left to score where others are reused; `alone`: none is scored together with others.
+    """Score and commit the units that are not done; with `bundling`, what is left of them. Receipts come in the order
+    in which units finish.
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
     """
-    enough = 1 if alone else unit_of(plan)
-    works = (
-        [[work] for work in read_ranges(plan, done)] if reuse is None else bundled_ranges(plan, done, misses, enough)
-    )
+    works = bundling.tasks(plan, done) if bundling else [[work] for work in read_ranges(plan, done)]
     ranges = [{"ranges": pickle.dumps(work)} for work in works]
     if not ranges:
         return
-    with _cluster(config) as found, warnings.catch_warnings():
+    with on_cluster(config) as found, warnings.catch_warnings():
         # Ray's advice when an input error ends the reading early: nothing that a user can act on
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
         config = settle(config, found)
-        tasks = len(plan.units) - len(done) if reuse is None else len(ranges)
-        actors = min(room(config.cluster, found), tasks)
-        shared = None if reuse is None else _Shared(ray.put(reuse))
-        dataset = _dataset(Job(config, model, plan.fingerprint, environment(), shared, enough), ranges, actors)
+        actors = min(room(config.cluster, found), len(ranges) if bundling else len(plan.units) - len(done))
+        job = Job(config, model, plan.fingerprint, environment())
+        if bundling:
+            job = replace(job, shared=_Shared(ray.put(bundling.reuse)), enough=bundling.enough)
+        dataset = _dataset(job, ranges, actors)
         logged = padded = False
         for payload in _payloads(dataset):
             if isinstance(payload, SetAside):
@@ -107,20 +102,13 @@ class _Shared:
         return ray.get(self._reference)
 
 
-@contextmanager
-def on_cluster(config: JobConfig) -> Iterator[None]:
-    """Ray is begun, or joined, once for all that happens within."""
-    with _cluster(config):
-        yield
-
-
 def each_on_ray(config: JobConfig, calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
     """What each call returns, as they finish, each in a task of its own; of `shared`, if that is given, which each node
     has once. Raises their expected errors, and UnfinishedError where Ray gives up."""
     if not calls:
         return
     variables = environment()
-    with _cluster(config), _data_context():
+    with on_cluster(config), _data_context():
         items = [{"call": pickle.dumps((function, variables))} for function in calls]
         of = {"shared": None if shared is None else _Shared(ray.put(shared))}
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -248,7 +236,7 @@ def look(config: JobConfig) -> Machines:
     """
     if not (ray.is_initialized() or _address(config)):
         return this_machine()
-    with _cluster(config) as found:
+    with on_cluster(config) as found:
         return found
 
 
@@ -261,9 +249,9 @@ _own: list[Machines] = []
 
 
 @contextmanager
-def _cluster(config: JobConfig) -> Iterator[Machines]:
+def on_cluster(config: JobConfig) -> Iterator[Machines]:
     """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own; and what
-    there is to compute on. Raises ConfigError where no Ray answers at the address."""
+    there is to compute on. One within another is the same. Raises ConfigError where no Ray answers at the address."""
     if ray.is_initialized():
         yield _own[0] if _own else _machines()
         return

@@ -1,6 +1,5 @@
 """What an output takes on storage, and removing what is not needed of it: only files that are named as ours."""
 
-import json
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,8 @@ from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.input.places import real_path
 from batch_rerank.publish.output import Place, is_stage, lease_seconds_of, open_output
 from batch_rerank.store.bookkeeping import expected_parts, is_ours
-from batch_rerank.store.filesystem import Location, locate, storage_errors
+from batch_rerank.store.filesystem import Location, locate
+from batch_rerank.store.latest import read_latest
 from batch_rerank.store.lease import EPOCH, FOLDER, hold
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN, Files, work_name
@@ -135,19 +135,14 @@ def _finished(manifest: Manifest, plan: Plan, found: Scan) -> bool:
 
 def _named(pointer: Location, root: Location) -> bool:
     """Whether a pointer names an output. Raises StorageError, and ConflictError where it is no pointer of ours."""
-    with storage_errors(pointer):
-        try:
-            told = json.loads(pointer.read_bytes())
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            told = None
-    if not isinstance(told, dict) or not isinstance(told.get("path"), str):
-        raise ConflictError(
-            f"{pointer}: not what output.latest writes; expected JSON with a path; --force does without"
-        )
     try:
-        named = locate(told["path"])
+        path = read_latest(pointer)
+    except ConflictError as error:
+        raise ConflictError(f"{error}; --force does without") from None
+    if path is None:
+        return False
+    try:
+        named = locate(path)
     except StorageError:
         return False
     return named.fs.protocol == root.fs.protocol and real_path(named) == real_path(root)

@@ -26,8 +26,6 @@ from batch_rerank.store.receipts import Receipt, SetAside
 MOST_ROWS = 250_000
 """Candidates of units that go together: some 25 MB without their texts."""
 
-KNOWN = ("pairs", "found", "asked")
-
 NOTHING = Scored(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.bool_), None)
 
 
@@ -72,23 +70,27 @@ def _all_known(read: ReadUnit, known: Known, model: ModelSpec) -> ScoredUnit:
     )
 
 
-def unit_of(plan: Plan) -> int:
-    """Pairs of a unit, about: what is worth an actor's while."""
-    return max(1, plan.pairs // max(1, len(plan.units)))
+@dataclass(frozen=True)
+class Bundling:
+    """How the units that are left are scored. misses: pairs that each has to score; enough: pairs from which on units
+    that go together are worth an actor's while, 1 for each alone."""
 
+    reuse: Reuse
+    misses: Mapping[str, int]
+    enough: int
 
-def bundled_ranges(plan: Plan, done: frozenset[str], misses: Mapping[str, int], enough: int) -> list[list[ReadRange]]:
-    """The units that are not done in tasks of ranges whose units have `enough` pairs left together, or many rows."""
-    tasks: list[list[ReadRange]] = []
-    left = rows = 0
-    for work in read_ranges(plan, done):
-        if not tasks or left >= enough or rows >= MOST_ROWS:
-            tasks.append([])
-            left = rows = 0
-        tasks[-1].append(work)
-        left += sum(misses.get(unit.id, unit.pairs) for unit in work.units)
-        rows += sum(unit.pairs for unit in work.units)
-    return tasks
+    def tasks(self, plan: Plan, done: frozenset[str]) -> list[list[ReadRange]]:
+        """The units that are not done, in tasks of ranges that have `enough` pairs left together, or many rows."""
+        tasks: list[list[ReadRange]] = []
+        left = rows = 0
+        for work in read_ranges(plan, done):
+            if not tasks or left >= self.enough or rows >= MOST_ROWS:
+                tasks.append([])
+                left = rows = 0
+            tasks[-1].append(work)
+            left += sum(self.misses.get(unit.id, unit.pairs) for unit in work.units)
+            rows += sum(unit.pairs for unit in work.units)
+        return tasks
 
 
 def read_bundles(
@@ -129,10 +131,8 @@ def _encode(pending: Sequence[tuple[ReadUnit, Known]], encoder: Encoder) -> Enco
         Member(read.unit, len(read.rows), read.empty_texts, {**read.about, **known.about, "encode_seconds": seconds})
         for read, known in pending
     )
-    pairs, found, asked = (np.concatenate([getattr(one, name) for _, one in pending]) for name in KNOWN)
     first = members[0].unit
     unit = replace(first, pairs=sum(one.unit.pairs for one in members))
     rows = pa.concat_tables([read.rows for read, _ in pending])
-    return EncodedUnit(
-        unit, rows, encoded, sum(one.empty_texts for one in members), {}, Known(pairs, found, asked), members
-    )
+    known = Known.together([one for _, one in pending])
+    return EncodedUnit(unit, rows, encoded, sum(one.empty_texts for one in members), {}, known, members)

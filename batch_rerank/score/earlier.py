@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,6 @@ class Earlier:
     served: list[str]
     passed_over: dict[str, str]
     reuse: Reuse
-    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
@@ -71,30 +70,23 @@ def find_earlier(config: JobConfig, plan: Plan) -> Earlier | None:
         if real_path(root) == own:
             continue
         manifest = Manifest(root)
-        earlier = _plan_of(manifest)
-        reason = _why_not(manifest, earlier, plan) if isinstance(earlier, Plan) else earlier
-        if reason:
-            passed[str(root)] = reason
-        elif isinstance(earlier, Plan):
+        earlier = _serving(manifest, plan)
+        if isinstance(earlier, Plan):
             found.append((manifest.read_status().updated_at, manifest, earlier))
+        else:
+            passed[str(root)] = earlier
     found.sort(key=lambda one: one[0], reverse=True)
     for _, manifest, _ in found[MOST_OUTPUTS:]:
         passed[str(manifest.root)] = f"older than {MOST_OUTPUTS} others that serve"
     index, served = _index([(manifest, earlier) for _, manifest, earlier in found[:MOST_OUTPUTS]], passed)
     share = config.reuse.audit and max(config.reuse.audit, LEAST_AUDITED / max(1, plan.pairs))
-    place = partial(_place, options=options)
-    made = Earlier(served, passed, Reuse(index, share, int(plan.fingerprint[:16], 16), place))
     for output, reason in passed.items():
         log.warning("reuse: %s: %s", output, reason)
     for output in served:
         log.info("reuse: %s", output)
     if not served:
         log.warning("reuse: no earlier output serves; every pair is scored")
-    return made
-
-
-def _place(output: str, options: dict[str, Any]) -> Location:
-    return locate(output, options, reached=True)
+    return Earlier(served, passed, Reuse(index, share, int(plan.fingerprint[:16], 16), options))
 
 
 def _roots(config: JobConfig) -> Iterator[Location]:
@@ -141,21 +133,17 @@ def _matching(config: JobConfig, pattern: str) -> Sequence[Location]:
     return roots
 
 
-def _plan_of(manifest: Manifest) -> Plan | str:
-    """An output's plan, or why it cannot be read. Raises StorageError where the store fails."""
+def _serving(manifest: Manifest, plan: Plan) -> Plan | str:
+    """The plan of an output that serves a job, or why it does not. Raises StorageError where the store fails."""
     with storage_errors(manifest.plan_location):
         try:
             data = manifest.plan_location.read_bytes()
         except FileNotFoundError:
             return "no output is there any more"
     try:
-        return Plan.from_json(data, "its plan")
+        earlier = Plan.from_json(data, "its plan")
     except BatchRerankError as error:
         return str(error)
-
-
-def _why_not(manifest: Manifest, earlier: Plan, plan: Plan) -> str:
-    """Why an output does not serve; empty where it does."""
     if earlier.config.get("stage"):
         return "a staged input, no output"
     there, here = recipe(earlier.fingerprint_fields), recipe(plan.fingerprint_fields)
@@ -165,7 +153,7 @@ def _why_not(manifest: Manifest, earlier: Plan, plan: Plan) -> str:
     mark = manifest.read_mark()
     if mark is None or mark.fingerprint != earlier.fingerprint:
         return "not finished (no _SUCCESS)"
-    return ""
+    return earlier
 
 
 def _index(outputs: Sequence[tuple[Manifest, Plan]], passed: dict[str, str]) -> tuple[Index, list[str]]:

@@ -4,9 +4,9 @@ The index has the queries of earlier outputs, not their pairs: 24 bytes a query,
 queries are read from where they lie, and matched by query and text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from batch_rerank.engine.packing import Float32, Scored
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.schema import QUERY_HASH, TEXT_HASH
 from batch_rerank.score.read_unit import ReadUnit
-from batch_rerank.store.filesystem import Location, storage_errors
+from batch_rerank.store.filesystem import Options, locate, storage_errors
 from batch_rerank.store.kept import PAIR, Records, checksum
 
 Bools = npt.NDArray[np.bool_]
@@ -67,22 +67,26 @@ class Index:
 
     def by_output(self, entries: Int64) -> Iterator[Int64]:
         """Entries of one output after the other, the newest first."""
-        order = list(dict.fromkeys(file.output for file in self.files))
-        of_file = np.array([order.index(file.output) for file in self.files], np.int64)
-        of_entry = of_file[self.file[entries]]
+        of_entry = self._output_of_file[self.file[entries]]
         for output in np.unique(of_entry).tolist():
             yield entries[of_entry == output]
+
+    @cached_property
+    def _output_of_file(self) -> Int64:
+        """int64[files]: which output each is of, the newest first."""
+        number = {output: at for at, output in enumerate(dict.fromkeys(file.output for file in self.files))}
+        return np.array([number[file.output] for file in self.files], np.int64)
 
 
 @dataclass(frozen=True)
 class Reuse:
     """What a job takes from earlier outputs. share: of the reused pairs that are scored again, of those units that have
-    anything to score; seed: which; place: how an output is opened."""
+    anything to score; seed: which; options: what the stores of the outputs want to be told."""
 
     index: Index
     share: float
     seed: int
-    place: Callable[[str], Location]
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,15 @@ class Known:
     def audited(self) -> Bools:
         """bool[n]: rows that are known, and scored again."""
         return np.logical_and(self.found, self.asked)
+
+    @staticmethod
+    def together(known: Sequence["Known"]) -> "Known":
+        """Of several units as one; what receipts say stays apart."""
+        return Known(
+            pairs=np.concatenate([one.pairs for one in known]),
+            found=np.concatenate([one.found for one in known]),
+            asked=np.concatenate([one.asked for one in known]),
+        )
 
     def merge(self, computed: Scored, chunked: bool) -> Scored:
         """The scores of all rows; `computed` are those of the asked ones. An audited row keeps what was known."""
@@ -253,7 +266,7 @@ def _spans(index: Index, entries: Int64) -> Iterator[tuple[int, int, int, list[i
 
 def _request(reuse: Reuse, file: KeptFile, start: int, stop: int) -> bytes | None:
     """Records of a file; None where it is gone or damaged."""
-    location = reuse.place(file.output) / file.name
+    location = locate(file.output, reuse.options, reached=True) / file.name
     try:
         with storage_errors(location):
             return location.read_range(file.header + start * PAIR.itemsize, file.header + stop * PAIR.itemsize)

@@ -43,8 +43,20 @@ class Member:
     about: dict[str, Any]
 
 
+class _Together:
+    """What may be several units."""
+
+    unit: Unit
+    members: tuple[Member, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that are in it."""
+        return [member.unit for member in self.members] or [self.unit]
+
+
 @dataclass(frozen=True)
-class EncodedUnit:
+class EncodedUnit(_Together):
     """A unit that waits for its scores. about: fields of its receipt so far; known: what is reused of
     members, the units that are scored together here; `encoded` has their other pairs. Without reuse there are none."""
 
@@ -56,14 +68,9 @@ class EncodedUnit:
     known: Known | None = None
     members: tuple[Member, ...] = ()
 
-    @property
-    def units(self) -> list[Unit]:
-        """All that are in it."""
-        return [member.unit for member in self.members] or [self.unit]
-
 
 @dataclass(frozen=True)
-class ScoredUnit:
+class ScoredUnit(_Together):
     """A unit that waits for its commit. `scores`, `n_tokens`, `truncated` and `offset` (with chunks: of the best) are
     of the rows without an error. members: as before."""
 
@@ -76,11 +83,6 @@ class ScoredUnit:
     empty_texts: int
     about: dict[str, Any] = field(default_factory=dict)
     members: tuple[Member, ...] = ()
-
-    @property
-    def units(self) -> list[Unit]:
-        """All that are in it."""
-        return [member.unit for member in self.members] or [self.unit]
 
     def apart(self) -> Iterator["ScoredUnit"]:
         """Its units one by one."""

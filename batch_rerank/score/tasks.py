@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -63,13 +63,13 @@ def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
     job.enter()
     works: list[ReadRange] = pickle.loads(batch["ranges"][0].as_py())
     try:
-        encoder = _encoder(job.model)
         if job.shared is not None:
-            yield from map(block, read_bundles(works, job.config, job.model, job.shared.get(), job.enough, encoder))
+            given = (job.config, job.model, job.shared.get(), job.enough, _encoder(job.model))
+            yield from map(block, read_bundles(works, *given))
             return
         for work in works:
             for read in read_range(work, job.config, job.model):
-                yield block(or_set_aside([read.unit], partial(encode_unit, read, encoder)))
+                yield block(or_set_aside([read.unit], lambda read=read: encode_unit(read, _encoder(job.model))))  # type: ignore[misc]
     except BatchRerankError as error:
         yield failure(error)
 
