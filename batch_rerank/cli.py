@@ -63,7 +63,7 @@ def run(
         "units scored by the slower padded forward (their receipts say why)": totals.padded_units,
     }
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
-    if summary.reuse is not None:
+    if summary.reuse is not None or totals.reused:
         log.info("%s", _reused(totals))
     log.info("output: %s", summary.output)
     if as_json:

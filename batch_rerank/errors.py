@@ -47,6 +47,10 @@ class ModelError(BatchRerankError):
     exit_code = 5
 
 
+class AuditError(ModelError):
+    """Scores of an earlier output are not those that the model computes now."""
+
+
 class StorageError(BatchRerankError):
     """Storage refused a read or a write, or `verify` found a difference."""
 
@@ -70,7 +74,8 @@ def as_value(error: BatchRerankError) -> dict[str, str]:
 
 def from_value(value: dict[str, str]) -> BatchRerankError:
     """The error that `as_value` described; the base class if the type is unknown."""
-    types = {cls.__name__: cls for cls in BatchRerankError.__subclasses__()}
+    known: tuple[type[BatchRerankError], ...] = (*BatchRerankError.__subclasses__(), AuditError)
+    types = {cls.__name__: cls for cls in known}
     return types.get(value["type"], BatchRerankError)(value["message"])
 
 

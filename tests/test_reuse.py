@@ -434,7 +434,7 @@ def test_the_audit_sees_scores_that_are_not_the_models(model: Path, tmp_path: Pa
     with pytest.raises(ModelError, match=r"39 of its reused scores were .* differ by 1\.00e-02 at most"):
         night(given, tmp_path / "bad", tmp_path / "first", **keys)
     assert not (tmp_path / "bad/_SUCCESS").exists()
-    assert not list((tmp_path / "bad/_work").glob("000-00000*"))
+    assert not list((tmp_path / "bad/_work").glob("00000-00000*"))
     trusted = night(given, tmp_path / "trusted", tmp_path / "first", **keys, **NO_AUDIT).totals
     assert (trusted.audited, trusted.reused) == (0, 59)
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import job, scored_only
-from test_reuse import NO_AUDIT, corpus, night, shards
+from test_reuse import NO_AUDIT, as_if_alone, corpus, night, plant, shards
 
 from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.selftest import own_tokens
-from batch_rerank.errors import BatchRerankError
+from batch_rerank.errors import AuditError, BatchRerankError
 from batch_rerank.job.run import run
 from batch_rerank.score.steps import LoadedScorer
 from batch_rerank.store.filesystem import Location
@@ -125,3 +125,26 @@ def test_latest_that_names_what_is_gone_is_a_first_night(tmp_path: Path) -> None
     run(job(given, tmp_path / "first", **latest), local=True)
     shutil.rmtree(tmp_path / "first")
     assert night(given, tmp_path / "second", "latest", **latest).totals.reused == 0
+
+
+# an audit that failed left the units that were known in whole, and the next run finished and published them
+@pytest.mark.parametrize("reuse", [True, False])
+def test_after_a_failed_audit_nothing_of_the_earlier_output_is_left(reuse: bool, tmp_path: Path) -> None:
+    rows = corpus()
+    run(job(shards(tmp_path / "in", rows), tmp_path / "first"), local=True)
+    plant(tmp_path / "first", 0.25)
+    rows[57]["text"] += "!"
+    given = shards(tmp_path / "in2", rows)
+    keys = {"input__unit_pairs": 10}
+    with pytest.raises(AuditError):
+        night(given, tmp_path / "second", tmp_path / "first", **keys)
+    left = sorted((tmp_path / "second/_work").iterdir())
+    assert len(left) == 11
+    (tmp_path / f"second/_manifest/receipts/{left[0].stem}.json").unlink()  # killed before it, there
+    if reuse:
+        summary = night(given, tmp_path / "second", tmp_path / "first", **keys)
+        assert summary.reuse is not None and "failed this job's audit" in str(summary.reuse["passed_over"])
+    else:
+        summary = run(job(given, tmp_path / "second", **keys), local=True)
+    assert summary.totals.reused == 0
+    as_if_alone(tmp_path / "second", given, tmp_path / "own", **keys)

@@ -10,7 +10,7 @@ from typing import Any
 from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import ConfigError, ScatteredError, UnfinishedError
+from batch_rerank.errors import AuditError, ConfigError, ScatteredError, UnfinishedError
 from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
@@ -24,6 +24,7 @@ from batch_rerank.publish.withdraw import go_on_withdrawing
 from batch_rerank.score.earlier import find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
+from batch_rerank.store.distrusted import distrust
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest
@@ -89,7 +90,13 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             receipts = score(config, model, plan, done, earlier, each, local)
             expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
             followed = _Followed(expected, rolls, manifest, plan, totals, lease)
-            rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
+            try:
+                rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
+            except AuditError:
+                assert earlier is not None, "only what is reused is audited"
+                lease.check()
+                distrust(manifest, earlier.served)
+                raise
             expected.check({unit.unit: unit.error for unit in failed})
             rolls.finish()
             _check_failed_rows(manifest, totals, config)

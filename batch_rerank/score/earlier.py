@@ -15,6 +15,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, ConfigError, StorageError
 from batch_rerank.input.places import real_path
 from batch_rerank.score.reuse import Index, KeptFile, Reuse
+from batch_rerank.store.distrusted import read_distrusted
 from batch_rerank.store.filesystem import Location, list_files, locate, storage_errors
 from batch_rerank.store.kept import PAIR, QUERY, Records, from_bytes, pairs_name, queries_name
 from batch_rerank.store.latest import read_latest
@@ -64,10 +65,14 @@ def find_earlier(config: JobConfig, plan: Plan) -> Earlier | None:
         return None
     options = config.output.storage_options
     own = real_path(locate(config.output.path, options))
+    distrusted = read_distrusted(Manifest(locate(config.output.path, options)))
     passed: dict[str, str] = {}
     found: list[tuple[str, Manifest, Plan]] = []
     for root in _roots(config):
         if real_path(root) == own:
+            continue
+        if str(root) in distrusted:
+            passed[str(root)] = "its scores have failed this job's audit"
             continue
         manifest = Manifest(root)
         earlier = _serving(manifest, plan)

@@ -21,7 +21,7 @@ from batch_rerank.engine.encoding import Encoder
 from batch_rerank.engine.packing import Float32, best_chunks, unreadable
 from batch_rerank.engine.selftest import unit_fault
 from batch_rerank.engine.tested import tested_scorer
-from batch_rerank.errors import BatchRerankError, ModelError
+from batch_rerank.errors import AuditError, BatchRerankError, ModelError
 from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.read_unit import ReadUnit
 from batch_rerank.score.reuse import Known
@@ -152,9 +152,10 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
     if unit.known is not None:
         audit, wrong = unit.known.audit(best.scores, scorer.allowed)
         if wrong:
-            raise ModelError(
+            raise AuditError(
                 f"unit {unit.unit.id}: {wrong}; expected the same scores from the same model; the earlier output was "
-                "scored by a damaged one, or this one is; see batch-rerank selftest, and run without reuse"
+                "scored by a damaged one, or this one is: see batch-rerank selftest; run again, and what was taken "
+                "from earlier outputs is scored"
             )
         members = (replace(members[0], about={**members[0].about, **audit}), *members[1:])
         errors = dict(zip(unit.known.rows_of(list(errors)), errors.values(), strict=True))

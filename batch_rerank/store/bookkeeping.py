@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import BatchRerankError, ConflictError, UnfinishedError
+from batch_rerank.store.distrusted import read_distrusted
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
@@ -26,11 +27,13 @@ log = logging.getLogger("batch_rerank")
 
 def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tuple[frozenset[str], Scan]:
     """What is done already. Units that are not as they should be are named and made not done, and so are those with
-    pairs that the engine could not score: it may have been the engine. Under the lease."""
+    pairs that the engine could not score: it may have been the engine; and those with scores that failed an audit.
+    Under the lease."""
     found = scan(manifest, plan)
     remove_late_parts(manifest, found, plan)
     refuse_strays(manifest, found, plan)
     again = dict(found.broken)
+    again |= _distrusted(manifest, plan, found)
     if "_SUCCESS" not in found.files.found:
         failed = (receipt for receipt in found.committed if receipt.engine_failed)
         again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
@@ -57,6 +60,19 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
     if done:
         log.info("resuming: %d of %d units are done", len(done), len(plan.units))
     return units, found
+
+
+def _distrusted(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, str]:
+    """Units with scores of an earlier output that failed the audit, or with a file of which no receipt says that it has
+    none: a commit would adopt it."""
+    distrusted = read_distrusted(manifest)
+    if not distrusted:
+        return {}
+    sources = {receipt.unit: receipt.reused_from for receipt in found.committed}
+    files = {unit.id: manifest.unit_name(unit.id) for unit in plan.units if unit.id not in sources}
+    doubtful = {unit for unit, name in files.items() if name in found.files.found}
+    doubtful |= {unit for unit, outputs in sources.items() if not distrusted.isdisjoint(outputs)}
+    return dict.fromkeys(doubtful, "it may have scores of an earlier output that failed the audit")
 
 
 def _withdraw(manifest: Manifest, plan: Plan, found: Scan, done: frozenset[str]) -> None:
