@@ -9,12 +9,13 @@ import itertools
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoded import Encoded, lengths_of
+from batch_rerank.engine.encoded import Encoded, Int32, lengths_of
 from batch_rerank.engine.packing import Float32, Ids, distinct_pairs, unreadable
 from batch_rerank.errors import ConfigError, ModelError
 
@@ -26,8 +27,18 @@ if TYPE_CHECKING:
 
 VECTOR_CACHE_BYTES = 256 * 2**20
 
-Result = Callable[[], Float32]
-"""Waits for scores that are on their way: float32[n_pairs]."""
+
+@dataclass(frozen=True)
+class Result:
+    """Scores that are on their way: called, it waits for them and gives float32[n_pairs]. texts: int32[n], tokens of
+    each text that a bi-encoder reads for them; None for other kinds."""
+
+    wait: Callable[[], Float32]
+    texts: Int32 | None = None
+
+    def __call__(self) -> Float32:
+        """float32[n_pairs]."""
+        return self.wait()
 
 
 class Scorer(Protocol):
@@ -48,6 +59,11 @@ class Scorer(Protocol):
         """Whether sequences are packed end to end."""
         ...
 
+    @property
+    def budget(self) -> int | None:
+        """Tokens of one batch as they are now; None where there are no batches."""
+        ...
+
     def start(self, encoded: Encoded) -> Result:
         """Begin to score, without waiting for the device: what is returned waits, so that one unit can be packed while
         another computes. Both raise what `score` raises."""
@@ -57,6 +73,10 @@ class Scorer(Protocol):
         """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
         pair that the device's memory is too small for, and for one without a token (`unreadable`). Raises ModelError
         where the model gives NaN or infinity."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is remembered of texts: after a self-test, whose texts are no job's."""
         ...
 
     def under(self, token_budget: int) -> "Scorer":
@@ -131,6 +151,11 @@ class PairScorer:
         self._model, self._budget = model, budget
         self.network, self.fallback, self.packed = model.model, model.fallback, model.packed
 
+    @property
+    def budget(self) -> int | None:
+        """See Scorer."""
+        return self._budget.tokens
+
     def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
         representative = distinct_pairs(encoded)
@@ -146,11 +171,14 @@ class PairScorer:
             scores[pairs] = _finite(computed, "pairs")
             return scores[representative]
 
-        return result
+        return Result(result)
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
         return self.start(encoded)()
+
+    def forget(self) -> None:
+        """See Scorer."""
 
     def under(self, token_budget: int) -> "PairScorer":
         """See Scorer."""
@@ -171,6 +199,11 @@ class BiEncoderScorer:
         self.network, self.fallback, self.packed = model.model, model.fallback, model.packed
         self._cache: dict[bytes, Float32] = {}
         self._remembering = threading.Lock()
+
+    @property
+    def budget(self) -> int | None:
+        """See Scorer."""
+        return self._budget.tokens
 
     def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
@@ -203,11 +236,15 @@ class BiEncoderScorer:
                     scores[pair] = document @ query
             return scores
 
-        return result
+        return Result(result, lengths_of(list(new.values())))
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
         return self.start(encoded)()
+
+    def forget(self) -> None:
+        """See Scorer."""
+        self._cache = {}
 
     def under(self, token_budget: int) -> "BiEncoderScorer":
         """See Scorer."""
@@ -239,11 +276,12 @@ class ChecksumScorer:
     network = None
     fallback = None
     packed = False
+    budget = None
 
     def start(self, encoded: Encoded) -> Result:
         """See Scorer."""
         scores = self.score(encoded)
-        return lambda: scores
+        return Result(lambda: scores)
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
@@ -253,6 +291,9 @@ class ChecksumScorer:
         for pair, (segment, kept) in enumerate(zip(encoded.document, encoded.kept, strict=True)):
             sums[pair] = zlib.crc32(encoded.segment(segment)[:kept].data, heads[group[pair]])
         return np.asarray(sums / 2**28 - 8, np.float32)
+
+    def forget(self) -> None:
+        """See Scorer."""
 
     def under(self, token_budget: int) -> "ChecksumScorer":
         """See Scorer."""

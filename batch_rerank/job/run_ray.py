@@ -173,7 +173,7 @@ def _waits() -> str:
         said.append(f"{stage.name.removeprefix('MapBatches(').removesuffix(')')}: {at_work}")
     free = ray.available_resources()  # type: ignore[no-untyped-call]
     unused = f"free: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
-    return "; ".join([*said, f"{_machines()}, {unused}"])
+    return "; ".join([*said, f"{machines()}, {unused}"])
 
 
 def _given_up(error: Exception | str) -> UnfinishedError:
@@ -194,7 +194,7 @@ def _dataset(job: Job, ranges: list[dict[str, bytes]], actors: int) -> "ray.data
     )
     unit: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     task: dict[str, Any] = {**unit, "fn_kwargs": {"job": job}}
-    actor_cpus, read_cpus, write_cpus = reservations(cluster.threads, cluster.gpus, actors, _machines())
+    actor_cpus, read_cpus, write_cpus = reservations(cluster.threads, cluster.gpus, actors, machines())
     with _data_context():
         items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
         encoded = items.map_batches(read_and_encode, num_cpus=read_cpus, **task)  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ def on_cluster(config: JobConfig) -> Iterator[Machines]:
     """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own; and what
     there is to compute on. One within another is the same. Raises ConfigError where no Ray answers at the address."""
     if ray.is_initialized():
-        yield _own[0] if _own else _machines()
+        yield _own[0] if _own else machines()
         return
     address = _address(config)
     try:
@@ -314,7 +314,7 @@ def _join(address: str) -> Machines:
             f"cluster.address {address!r}: no Ray to join there ({lines[0][:200]}); expected HOST:PORT of a running "
             "head; leave it and RAY_ADDRESS out to run on this machine"
         ) from error
-    return _machines()
+    return machines()
 
 
 def _start(config: JobConfig) -> Machines:
@@ -326,10 +326,10 @@ def _start(config: JobConfig) -> Machines:
     # a bare ray.init() would join whatever cluster this host last started
     cpus = cluster.max_actors * cluster.threads + LOCAL_TASK_CPUS
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
-    return Machines("this machine", (Node(cores(), _machines().gpus),))
+    return Machines("this machine", (Node(cores(), machines().gpus),))
 
 
-def _machines() -> Machines:
+def machines() -> Machines:
     """The nodes that live."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = tuple(Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)

@@ -40,7 +40,7 @@ class Receipt:
     scoring, beside those of the other steps; reused: pairs with the score of an earlier output, reused_from: of which;
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
-    audit_difference: the largest that was seen
+    audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it (engine/work.py)
     """
 
     unit: UnitId
@@ -78,6 +78,8 @@ class Receipt:
     unreadable: Count = 0
     audited: Count = 0
     audit_difference: Seconds = 0.0
+    computed_tokens: Count = 0
+    flop: Seconds = 0.0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -196,7 +198,8 @@ class SetAside:
 @dataclass
 class Totals:
     """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback;
-    resumed_pairs: done by earlier runs. rows_out: of the parts, once they are published."""
+    resumed_pairs: done by earlier runs; gpu_seconds: for which all runs of the job have held GPUs. rows_out: of the
+    parts, once they are published."""
 
     units: int = 0
     rows_in: int = 0
@@ -219,13 +222,18 @@ class Totals:
     audit_difference: float = 0.0
     padded_units: int = 0
     seconds: float = 0.0
+    computed_tokens: int = 0
+    flop: float = 0.0
     resumed_pairs: int = 0
+    gpu_seconds: float = 0.0
 
     def add(self, receipt: Receipt) -> None:
         """Count one more unit."""
         self.units += 1
         self.padded_units += bool(receipt.fallback)
         self.seconds += receipt.seconds
+        self.computed_tokens += receipt.computed_tokens
+        self.flop += receipt.flop
         self.audit_difference = max(self.audit_difference, receipt.audit_difference)
         for name in (*SUMMED, "storage_retries", *REUSE_COUNTS):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))
