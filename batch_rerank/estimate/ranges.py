@@ -84,7 +84,7 @@ def totals(y: Floats, x: Floats, pairs: float, population: int, corrected: bool)
     corrected: every cluster was read whole, so that the share of `population` that was read is certain. The interval is
     one of the logarithm, for what texts come to is skewed; its degrees of freedom are Satterthwaite's (1946), few where
     few clusters make the variance. A symmetric one with n - 1 missed the truth 9 to 19 times of 100 on lognormal
-    lengths. Of what no cluster has, up to 3 in the pairs that were read may have been missed.
+    lengths. Of what no cluster has, up to 3 in n clusters may consist.
     """
     n = len(x)
     ratio = y.sum(0) / x.sum()
@@ -100,7 +100,7 @@ def totals(y: Floats, x: Floats, pairs: float, population: int, corrected: bool)
         ratio.tolist(), np.sqrt(variance).tolist(), freedom.tolist(), read.tolist(), strict=True
     ):
         if not one:
-            found.append(Range(0.0, 0.0, 0.0, 3 * pairs / x.sum() if n < population else 0.0))
+            found.append(Range(0.0, 0.0, 0.0, pairs * min(1.0, 3 / n) if n < population else 0.0))
             continue
         half, ninety = (student(share, free) * spread / one for share in (NOMINAL, 0.9))
         p50 = one * pairs

@@ -167,9 +167,9 @@ def said(found: Estimate) -> list[str]:
             f"to compute  {_counted(one.computed_tokens)} tokens after shared prefixes and repeats, "
             f"{one.flop.p50:.3g} FLOP",
         ]
-        if one.reused.high:
+        if one.reused.p50:
             lines.append(f"reused      {_counted(one.reused)} pairs")
-        if one.failed.high:
+        if one.failed.p50:
             lines.append(f"null        {_counted(one.failed)} rows without a text or query")
     if seconds.seconds is None:
         return [*lines, "time        unknown: no rate of this model on this device; batch-rerank bench measures one"]
