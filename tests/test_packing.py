@@ -20,6 +20,7 @@ from batch_rerank.engine.models import DecoderModel, causal_model, classificatio
 from batch_rerank.engine.packing import LONG, Index, distinct_pairs, filled, long_apart, own_tokens, shared_packs
 from batch_rerank.engine.scorer import PairScorer, make_scorer
 from batch_rerank.score.steps import EncodedUnit, score_unit
+from batch_rerank.score.timesheet import Timesheet
 
 GROUPS = [
     Group("where is Paris?", [f"{i} Paris " * (1 + i % 7) for i in range(60)]),
@@ -160,6 +161,7 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
 
     class Loaded:
         about: ClassVar[dict[str, str]] = {}
+        sheet = Timesheet()
         model = resolve_model(str(qwen))
 
         def score(self, encoded: Encoded) -> np.ndarray:
@@ -167,9 +169,6 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
 
         def device_lost(self) -> bool:
             return False
-
-        def busy(self, started: float) -> float:
-            return 0.0
 
     rows = pa.table({"doc_id": [str(i) for i in range(67)], "error": pa.nulls(67, pa.string())})
     scored = score_unit(EncodedUnit(None, rows, encoded, 0), Loaded())  # type: ignore[arg-type]

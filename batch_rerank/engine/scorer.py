@@ -15,10 +15,11 @@ import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded, lengths_of
-from batch_rerank.engine.packing import Float32, Ids, distinct_pairs, unreadable
+from batch_rerank.engine.packing import Float32, Ids, Index, distinct_pairs, unreadable
 from batch_rerank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from batch_rerank.engine.memory import Fetch, TokenBudget
@@ -48,9 +49,15 @@ class Scorer(Protocol):
         """Whether sequences are packed end to end."""
         ...
 
-    def start(self, encoded: Encoded) -> Result:
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens of one batch as of now, None where nothing is batched."""
+        ...
+
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """Begin to score, without waiting for the device: what is returned waits, so that one unit can be packed while
-        another computes. Both raise what `score` raises."""
+        another computes. `begun` is called before the first batch, and may be before others. Both raise what `score`
+        raises."""
         ...
 
     def score(self, encoded: Encoded) -> Float32:
@@ -131,13 +138,23 @@ class PairScorer:
         self._model, self._budget = model, budget
         self.network, self.fallback, self.packed = model.model, model.fallback, model.packed
 
-    def start(self, encoded: Encoded) -> Result:
+    @property
+    def token_budget(self) -> int:
+        """See Scorer."""
+        return self._budget.tokens
+
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """See Scorer."""
         representative = distinct_pairs(encoded)
+
+        def compute(batch: Index) -> "torch.Tensor":
+            begun()
+            return self._model.scores(encoded, batch)
+
         fetch = self._budget.start(
             np.unique(representative[~unreadable(encoded, texts=False)]),
             lambda pending, tokens: self._model.split(encoded, pending, tokens),
-            lambda batch: self._model.scores(encoded, batch),
+            compute,
         )
 
         def result() -> Float32:
@@ -172,7 +189,12 @@ class BiEncoderScorer:
         self._cache: dict[bytes, Float32] = {}
         self._remembering = threading.Lock()
 
-    def start(self, encoded: Encoded) -> Result:
+    @property
+    def token_budget(self) -> int:
+        """See Scorer."""
+        return self._budget.tokens
+
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """See Scorer."""
         queries = encoded.prefix[encoded.group_of_pair()]
         readable = np.flatnonzero(~unreadable(encoded, texts=True))
@@ -188,7 +210,7 @@ class BiEncoderScorer:
                 new[key] = ids
             else:
                 known[key] = vector
-        fetch = self._embed(list(new.values()))
+        fetch = self._embed(list(new.values()), begun)
 
         def result() -> Float32:
             order, vectors = fetch()
@@ -215,12 +237,17 @@ class BiEncoderScorer:
 
         return BiEncoderScorer(self._model, TokenBudget(token_budget))
 
-    def _embed(self, segments: list[Ids]) -> "Fetch":
+    def _embed(self, segments: list[Ids], begun: Callable[[], None]) -> "Fetch":
         lengths = lengths_of(segments)
+
+        def compute(batch: Index) -> "torch.Tensor":
+            begun()
+            return self._model.embed([segments[index] for index in batch])
+
         return self._budget.start(
             np.arange(len(segments)),
             lambda pending, tokens: (pending[batch] for batch in self._model.split(lengths[pending], tokens)),
-            lambda batch: self._model.embed([segments[index] for index in batch]),
+            compute,
         )
 
     def _remember(self, fresh: dict[bytes, Float32]) -> None:
@@ -239,9 +266,11 @@ class ChecksumScorer:
     network = None
     fallback = None
     packed = False
+    token_budget = None
 
-    def start(self, encoded: Encoded) -> Result:
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """See Scorer."""
+        begun()
         scores = self.score(encoded)
         return lambda: scores
 

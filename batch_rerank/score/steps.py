@@ -25,6 +25,7 @@ from batch_rerank.errors import AuditError, BatchRerankError, ModelError
 from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.read_unit import ReadUnit
 from batch_rerank.score.reuse import Known
+from batch_rerank.score.timesheet import Timesheet
 from batch_rerank.store.plans import Unit
 from batch_rerank.store.receipts import SetAside
 
@@ -132,7 +133,6 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
     Raises ModelError where the model gives NaN, or scores that are no scores: the same for every sequence, or all
     saturated; and what score_around raises.
     """
-    started = time.monotonic()
     by_text = scorer.model.kind == "bi_encoder"
     most, known = MOST_POISON * len(unit.units), unit.known
     all_may = known is not None and bool(known.found.any()) and not known.audited.any()
@@ -169,7 +169,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        about={**unit.about, "seconds": round(scorer.busy(started) / len(unit.units), 4), **scorer.about},
+        about={**unit.about, **scorer.sheet.take(len(unit.units)), **scorer.about},
         members=members,
     )
 
@@ -191,40 +191,40 @@ class LoadedScorer:
 
     `tag`: host, process, device, threads and a number that tells two loads apart; `self_test`: its summary, empty for
     the free scorer; `fallback`: why its batches are padded, empty where they are packed; `allowed`: by how much two
-    computations of a score may differ.
+    computations of a score may differ; `sheet`: where its time goes.
     """
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
-        started = time.monotonic()
+        started, self.sheet = time.monotonic(), Timesheet()
         device = self._device = config.cluster.device
         self.model = placed(config, model)
         tested = tested_scorer(self.model, device, token_budget(config), config.model.forward)
         self._scorer, self.fallback = tested.scorer, tested.fallback
-        self._turn, self._free_since = threading.Lock(), time.monotonic()
+        self._turn = threading.Lock()
         load = f"{time.monotonic() - started - tested.seconds:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
         assert tested.result is not None
         self.allowed = tested.result.allowed or limits(self.model, None)
         self.self_test = "" if model.kind == "checksum" else f"{tested.result.summary()}; {tested.seconds:.1f} s"
+        self.sheet.loaded()
 
     @property
-    def about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str | int]:
         """What receipts say of it."""
         said = {"scorer": self.tag, "self_test": self.self_test, "fallback": self.fallback}
-        return {**said, "host": socket.gethostname(), "device": self._device}
+        budget = self._scorer.token_budget or 0
+        return {**said, "host": socket.gethostname(), "device": self._device, "token_budget": budget}
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]. Calls of two threads are begun one after the other, and waited for beside each other."""
-        with self._turn:
-            result = self._scorer.start(encoded)
-        return result()
-
-    def busy(self, started: float) -> float:
-        """Seconds from `started` (of time.monotonic) until now without those that went to the unit before."""
-        now = time.monotonic()
-        busy = now - max(started, self._free_since)
-        self._free_since = now
-        return busy
+        try:
+            with self._turn:
+                self.sheet.enter("pack")
+                result = self._scorer.start(encoded, lambda: self.sheet.enter("compute"))
+            self.sheet.enter("await")
+            return result()
+        finally:
+            self.sheet.enter("hand")
 
     def device_lost(self) -> bool:
         """Whether the device has failed for good: after some errors CUDA refuses everything in the same process."""
