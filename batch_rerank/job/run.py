@@ -16,6 +16,7 @@ from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_s
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.finish import finish, finished
 from batch_rerank.job.gate import check_gate, pass_gate
+from batch_rerank.job.metrics import Metrics
 from batch_rerank.job.progress import Display
 from batch_rerank.job.reused import expected, score
 from batch_rerank.job.staging import on_ray, stage
@@ -88,8 +89,9 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = score(config, model, plan, done, earlier, each, local)
+            metrics = None if local else Metrics(config, _units_waiting)
             expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
-            followed = _Followed(expected, rolls, manifest, plan, totals, lease)
+            followed = _Followed(expected, rolls, manifest, plan, totals, lease, metrics)
             try:
                 rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
             except AuditError:
@@ -125,9 +127,15 @@ def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
         return settle(config, this_machine(), actors=1)
     if config.cluster.gpus_per_actor != "auto":
         return config
-    from batch_rerank.job.run_ray import look  # not at the top: --local does without ray
+    from batch_rerank.job.cluster import look  # not at the top: --local does without ray
 
     return settle(config, look(config))
+
+
+def _units_waiting() -> dict[str, int]:
+    from batch_rerank.job.run_ray import units_waiting  # not at the top: --local does without ray
+
+    return units_waiting()
 
 
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
@@ -252,10 +260,17 @@ class _Followed:
     """Counts receipts as they come. None is kept, so the driver does not grow with the number of units."""
 
     def __init__(
-        self, expected: Expected, rolls: Rolls, manifest: Manifest, plan: Plan, totals: Totals, lease: Lease
+        self,
+        expected: Expected,
+        rolls: Rolls,
+        manifest: Manifest,
+        plan: Plan,
+        totals: Totals,
+        lease: Lease,
+        metrics: Metrics | None,
     ) -> None:
         self._expected, self._rolls, self._manifest = expected, rolls, manifest
-        self._plan, self._totals, self._lease = plan, totals, lease
+        self._plan, self._totals, self._lease, self._metrics = plan, totals, lease, metrics
 
     def to_the_end(
         self, receipts: Iterator[Receipt | SetAside], max_failed_units: int
@@ -267,6 +282,8 @@ class _Followed:
             for receipt in receipts:
                 if isinstance(receipt, SetAside):
                     failed.append(receipt)
+                    if self._metrics:
+                        self._metrics.set_aside()
                     _record_failure(self._manifest, receipt)
                     if len(failed) > max_failed_units:
                         raise self._too_many(failed, max_failed_units)
@@ -274,11 +291,15 @@ class _Followed:
                     self._totals.add(receipt)
                     self._rolls.add(receipt)
                     display.advance(receipt)
+                    if self._metrics:
+                        self._metrics.count(receipt)
                 if self._lease.lost:
                     self._lease.check()
                 if time.monotonic() >= next_status:
                     next_status = time.monotonic() + STATUS_SECONDS
                     self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
+            if self._metrics:
+                self._metrics.end()
             return display.meter.rates, failed
 
     def _too_many(self, failed: list[SetAside], most: int) -> UnfinishedError:
