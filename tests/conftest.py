@@ -116,7 +116,14 @@ def local_ray() -> Iterator[None]:
     """One Ray for the whole session: jobs in this process use it as it is."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _system_config={"metrics_report_interval_ms": 1000},  # tests of metrics wait for a report
+    )
     yield
     ray.shutdown()
 

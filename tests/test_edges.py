@@ -33,6 +33,7 @@ from batch_rerank.engine.work import Arithmetic, Work
 from batch_rerank.job.run import run
 from batch_rerank.score.poison import MOST_POISON
 from batch_rerank.score.steps import NO_TOKENS, EncodedUnit, LoadedScorer, score_unit
+from batch_rerank.score.timesheet import Timesheet
 
 DOCUMENT_FIRST = {"middle": "{document}\nQuery: {query}", "suffix": "<|im_end|>", "true_token": "yes"}
 TEMPLATES = {
@@ -266,6 +267,7 @@ class Broken:
         (self._token,) = load_tokenizer(Path(spec.directory)).encode(word, add_special_tokens=False).ids
         self.model, self._scorer = spec, scorer_of(spec)
         self.about: dict[str, str] = {}
+        self.sheet = Timesheet()
         assert self._scorer.network is not None
         if raises:
             self._scorer.network.register_forward_pre_hook(self._refuse, with_kwargs=True)
@@ -285,9 +287,6 @@ class Broken:
 
     def device_lost(self) -> bool:
         return False
-
-    def busy(self, started: float) -> float:
-        return 0.0
 
 
 @pytest.mark.parametrize("raises", [True, False], ids=["raises", "NaN"])
@@ -327,8 +326,8 @@ def test_texts_without_a_token_are_rows_with_an_error(tmp_path: Path) -> None:
             "",
         )
         loaded.fallback = ""
+        loaded._turn, loaded.sheet = threading.Lock(), Timesheet()
         loaded._arithmetic, loaded._done = Arithmetic.of(spec), threading.local()
-        loaded._turn, loaded._free_since = threading.Lock(), 0.0
         errors = score_unit(EncodedUnit(None, rows, encoded, 0), loaded).rows["error"].to_pylist()
         alone = [0] if spec.kind == "sequence_classification" else [0, 1, 2, 4]
         assert [i for i, error in enumerate(errors) if error == NO_TOKENS] == alone

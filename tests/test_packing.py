@@ -21,6 +21,7 @@ from batch_rerank.engine.packing import LONG, Index, distinct_pairs, filled, lon
 from batch_rerank.engine.scorer import PairScorer, make_scorer
 from batch_rerank.engine.work import Work
 from batch_rerank.score.steps import EncodedUnit, score_unit
+from batch_rerank.score.timesheet import Timesheet
 
 GROUPS = [
     Group("where is Paris?", [f"{i} Paris " * (1 + i % 7) for i in range(60)]),
@@ -161,6 +162,7 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
 
     class Loaded:
         about: ClassVar[dict[str, str]] = {}
+        sheet = Timesheet()
         model = resolve_model(str(qwen))
 
         def score(self, encoded: Encoded) -> np.ndarray:
@@ -168,9 +170,6 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
 
         def device_lost(self) -> bool:
             return False
-
-        def busy(self, started: float) -> float:
-            return 0.0
 
         def computed(self) -> Work:
             return Work()

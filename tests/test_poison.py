@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from batch_rerank.publish.verify import verify
 from batch_rerank.score.attempts import MOST_DEATHS, MOST_LOADS, Attempts
 from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.steps import LoadedScorer
+from batch_rerank.score.timesheet import Timesheet
 from batch_rerank.store.filesystem import locate
 
 BAD = b"poison"
@@ -171,7 +172,8 @@ class Device:
     def __init__(self) -> None:
         self.begun, self.together, self.second = 0, threading.Event(), threading.Barrier(2, timeout=30)
 
-    def start(self, encoded: Encoded) -> Result:
+    def start(self, encoded: Encoded, begun: Callable[[], None]) -> Result:
+        begun()
         self.begun += 1
 
         def result() -> Float32:
@@ -183,20 +185,21 @@ class Device:
 
 def test_a_unit_is_begun_while_another_is_awaited_and_no_second_is_counted_twice() -> None:
     loaded: Any = object.__new__(LoadedScorer)
-    loaded._scorer, loaded._turn, loaded._free_since = Device(), threading.Lock(), time.monotonic()
+    loaded._scorer, loaded._turn, loaded.sheet = Device(), threading.Lock(), Timesheet()
+    loaded.sheet.loaded()
     loaded._arithmetic, loaded._done = Arithmetic(0.0, 0.0, shared=True, causal=True), threading.local()
     encoded = encoded_of(2, 3, set())
-    started = time.monotonic()
 
-    def unit() -> float:
-        began = time.monotonic()
-        np.testing.assert_array_equal(loaded.score(encoded), ChecksumScorer().score(encoded))
-        return float(loaded.busy(began))
+    def unit() -> dict[str, float]:
+        with loaded.sheet.unit():
+            np.testing.assert_array_equal(loaded.score(encoded), ChecksumScorer().score(encoded))
+            return dict(loaded.sheet.take())
 
     with ThreadPoolExecutor(2) as pool:
-        seconds = [done.result() for done in [pool.submit(unit), pool.submit(unit)]]
+        taken = [done.result() for done in [pool.submit(unit), pool.submit(unit)]]
     assert loaded._scorer.begun == 2
-    assert sum(seconds) <= time.monotonic() - started
+    spent = sum(one["load_seconds"] + one["wait_seconds"] + one["seconds"] for one in taken)
+    assert spent == pytest.approx(max(one["age_seconds"] for one in taken), abs=1e-5)
 
 
 def test_a_model_that_kills_its_process_is_loaded_three_times(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from conftest import candidate_rows, job, rows_of, write
 from safetensors.torch import load_file, save_file
 
 from batch_rerank.errors import ConfigError, InputError, ModelError
-from batch_rerank.job import finish, run_ray
+from batch_rerank.job import cluster, finish, run_ray
 from batch_rerank.job.run import run
 from batch_rerank.job.watch import Heartbeat, Watch
 from batch_rerank.publish.verify import verify
@@ -262,7 +262,7 @@ def test_silence_is_broken_as_often_as_it_lasts(logged: list[str]) -> None:
 def test_a_signal_while_ray_starts_is_the_jobs_own_and_not_rays_exit() -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), run_ray._own_sigterm():
+        with pytest.raises(KeyboardInterrupt), cluster._own_sigterm():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler

@@ -16,10 +16,11 @@ import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded, Int32, lengths_of
-from batch_rerank.engine.packing import Float32, Ids, distinct_pairs, unreadable
+from batch_rerank.engine.packing import Float32, Ids, Index, distinct_pairs, unreadable
 from batch_rerank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from batch_rerank.engine.memory import Fetch, TokenBudget
@@ -60,13 +61,14 @@ class Scorer(Protocol):
         ...
 
     @property
-    def budget(self) -> int | None:
-        """Tokens of one batch as they are now; None where there are no batches."""
+    def token_budget(self) -> int | None:
+        """Tokens of one batch as of now, None where nothing is batched."""
         ...
 
-    def start(self, encoded: Encoded) -> Result:
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """Begin to score, without waiting for the device: what is returned waits, so that one unit can be packed while
-        another computes. Both raise what `score` raises."""
+        another computes. `begun` is called before the first batch, and may be before others. Both raise what `score`
+        raises."""
         ...
 
     def score(self, encoded: Encoded) -> Float32:
@@ -152,17 +154,22 @@ class PairScorer:
         self.network, self.fallback, self.packed = model.model, model.fallback, model.packed
 
     @property
-    def budget(self) -> int | None:
+    def token_budget(self) -> int:
         """See Scorer."""
         return self._budget.tokens
 
-    def start(self, encoded: Encoded) -> Result:
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """See Scorer."""
         representative = distinct_pairs(encoded)
+
+        def compute(batch: Index) -> "torch.Tensor":
+            begun()
+            return self._model.scores(encoded, batch)
+
         fetch = self._budget.start(
             np.unique(representative[~unreadable(encoded, texts=False)]),
             lambda pending, tokens: self._model.split(encoded, pending, tokens),
-            lambda batch: self._model.scores(encoded, batch),
+            compute,
         )
 
         def result() -> Float32:
@@ -201,11 +208,11 @@ class BiEncoderScorer:
         self._remembering = threading.Lock()
 
     @property
-    def budget(self) -> int | None:
+    def token_budget(self) -> int:
         """See Scorer."""
         return self._budget.tokens
 
-    def start(self, encoded: Encoded) -> Result:
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """See Scorer."""
         queries = encoded.prefix[encoded.group_of_pair()]
         readable = np.flatnonzero(~unreadable(encoded, texts=True))
@@ -221,7 +228,7 @@ class BiEncoderScorer:
                 new[key] = ids
             else:
                 known[key] = vector
-        fetch = self._embed(list(new.values()))
+        fetch = self._embed(list(new.values()), begun)
 
         def result() -> Float32:
             order, vectors = fetch()
@@ -252,12 +259,17 @@ class BiEncoderScorer:
 
         return BiEncoderScorer(self._model, TokenBudget(token_budget))
 
-    def _embed(self, segments: list[Ids]) -> "Fetch":
+    def _embed(self, segments: list[Ids], begun: Callable[[], None]) -> "Fetch":
         lengths = lengths_of(segments)
+
+        def compute(batch: Index) -> "torch.Tensor":
+            begun()
+            return self._model.embed([segments[index] for index in batch])
+
         return self._budget.start(
             np.arange(len(segments)),
             lambda pending, tokens: (pending[batch] for batch in self._model.split(lengths[pending], tokens)),
-            lambda batch: self._model.embed([segments[index] for index in batch]),
+            compute,
         )
 
     def _remember(self, fresh: dict[bytes, Float32]) -> None:
@@ -276,10 +288,11 @@ class ChecksumScorer:
     network = None
     fallback = None
     packed = False
-    budget = None
+    token_budget = None
 
-    def start(self, encoded: Encoded) -> Result:
+    def start(self, encoded: Encoded, begun: Callable[[], None] = lambda: None) -> Result:
         """See Scorer."""
+        begun()
         scores = self.score(encoded)
         return Result(lambda: scores)
 

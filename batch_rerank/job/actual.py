@@ -128,7 +128,7 @@ def compare(planned: Estimate, course: Course, model: ModelSpec, gpu_seconds: fl
             dtype=model.dtype,
             device=cluster.device,
             card=processor() if cluster.device == "cpu" else "",
-            threads=cluster.threads,
+            threads=0 if cluster.cpus_per_actor == "auto" else cluster.cpus_per_actor,
             work_per_second=course.work / course.busy,
             utilisation=course.utilisation,
             startup_seconds=course.startup,

@@ -130,12 +130,14 @@ def measure(config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Uni
     encoded = _encoded(config, model, plan, units)
     first = next(encoded)
     budgets = _budgets(scorer, model, first)
-    score_unit(first, scorer)  # what a process does once is the start's, not the rate's
+    with scorer.sheet.unit():
+        score_unit(first, scorer)  # what a process does once is the start's, not the rate's
     scorer.computed()
     started = time.monotonic()
     abouts, pairs, tokens, paces = [], 0, 0, []
     for unit in one_ahead(chain([first], encoded)):
-        scored = score_unit(unit, scorer)
+        with scorer.sheet.unit():
+            scored = score_unit(unit, scorer)
         serialise(scored, {})
         pairs, tokens = pairs + len(scored.rows), tokens + int(scored.n_tokens.sum())
         abouts.append(scored.about)
@@ -174,7 +176,7 @@ def _encoded(config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Un
 def _budgets(scorer: LoadedScorer, model: ModelSpec, unit: EncodedUnit) -> dict[int, float]:
     """The rate of one unit with several token budgets; nothing for a free scorer, which has none. Those that its memory
     is too small for are halved by the engine, and slower for it."""
-    own = scorer.budget
+    own = scorer.token_budget
     if own is None:
         return {}
     work = Arithmetic.of(model)

@@ -9,8 +9,8 @@ import ray
 
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, UnfinishedError, as_value, from_value
+from batch_rerank.job.cluster import machines, on_cluster
 from batch_rerank.job.devices import reservations, room, settle
-from batch_rerank.job.run_ray import machines, on_cluster
 from batch_rerank.score.tasks import environment
 
 T = TypeVar("T")

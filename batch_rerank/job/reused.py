@@ -75,6 +75,6 @@ def _on_ray(
 
 
 def _cluster(config: JobConfig) -> AbstractContextManager[object]:
-    from batch_rerank.job.run_ray import on_cluster
+    from batch_rerank.job.cluster import on_cluster
 
     return on_cluster(config)

@@ -19,6 +19,7 @@ from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.estimate import QUICK, Estimate, estimate
 from batch_rerank.job.finish import finish, finished
 from batch_rerank.job.gate import check_gate, pass_gate
+from batch_rerank.job.metrics import Metrics
 from batch_rerank.job.progress import Display
 from batch_rerank.job.reused import score
 from batch_rerank.job.spend import Spend
@@ -103,8 +104,9 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
                 course.begin(actors)
 
             receipts = score(config, model, plan, done, earlier, each, local, begin)
+            metrics = None if local else Metrics(config, _units_waiting)
             expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
-            followed = _Followed(expected, rolls, manifest, plan, totals, lease, spend, course)
+            followed = _Followed(expected, rolls, manifest, plan, totals, lease, spend, course, metrics)
             try:
                 rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
             except AuditError:
@@ -156,9 +158,15 @@ def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
         return settle(config, this_machine(), actors=1)
     if config.cluster.gpus_per_actor != "auto":
         return config
-    from batch_rerank.job.run_ray import look  # not at the top: --local does without ray
+    from batch_rerank.job.cluster import look  # not at the top: --local does without ray
 
     return settle(config, look(config))
+
+
+def _units_waiting() -> dict[str, int]:
+    from batch_rerank.job.run_ray import units_waiting  # not at the top: --local does without ray
+
+    return units_waiting()
 
 
 def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
@@ -299,10 +307,11 @@ class _Followed:
         lease: Lease,
         spend: Spend,
         course: actual.Course,
+        metrics: Metrics | None,
     ) -> None:
         self._expected, self._rolls, self._manifest = expected, rolls, manifest
         self._plan, self._totals, self._lease = plan, totals, lease
-        self._spend, self._course = spend, course
+        self._spend, self._course, self._metrics = spend, course, metrics
 
     def to_the_end(
         self, receipts: Iterator[Receipt | SetAside], max_failed_units: int
@@ -310,10 +319,12 @@ class _Followed:
         """Rates of this run, and the units set aside."""
         next_status = time.monotonic() + STATUS_SECONDS
         failed: list[SetAside] = []
-        with Display(len(self._plan.units), self._plan.pairs, self._totals) as display:
+        with Display(len(self._plan.units), self._plan.pairs, self._totals, self._spend.usd_per_actor_hour) as display:
             for receipt in receipts:
                 if isinstance(receipt, SetAside):
                     failed.append(receipt)
+                    if self._metrics:
+                        self._metrics.set_aside()
                     _record_failure(self._manifest, receipt)
                     if len(failed) > max_failed_units:
                         raise self._too_many(failed, max_failed_units)
@@ -323,12 +334,16 @@ class _Followed:
                     self._course.add(receipt)
                     self._spend.check(len(self._expected.left))
                     display.advance(receipt)
+                    if self._metrics:
+                        self._metrics.count(receipt)
                 if self._lease.lost:
                     self._lease.check()
                 if time.monotonic() >= next_status:
                     next_status = time.monotonic() + STATUS_SECONDS
                     self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
             self._spend.end()
+            if self._metrics:
+                self._metrics.end()
             return display.meter.rates, failed
 
     def _too_many(self, failed: list[SetAside], most: int) -> UnfinishedError:

@@ -52,7 +52,9 @@ def run_local(
 def _finish(
     unit: EncodedUnit, scorer: LoadedScorer, config: JobConfig, model: ModelSpec, fingerprint: str
 ) -> list[Receipt]:
-    return [commit_unit(one, config, model, fingerprint) for one in score_unit(unit, scorer).apart()]
+    with scorer.sheet.unit():
+        scored = score_unit(unit, scorer)
+    return [commit_unit(one, config, model, fingerprint) for one in scored.apart()]
 
 
 def one_ahead(units: Iterator[T]) -> Iterator[T]:

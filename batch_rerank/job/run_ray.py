@@ -1,20 +1,15 @@
 """The job on Ray Data: CPU tasks read and encode, a pool of actors scores, CPU tasks rank and commit.
 
-The only file that imports ray, and wiring only. One unit is one row of one block, so it is one task of every stage.
+Wiring only. One unit is one row of one block, so it is one task of every stage.
 Expected errors come back as values in the stream and are raised in the driver; Ray would wrap them in tracebacks.
 """
 
-import json
 import logging
-import os
 import pickle
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pyarrow as pa
@@ -25,9 +20,10 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import ConfigError, UnfinishedError, from_value
-from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
-from batch_rerank.job.watch import Heartbeat, Watch, head_answers
+from batch_rerank.errors import UnfinishedError, from_value
+from batch_rerank.job.cluster import machines, on_cluster
+from batch_rerank.job.devices import reservations, room, settle
+from batch_rerank.job.watch import Heartbeat, Watch
 from batch_rerank.score.bundles import Bundling
 from batch_rerank.score.read_unit import read_ranges
 from batch_rerank.score.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
@@ -39,12 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
-
-LOCAL_TASK_CPUS = 4
-"""CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
-
-JOIN_SECONDS = 10.0
-"""How long a head is looked for."""
 
 UNIT_TRIES = 40
 """Starts of an actor for one unit. Attempts ends the tries of a unit sooner; units that wait behind it use theirs up
@@ -176,6 +166,17 @@ def _waits() -> str:
     return "; ".join([*said, f"{machines()}, {unused}"])
 
 
+def units_waiting() -> dict[str, int]:
+    """Units that wait at each actor, beside those at work, by its id; empty where nothing is executed."""
+    executor, found = Execution.latest, {}
+    for stage in list((executor and executor._topology) or {}):
+        for pool in stage.get_autoscaling_actor_pools():
+            states: dict[Any, Any] = pool._running_actors  # type: ignore[attr-defined]
+            for actor, state in list(states.items()):
+                found[actor._actor_id.hex()] = max(0, state.num_tasks_in_flight - pool.max_actor_concurrency())
+    return found
+
+
 def _given_up(error: Exception | str) -> UnfinishedError:
     lines = str(error).strip().splitlines()
     return UnfinishedError(f"Ray ended the job: {lines[-1] if lines else type(error).__name__}; run it again to resume")
@@ -227,139 +228,3 @@ def _data_context() -> Iterator[None]:
         context.max_errored_blocks = -1  # the driver holds receipts against the plan: a lost unit is missed by name
         with DataContext.current(context):
             yield
-
-
-def look(config: JobConfig) -> Machines:
-    """What a job of this config would run on. Starts nothing: without a cluster to join it is this machine.
-
-    Raises ConfigError where no Ray answers at the address.
-    """
-    if not (ray.is_initialized() or _address(config)):
-        return this_machine()
-    with on_cluster(config) as found:
-        return found
-
-
-def _address(config: JobConfig) -> str | None:
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")
-
-
-_own: list[Machines] = []
-"""What this process computes on while a Ray of its own is open: Ray itself counts more CPUs than the machine has."""
-
-
-@contextmanager
-def on_cluster(config: JobConfig) -> Iterator[Machines]:
-    """Ray as this process already has it, else the cluster of cluster.address or RAY_ADDRESS, else our own; and what
-    there is to compute on. One within another is the same. Raises ConfigError where no Ray answers at the address."""
-    if ray.is_initialized():
-        yield _own[0] if _own else machines()
-        return
-    address = _address(config)
-    try:
-        with _own_sigterm():
-            found = _join(address) if address else _start(config)
-        _own[:] = [] if address else [found]
-        yield found
-    finally:
-        _own.clear()
-        _leave()
-
-
-def _leave() -> None:
-    """ray.shutdown, after which SIGTERM is this process's own again: Ray's C++ resets it to its default, and then Ray
-    takes a second or more to end its processes."""
-    node: Any = ray._private.worker._global_node
-    if node is not None and threading.current_thread() is threading.main_thread():
-        ours, end = signal.getsignal(signal.SIGTERM), node.kill_all_processes
-
-        def end_processes(**options: Any) -> None:
-            signal.signal(signal.SIGTERM, ours)
-            end(**options)
-
-        node.kill_all_processes = end_processes
-    with _own_sigterm():
-        ray.shutdown()
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this process's way of ending: ray.init puts its own in place, which exits with 15 and leaves no status."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:
-        signal.signal(signal.SIGTERM, ours)
-        signal.raise_signal(signal.SIGTERM)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, ours)
-
-
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-
-
-def _join(address: str) -> Machines:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        if ":" in address.removeprefix("ray://") and not head_answers(address.removeprefix("ray://"), JOIN_SECONDS):
-            raise ConnectionError(f"nothing answered there for {JOIN_SECONDS:g} s")  # Ray tries for minutes
-        ray.init(address=address, **QUIET)
-    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(
-            f"cluster.address {address!r}: no Ray to join there ({lines[0][:200]}); expected HOST:PORT of a running "
-            "head; leave it and RAY_ADDRESS out to run on this machine"
-        ) from error
-    return machines()
-
-
-def _start(config: JobConfig) -> Machines:
-    """A Ray of our own on this machine, with CPUs for the tasks beside the actors'."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Ray Data's actors make Ray's C++ log a line at level error on every start; this Ray is ours and short-lived
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    cluster = settle(config, this_machine()).cluster
-    # a bare ray.init() would join whatever cluster this host last started
-    cpus = cluster.max_actors * cluster.threads + LOCAL_TASK_CPUS
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
-    return Machines("this machine", (Node(cores(), machines().gpus),))
-
-
-def machines() -> Machines:
-    """The nodes that live."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes = tuple(Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
-    return Machines("the cluster", nodes, *_growth())
-
-
-def _growth() -> tuple[bool, float | None]:
-    """Whether an autoscaler adds nodes, and how many GPUs there may be then, None where that is not known.
-
-    Ray 2.60 tells neither (`get_max_resources_from_cluster_config` is None also on a cluster of `ray up`). But its
-    monitor gives the nodes of a cluster of fixed size types of their own, "node_<id>", and `ray up` leaves its config
-    on the head, where `ray job submit` runs drivers.
-    """
-    state = ray._private.state.state
-    most = state.get_max_resources_from_cluster_config()
-    if most is not None:
-        return True, most.get("GPU", 0)
-    types = _node_types()
-    if all(name.startswith("node_") for name in types):
-        return False, None
-    return True, gpus_of_types(Path("~/ray_bootstrap_config.yaml").expanduser(), types)
-
-
-def _node_types() -> set[str]:
-    """The types of the nodes by the monitor's report; none where there is no monitor."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-
-    if is_autoscaler_v2(fetch_from_server=True):
-        status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        return {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)} - {""}
-    report = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
-    return set(((json.loads(report).get("autoscaler_report") if report else None) or {}).get("active_nodes") or {})

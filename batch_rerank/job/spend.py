@@ -16,12 +16,20 @@ class Spend:
     def __init__(self, config: JobConfig, totals: Totals) -> None:
         self._config, self._totals, self._before = config, totals, totals.gpu_seconds
         self._others = totals.gpu_seconds
+        gpus = config.cluster.gpus_per_actor
+        self._gpus_of_one = 0.0 if gpus == "auto" else gpus
         self._since: float | None = None
         self._gpus = 0.0
 
     def begin(self, actors: int) -> None:
         """So many actors are asked for now."""
-        self._since, self._gpus = time.monotonic(), actors * self._config.cluster.gpus
+        self._since, self._gpus = time.monotonic(), actors * self._gpus_of_one
+
+    @property
+    def usd_per_actor_hour(self) -> float | None:
+        """What an actor costs; None where there is no price."""
+        cost = self._config.cost
+        return None if cost is None or cost.usd_per_gpu_hour is None else cost.usd_per_gpu_hour * self._gpus_of_one
 
     @property
     def of_this_run(self) -> float:
@@ -44,7 +52,7 @@ class Spend:
         cost = self._config.cost
         most = None if cost is None else cost.most_gpu_hours
         hours = self._totals.gpu_seconds / 3600
-        if cost is None or most is None or not left or hours < most or not self._config.cluster.gpus:
+        if cost is None or most is None or not left or hours < most or not self._gpus_of_one:
             return
         price = cost.usd_per_gpu_hour
         money = "" if price is None else f", {hours * price:,.2f} USD"

@@ -26,6 +26,7 @@ from batch_rerank.errors import AuditError, BatchRerankError, ModelError
 from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.read_unit import ReadUnit
 from batch_rerank.score.reuse import Known
+from batch_rerank.score.timesheet import Timesheet
 from batch_rerank.store.plans import Unit
 from batch_rerank.store.receipts import SetAside
 
@@ -133,7 +134,6 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
     Raises ModelError where the model gives NaN, or scores that are no scores: the same for every sequence, or all
     saturated; and what score_around raises.
     """
-    started = time.monotonic()
     by_text = scorer.model.kind == "bi_encoder"
     most, known = MOST_POISON * len(unit.units), unit.known
     all_may = known is not None and bool(known.found.any()) and not known.audited.any()
@@ -162,7 +162,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         errors = dict(zip(unit.known.rows_of(list(errors)), errors.values(), strict=True))
         best = unit.known.merge(best, chunked=chunks is not None)
     scored = ~np.isnan(best.scores)
-    about, members = _cost(unit, scorer.busy(started), scorer.computed(), members)
+    work, members = _work(unit, scorer.computed(), members)
     return ScoredUnit(
         unit=unit.unit,
         rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens, errors),
@@ -171,19 +171,17 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        about={**unit.about, **about, **scorer.about},
+        about={**unit.about, **scorer.sheet.take(len(unit.units)), **work, **scorer.about},
         members=members,
     )
 
 
-def _cost(
-    unit: EncodedUnit, seconds: float, work: Work, members: tuple[Member, ...]
-) -> tuple[dict[str, Any], tuple[Member, ...]]:
-    """What receipts say of the scoring; of units that are scored together each has an equal share, and the first one
-    the tokens that are over, so that sums are true."""
+def _work(unit: EncodedUnit, work: Work, members: tuple[Member, ...]) -> tuple[dict[str, Any], tuple[Member, ...]]:
+    """What receipts say of the work; of units that are scored together each has an equal share, and the first one the
+    tokens that are over, so that sums are true."""
     n = len(unit.units)
     share, over = divmod(work.tokens, n)
-    about = {"seconds": round(seconds / n, 4), "computed_tokens": share, "flop": work.flop / n}
+    about = {"computed_tokens": share, "flop": work.flop / n}
     if over:
         members = (replace(members[0], about={**members[0].about, "computed_tokens": share + over}), *members[1:])
     return about, members
@@ -206,16 +204,17 @@ class LoadedScorer:
 
     `load_seconds`, `test_seconds`: that loading and the self-test took; `tag`: host, process, device, threads and a
     number that tells two loads apart; `self_test`: its summary, empty for the free scorer; `fallback`: why its
-    batches are padded, empty where they are packed; `allowed`: by how much two computations of a score may differ.
+    batches are padded, empty where they are packed; `allowed`: by how much two computations of a score may differ;
+    `sheet`: where its time goes.
     """
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
-        started = time.monotonic()
+        started, self.sheet = time.monotonic(), Timesheet()
         device = self._device = config.cluster.device
         self.model = placed(config, model)
         tested = tested_scorer(self.model, device, token_budget(config), config.model.forward)
         self._scorer, self.fallback = tested.scorer, tested.fallback
-        self._turn, self._free_since = threading.Lock(), time.monotonic()
+        self._turn = threading.Lock()
         self._arithmetic, self._done = Arithmetic.of(self.model), threading.local()
         self.test_seconds, self.load_seconds = tested.seconds, time.monotonic() - started - tested.seconds
         load = f"{self.load_seconds:.1f}s {os.urandom(3).hex()}"
@@ -223,18 +222,25 @@ class LoadedScorer:
         assert tested.result is not None
         self.allowed = tested.result.allowed or limits(self.model, None)
         self.self_test = "" if model.kind == "checksum" else f"{tested.result.summary()}; {tested.seconds:.1f} s"
+        self.sheet.loaded()
 
     @property
-    def about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str | int]:
         """What receipts say of it."""
         said = {"scorer": self.tag, "self_test": self.self_test, "fallback": self.fallback}
-        return {**said, "host": socket.gethostname(), "device": self._device}
+        budget = self._scorer.token_budget or 0
+        return {**said, "host": socket.gethostname(), "device": self._device, "token_budget": budget}
 
     def score(self, encoded: Encoded) -> Float32:
         """float32[n_pairs]. Calls of two threads are begun one after the other, and waited for beside each other."""
-        with self._turn:
-            result = self._scorer.start(encoded)
-        scores = result()
+        try:
+            with self._turn:
+                self.sheet.enter("pack")
+                result = self._scorer.start(encoded, lambda: self.sheet.enter("compute"))
+            self.sheet.enter("await")
+            scores = result()
+        finally:
+            self.sheet.enter("hand")
         texts = result.texts
         done = self._arithmetic.of_pairs(encoded) if texts is None else self._arithmetic.of_texts(texts)
         self._done.work = getattr(self._done, "work", Work()) + done
@@ -246,17 +252,10 @@ class LoadedScorer:
         self._done.work = Work()
         return work
 
-    def busy(self, started: float) -> float:
-        """Seconds from `started` (of time.monotonic) until now without those that went to the unit before."""
-        now = time.monotonic()
-        busy = now - max(started, self._free_since)
-        self._free_since = now
-        return busy
-
     @property
-    def budget(self) -> int | None:
+    def token_budget(self) -> int | None:
         """Tokens of one batch as they are now; None for a scorer without batches."""
-        return self._scorer.budget
+        return self._scorer.token_budget
 
     def under(self, token_budget: int) -> Callable[[Encoded], Float32]:
         """Scores of the same model with batches of at most so many tokens."""

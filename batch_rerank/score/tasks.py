@@ -8,7 +8,8 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -84,7 +85,7 @@ class Scoring:
     def __init__(self, job: Job, actor: str, restarted: bool) -> None:
         job.enter()
         manifest = Manifest(locate(job.config.output.path, job.config.output.storage_options, reached=True))
-        self._attempts = Attempts(manifest.root / f"_manifest/attempts/{actor}.json", restarted)
+        self._actor, self._attempts = actor, Attempts(manifest.root / f"_manifest/attempts/{actor}.json", restarted)
         self._scorer = self._load(job)
         self._alone = threading.Lock()
 
@@ -105,9 +106,7 @@ class Scoring:
         """An encoded unit to a scored one."""
         if isinstance(self._scorer, BatchRerankError):
             return failure(self._scorer)
-        if not self._attempts.careful:
-            return _step(batch, self._score)
-        with self._alone:
+        with self._alone if self._attempts.careful else nullcontext(), self._scorer.sheet.unit():
             return _step(batch, self._score)
 
     def _score(self, unit: EncodedUnit) -> ScoredUnit | list[SetAside]:
@@ -118,7 +117,8 @@ class Scoring:
             return [SetAside(one.id, attempts.tries(name) - 1, refused) for one in unit.units]
         trial = attempts.trial(name) or Trial.of(unit.encoded)
         try:
-            return score_unit(unit, self._scorer, trial, attempts.careful)
+            scored = score_unit(unit, self._scorer, trial, attempts.careful)
+            return replace(scored, about={**scored.about, "actor": self._actor, "retries": attempts.tries(name) - 1})
         except DeviceLostError as error:
             attempts.leave(name, trial)
             log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)

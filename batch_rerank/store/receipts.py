@@ -26,6 +26,19 @@ SUMMED = (
 REUSE_COUNTS = ("reused", "new_queries", "new_documents", "unreadable", "audited")
 """Counts of pairs that follow from the earlier outputs too."""
 
+TIMES = (
+    "read_seconds",
+    "encode_seconds",
+    "write_seconds",
+    "load_seconds",
+    "wait_seconds",
+    "seconds",
+    "pack_seconds",
+    "compute_seconds",
+    "result_seconds",
+)
+"""Seconds of a receipt that may be summed over units."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -36,8 +49,12 @@ class Receipt:
     part: the file's name; engine_failed: rows among `failed` whose pair the engine could not score, which a resume
     tries again; scorer: the model copy that scored it; self_test: what its self-test said; storage_retries: requests
     that were repeated for it; etag: the file's version where the store keeps one; fallback: why its batches were
-    padded, empty where packed; at: when it was committed, in UTC; host and device: where it was scored; seconds: of
-    scoring, beside those of the other steps; reused: pairs with the score of an earlier output, reused_from: of which;
+    padded, empty where packed; at: when it was committed, in UTC; host and device: where it was scored, actor: Ray's id
+    of by whom, token_budget: of its batches, 0 where there are none; seconds: its part of the actor's time with a unit,
+    beside those of the other steps; load_seconds (of the actor's first unit), wait_seconds, pack_seconds,
+    compute_seconds, result_seconds and age_seconds: see score/timesheet.py, all 0 for a unit that no actor has met;
+    retries: how often it was begun before, by a process that died with it; reused: pairs with the score of an earlier
+    output, reused_from: of which;
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
     audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it (engine/work.py)
@@ -80,6 +97,15 @@ class Receipt:
     audit_difference: Seconds = 0.0
     computed_tokens: Count = 0
     flop: Seconds = 0.0
+    load_seconds: Seconds = 0.0
+    wait_seconds: Seconds = 0.0
+    pack_seconds: Seconds = 0.0
+    compute_seconds: Seconds = 0.0
+    result_seconds: Seconds = 0.0
+    age_seconds: Seconds = 0.0
+    actor: Line = ""
+    token_budget: Count = 0
+    retries: Count = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -226,6 +252,15 @@ class Totals:
     flop: float = 0.0
     resumed_pairs: int = 0
     gpu_seconds: float = 0.0
+    retries: int = 0
+    read_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    pack_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    result_seconds: float = 0.0
 
     def add(self, receipt: Receipt) -> None:
         """Count one more unit."""
@@ -235,5 +270,5 @@ class Totals:
         self.computed_tokens += receipt.computed_tokens
         self.flop += receipt.flop
         self.audit_difference = max(self.audit_difference, receipt.audit_difference)
-        for name in (*SUMMED, "storage_retries", *REUSE_COUNTS):
+        for name in (*SUMMED, "storage_retries", "retries", *REUSE_COUNTS, *TIMES):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))
