@@ -27,8 +27,8 @@ UNTRIED = 0.05
 
 @dataclass(frozen=True)
 class Rate:
-    """What one actor does. shape: of the model, `shape_of`; device: cpu or cuda, card: its name, threads: of an actor, 0 where
-    Ray has chosen them.
+    """What one actor does. shape: of the model, `shape_of`; device: cpu or cuda, card: its name; threads: of an actor,
+    0 where Ray has chosen them.
 
     work_per_second: FLOP (tokens of a free scorer) in a second of scoring; utilisation: share of an actor's time,
     from its first unit to its last, in which it scores, 0 to 1; startup_seconds: until actors score, Ray and the load
