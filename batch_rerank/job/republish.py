@@ -25,7 +25,7 @@ from batch_rerank.publish.publish import unavailable
 from batch_rerank.publish.withdraw import withdraw
 from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
-from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
+from batch_rerank.store.bookkeeping import doubtful, recording, refuse_strays, remove_late_parts
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest
@@ -165,6 +165,12 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
         raise UnfinishedError(
             f"{manifest.root}: the scores of {len(absent)} of {len(plan.units)} units are not there, e.g. of "
             f"{absent[0]}; expected all of them; run the job first (output.keep_scores: false keeps none)"
+        )
+    if again := doubtful(manifest, plan, found):
+        unit, why = next(iter(again.items()))
+        raise UnfinishedError(
+            f"{manifest.root}: {len(again)} of {len(plan.units)} units must be made again, e.g. {unit}: {why}; run the "
+            "job first"
         )
     if same or not plan.units:
         return
