@@ -15,7 +15,7 @@ from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.finish import finish, finished
-from batch_rerank.job.gate import check_gate, pass_gate
+from batch_rerank.job.gate import await_gate, check_gate, pass_gate
 from batch_rerank.job.progress import Display
 from batch_rerank.job.reused import expected, score
 from batch_rerank.job.staging import on_ray, stage
@@ -77,6 +77,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         return replace(described, seconds=time.monotonic() - started, gate=read_verdict(manifest))
     totals = Totals()
     earlier = find_earlier(config, plan)
+    gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged
     each = in_turn if local else on_ray(config)
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
@@ -85,6 +86,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
         with recording(manifest, plan, totals, lease):
+            await_gate(manifest, config, gate, lease)
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = score(config, model, plan, done, earlier, each, local)

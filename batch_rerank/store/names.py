@@ -36,7 +36,7 @@ OUTPUT_KINDS = {
     "scores": r"_scores/[0-9]{5,9}\.(?:parquet|queries\.npy|pairs\.npy)|_manifest/scores/[0-9]{5,9}\.json",
     "work": rf"_work/{UNIT}\.parquet|{EXCHANGED}",
     "records": (
-        rf"_manifest/(?:(?:plan|status|publication|missing|gate|distrusted)\.json|(?:receipts|failures)/{UNIT}\.json"
+        rf"_manifest/(?:(?:plan|status|publication|missing|gate|distrusted|pointers)\.json|(?:receipts|failures)/{UNIT}\.json"
         rf"|parts/[0-9]{{5,9}}\.json|lease/[1-9][0-9]{{0,8}})|{ROLL}|{WITHDRAWN}|{_LEFTOVER.pattern}"
     ),
 }
