@@ -18,7 +18,7 @@ from batch_rerank.job import actual
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.estimate import QUICK, Estimate, estimate
 from batch_rerank.job.finish import finish, finished
-from batch_rerank.job.gate import check_gate, pass_gate
+from batch_rerank.job.gate import await_gate, check_gate, pass_gate
 from batch_rerank.job.metrics import Metrics
 from batch_rerank.job.progress import Display
 from batch_rerank.job.reused import score
@@ -84,6 +84,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         return replace(described, seconds=seconds, gate=read_verdict(manifest), held=actual.read(manifest))
     totals = Totals(gpu_seconds=manifest.read_status().totals.gpu_seconds)
     earlier = find_earlier(config, plan)
+    gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged
     each = in_turn if local else on_ray(config)
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
@@ -92,6 +93,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
         with recording(manifest, plan, totals, lease):
+            await_gate(manifest, config, gate, lease)
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             planned = _planned(config, plan, model, earlier, done, local)
