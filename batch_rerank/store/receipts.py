@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from batch_rerank.errors import StorageError
 from batch_rerank.store.records import Count, Line, Seconds, UnitId, parse
@@ -23,6 +25,8 @@ SUMMED = (
 )
 """Counts of a receipt that follow from the unit alone: they are in its file's footer too."""
 
+Text = Annotated[str, Field(pattern=r"^[\x20-\x7e]*$", max_length=6000)]
+
 REUSE_COUNTS = ("reused", "new_queries", "new_documents", "unreadable", "audited")
 """Counts of pairs that follow from the earlier outputs too."""
 
@@ -40,7 +44,8 @@ class Receipt:
     scoring, beside those of the other steps; reused: pairs with the score of an earlier output, reused_from: of which;
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
-    audit_difference: the largest that was seen
+    audit_difference: the largest that was seen;
+    shape: how scores, lengths and places of its pairs lie, see store/shapes.py, empty in receipts of 0.1.0
     """
 
     unit: UnitId
@@ -78,6 +83,7 @@ class Receipt:
     unreadable: Count = 0
     audited: Count = 0
     audit_difference: Seconds = 0.0
+    shape: Text = ""
 
     @property
     def counts(self) -> dict[str, int]:
