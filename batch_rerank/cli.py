@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-import batch_rerank.cli_outputs  # noqa: F401  (its verbs)
+import batch_rerank.cli_outputs  # its verbs
+import batch_rerank.cli_report  # noqa: F401
 from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb, verdict_told
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals
@@ -66,6 +67,8 @@ def run(
     if summary.reuse is not None or totals.reused:
         log.info("%s", _reused(totals))
     log.info("output: %s", summary.output)
+    if summary.report:
+        log.info("report: %s", summary.report)
     if as_json:
         pairs = {"reused": totals.reused, "scored": totals.scored - totals.reused}
         print_json({**asdict(summary), **pairs, "exit_code": 0})

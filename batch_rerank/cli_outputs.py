@@ -34,6 +34,8 @@ def publish(
     how = "published again" if done.again else "published"
     log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
     log.info("output: %s", done.output)
+    if done.report:
+        log.info("report: %s", done.report)
     if as_json:
         print_json({**asdict(done), "exit_code": 0})
 

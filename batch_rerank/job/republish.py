@@ -18,6 +18,7 @@ from batch_rerank.input.shards import check_planned
 from batch_rerank.input.stage import staged_pattern
 from batch_rerank.job.finish import finish
 from batch_rerank.job.gate import pass_gate
+from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
@@ -41,7 +42,7 @@ log = logging.getLogger("batch_rerank")
 @dataclass(frozen=True)
 class Published:
     """What was published, candidates in and rows out, and how long it took. again: another publication was withdrawn;
-    gate: what the job's gate has found, None where nothing was judged."""
+    gate: what the job's gate has found, None where nothing was judged; report: where it is, None without one."""
 
     output: str
     rows_in: int
@@ -49,6 +50,7 @@ class Published:
     again: bool
     seconds: float
     gate: Verdict | None = None
+    report: str | None = None
 
 
 def republish(place: Place, *, local: bool = False, despite: str | None = None) -> Published:
@@ -67,7 +69,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
     output, gate = given.output, given.gate
     if place.job is not None:
         refuse_other_scores(manifest, place.job, config)
-    totals = Totals()
+    totals, told = Totals(), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         found = scan(manifest, plan)
         remove_late_parts(manifest, found, plan)
@@ -82,7 +84,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         totals.resumed_pairs = totals.rows_in
         other = found.publication is not None and found.publication.fields != publishing_fields(output)
         again = other or found.condemned
-        with recording(manifest, plan, totals, lease):
+        with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             stands = place.job is None
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
             if despite and not (verdict and verdict.despite):
@@ -93,7 +95,8 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
             # an old output that is looked at again by its path takes no pointer from a newer one
             point = place.job is not None or again or not _is_whole(found)
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
-    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, time.monotonic() - started, verdict)
+    seconds = time.monotonic() - started
+    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, seconds, verdict, told.place)
 
 
 def _is_whole(found: Scan) -> bool:

@@ -17,6 +17,7 @@ from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.finish import finish, finished
 from batch_rerank.job.gate import check_gate, pass_gate
 from batch_rerank.job.progress import Display
+from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.reused import expected, score
 from batch_rerank.job.staging import on_ray, stage
 from batch_rerank.publish.publish import refuse_other_publication
@@ -43,7 +44,7 @@ class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
     included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
     which earlier outputs served, and why others did not; `gate` is what the job's gate has found, None where nothing
-    was judged."""
+    was judged; `report` is where the run's report is, None where there is none."""
 
     output: str
     fingerprint: str
@@ -56,6 +57,7 @@ class Summary:
     counts: dict[str, int]
     reuse: dict[str, Any] | None = None
     gate: Verdict | None = None
+    report: str | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -77,14 +79,14 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         return replace(described, seconds=time.monotonic() - started, gate=read_verdict(manifest))
     totals = Totals()
     earlier = find_earlier(config, plan)
-    each = in_turn if local else on_ray(config)
+    each, told = in_turn if local else on_ray(config), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
         go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
-        with recording(manifest, plan, totals, lease):
+        with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             receipts = score(config, model, plan, done, earlier, each, local)
@@ -115,6 +117,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         counts=plan.counts,
         reuse=None if earlier is None else earlier.summary(),
         gate=verdict,
+        report=told.place,
     )
 
 
