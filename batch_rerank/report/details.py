@@ -172,7 +172,10 @@ def provenance(content: Json) -> str:
     told = content.get("provenance")
     if not told:
         return ""
-    rows = [[shown(name.replace("_", " ")), shown(value)] for name, value in told["model"].items()]
+    rows = [
+        ["model" if name == "name" else shown(name.replace("_", " ")), shown(value)]
+        for name, value in told["model"].items()
+    ]
     rows += [[f"input {shown(name)}", shown(value)] for name, value in told["input"].items()]
     rows += [["shards", count(told["shards"])], ["scored by", shown(f"batch_rerank {told['written_by']}")]]
     rows += [["fingerprint", f"<code>{shown(told['fingerprint'])}</code>"]]

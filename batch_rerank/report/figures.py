@@ -132,12 +132,8 @@ def tokens(content: Json) -> Figure | None:
     if not told:
         return None
     most_tokens = content["tokens"].get("max_length")
-    svg = Svg(
-        "tokens",
-        "Tokens of a pair",
-        f"From {told[0][0]:,} to {told[-1][1]:,} tokens; bins grow by a quarter octave.",
-        190,
-    )
+    said = f"From {told[0][0]:,} to {told[-1][1]:,} tokens; four bins an octave."
+    svg = Svg("tokens", "Tokens of a pair", said, 190)
     values = _shares([count for _, _, count in told])
     most = ceiling(max(values))
     grid(svg, most, " % of pairs")

@@ -102,7 +102,7 @@ def gather(
         "places": places_of(whole),
         "agreement": agreement_of(whole),
         "movers": {
-            **movers(manifest, plan, config, found, shapes, seconds),
+            **movers(manifest, plan, config, found, found.committed, seconds),
             "command": f"batch-rerank report {named} --score-movers",
         },
         "tokens": {"bins": tokens_of(whole), "max_length": _number(plan.model.get("max_length"))},

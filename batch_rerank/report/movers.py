@@ -18,7 +18,7 @@ from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Unit
 from batch_rerank.store.receipts import Receipt
 from batch_rerank.store.scan import Scan
-from batch_rerank.store.shapes import Mover, Shape
+from batch_rerank.store.shapes import Mover, from_text
 
 log = logging.getLogger("batch_rerank")
 
@@ -33,7 +33,9 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
+    """A candidate, and the unit that it is in."""
+
     unit: Unit
     mover: Mover
 
@@ -43,22 +45,14 @@ def movers(
     plan: Plan,
     config: JobConfig | None,
     found: Scan,
-    shapes: Sequence[tuple[Receipt, Shape]],
+    committed: Sequence[Receipt],
     seconds: float | None = None,
 ) -> Json:
     """Some twenty that have gained or lost most places. seconds: that reading their texts may take, None for any; the
     rest is named by its ids. Never raises for what cannot be read: it says so."""
-    units = {unit.id: unit for unit in plan.units}
-    chosen = [
-        sorted(
-            (_Chosen(units[receipt.unit], one) for receipt, shape in shapes for one in getattr(shape, way)),
-            key=lambda one: (-abs(one.mover.before - one.mover.after), one.unit.id, one.mover.row),
-        )[:EACH_WAY]
-        for way in ("up", "down")
-    ]
-    listed = [one for both in chosen for one in both]
+    listed = choose(plan, committed)
     texts, note = _texts(plan, config, listed, seconds)
-    receipts = {receipt.unit: receipt for receipt, _ in shapes}
+    receipts = {receipt.unit: receipt for receipt in committed}
     rows = []
     for one in listed:
         known = texts.get((one.unit.id, one.mover.row)) or _ids(manifest, found, receipts[one.unit.id], one.mover.row)
@@ -75,13 +69,28 @@ def movers(
     return {"rows": rows, "note": note}
 
 
+def choose(plan: Plan, receipts: Sequence[Receipt]) -> list[Chosen]:
+    """Those that have gained most places, then those that have lost most, the largest moves first."""
+    units = {unit.id: unit for unit in plan.units}
+    shapes = [(receipt.unit, shape) for receipt in receipts if (shape := from_text(receipt.shape)) is not None]
+    listed: list[Chosen] = []
+    for way in ("up", "down"):
+        moved = (Chosen(units[unit], one) for unit, shape in shapes for one in getattr(shape, way))
+        listed += sorted(moved, key=_by_distance)[:EACH_WAY]
+    return listed
+
+
+def _by_distance(one: Chosen) -> tuple[int, str, int]:
+    return -abs(one.mover.before - one.mover.after), one.unit.id, one.mover.row
+
+
 def _texts(
-    plan: Plan, config: JobConfig | None, chosen: Sequence[_Chosen], seconds: float | None
+    plan: Plan, config: JobConfig | None, chosen: Sequence[Chosen], seconds: float | None
 ) -> tuple[dict[tuple[str, int], Json], str]:
     if config is None or not chosen:
         return {}, "the job of this output is not understood" if chosen else ""
     started, read = time.monotonic(), dict[tuple[str, int], Json]()
-    wanted: dict[str, list[_Chosen]] = {}
+    wanted: dict[str, list[Chosen]] = {}
     for one in chosen:
         wanted.setdefault(one.unit.id, []).append(one)
     late = 0

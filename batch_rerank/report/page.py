@@ -74,7 +74,7 @@ def _tiles(content: Json) -> str:
     then = {name: f"earlier {short(value)}" for name, value in earlier.items()}
     per_pair = f"{counts['tokens'] / counts['scored']:,.0f} a pair" if counts["scored"] else ""
     published = "not yet" if counts["rows_out"] is None else short(counts["rows_out"])
-    parts = "" if counts["rows_out"] is None else f"rows, in {count(counts['parts'])} parts"
+    parts = "" if counts["rows_out"] is None else f"rows, in {_counted(counts['parts'], 'file')}"
     tiles = [
         ("Pairs", short(rows), [of, f"of {count(counts['queries'])} queries", then.get("rows_in", "")]),
         ("Tokens read", short(counts["tokens"]), [per_pair, then.get("tokens", "")]),
@@ -93,8 +93,12 @@ def _tile(name: str, value: str, small: Sequence[str]) -> str:
     return f"<div><dt>{name}</dt><dd>{value}{beside}</dd></div>"
 
 
+def _counted(value: int, what: str) -> str:
+    return f"{count(value)} {what}{'' if value == 1 else 's'}"
+
+
 def _many(value: int) -> str:
-    return f"{count(value)} pairs" if value else "none"
+    return _counted(value, "pair") if value else "none"
 
 
 def _rate(status: Json) -> str:

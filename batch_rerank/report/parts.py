@@ -46,8 +46,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) 
         return f"<{kind}{' class=n' if at >= plain_columns else ''}>{value}</{kind}>"
 
     top = "".join(cell(at, name, "th") for at, name in enumerate(head))
+    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
     body = "".join(
         "<tr>" + "".join(cell(at, value, "td") for at, value in enumerate(row)) + "</tr>" for row in rows[:ROWS]
     )
     rest = f"<p>… and {len(rows) - ROWS:,} more.</p>" if len(rows) > ROWS else ""
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>{rest}'
+    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>{rest}'

@@ -3,6 +3,7 @@
 FIGURE = """
 text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:var(--muted)}
 .axis{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
+.value{fill:var(--ink);font-weight:600;font-size:14px}
 .bar{fill:var(--main)}.soft{fill:var(--main);opacity:.55}.up{fill:var(--up)}.down{fill:var(--down)}
 .still{fill:var(--still)}
 .one{fill:var(--s1)}.two{fill:var(--s2)}.three{fill:var(--s3)}.four{fill:var(--s4)}.five{fill:var(--s5)}
@@ -22,7 +23,7 @@ LIGHT = """
 --then:#b7641a;
 --up:#17766f;--down:#b7641a;--still:#b9bec6;--lane:#ece9e3;--good:#1a7f4b;--warn:#a2660a;--bad:#b3372f;--open:#3b62a8;
 --goodbg:#eaf5ee;--warnbg:#fbf3e2;--badbg:#fbeceb;--openbg:#ecf1fa;--code:#f3f1ec;
---s1:#17766f;--s2:#5b8fb9;--s3:#c98a3a;--s4:#8a6fb0;--s5:#b9bec6;--s6:#c46a77
+--s1:#17766f;--s2:#5b8fb9;--s3:#c98a3a;--s4:#8a6fb0;--s5:#b9bec6;--s6:#c46a77;
 """
 
 DARK = """
@@ -80,6 +81,7 @@ overflow-wrap:anywhere}
 thead th{color:var(--muted);font-weight:500;white-space:nowrap}
 tbody th{font-weight:500}
 td.n,th.n{text-align:right;white-space:nowrap;padding-right:1.1rem}
+th:first-child,td:first-child{min-width:6.5rem}
 tr:last-child>*{border-bottom:0}
 .movers{list-style:none;margin:0;padding:0}
 .movers li{padding:.75rem 0;border-bottom:1px solid var(--line)}
@@ -107,12 +109,15 @@ footer{margin-top:3rem;color:var(--muted);font-size:.82rem;overflow-wrap:anywher
 .lanes .idle{order:2}.lanes{row-gap:.1rem}}
 @media print{:root{"""
     + LIGHT
-    + """--ground:#fff;--code:#f6f6f6}body{font-size:11pt}main{max-width:none;padding:0}
-.card,.tiles div{border:1px solid var(--line)}
-section,.card,figure,.movers li,tr{break-inside:avoid}section{margin-top:1.4rem}h2,h3{break-after:avoid}
-.movers pre{max-height:none;overflow:visible}
-.verdict{border:1px solid var(--line)}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}
-.cards{grid-template-columns:1fr 1fr}}
+    + """--ground:#fff;--code:#f6f6f6}
+@page{margin:14mm}
+body{font-size:10pt}main{max-width:none;padding:0}.card,.tiles div{border:1px solid var(--line)}
+.card,figure,.movers li,tr,.verdict{break-inside:avoid}.card:has(.movers){break-inside:auto}
+section{margin-top:1.3rem}h2,h3{break-after:avoid}.cards{grid-template-columns:1fr 1fr}
+.tiles{grid-template-columns:repeat(4,1fr)}.tiles dd{font-size:1.15rem}
+.movers pre{max-height:5.6rem;overflow:hidden}pre,code{font-size:8pt}table{font-size:8pt}th,td{padding-right:.4rem}
+td.n,th.n{padding-right:.5rem}.scroll{overflow:visible}summary{display:none}.verdict{border:1px solid var(--line)}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
     + FIGURE
 )

@@ -70,20 +70,24 @@ class Svg:
         """As an element of a page."""
         return self._element('width="100%"')
 
-    def to_file(self, width: int, style: str) -> str:
-        """As a file of its own, of some pixels."""
-        paper = '<rect class="paper" x="0" y="0" width="100%" height="100%" rx="6"/>'
-        pad = 14
-        inner = (
-            f'<svg x="{pad}" y="{pad}" width="{width - 2 * pad}" height="{self.height}">'
-            + "".join(self.parts)
-            + "</svg>"
-        )
+    def to_file(self, width: int, style: str, keys: Sequence[tuple[str, str]] = ()) -> str:
+        """As a file of its own, of some pixels, with its title and what its colours mean."""
+        pad, head = 16, 30
+        tall = self.height + head + 2 * pad
+        key, at = [], width - pad
+        for kind, words in reversed(keys):
+            at -= 7 * len(words) + 22
+            key.append(f'<rect class="{kind}" x="{at}" y="{pad}" width="12" height="9" rx="2"/>')
+            key.append(f'<text x="{at + 16}" y="{pad + 9}">{plain(words)}</text>')
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{self.height + 2 * pad}" '
-            f'viewBox="0 0 {width} {self.height + 2 * pad}" role="img" aria-label="{plain(self.title)}">'
-            f"<title>{plain(self.title)}</title><desc>{plain(self.description)}</desc>"
-            f"<style>{style}</style>{paper}{inner}</svg>\n"
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{tall}" viewBox="0 0 {width} {tall}" '
+            f'role="img" aria-label="{plain(self.title)}"><title>{plain(self.title)}</title>'
+            f"<desc>{plain(self.description)}</desc><style>{style}</style>"
+            f'<rect class="paper" x="0" y="0" width="100%" height="100%" rx="8"/>'
+            f'<text class="value" x="{pad}" y="{pad + 10}">{plain(self.title)}</text>{"".join(key)}'
+            f'<svg x="{pad}" y="{pad + head}" width="{width - 2 * pad}" height="{self.height}">'
+            + "".join(self.parts + self.above)
+            + "</svg></svg>\n"
         )
 
     def _element(self, width: str) -> str:
@@ -117,12 +121,11 @@ def ceiling(value: float) -> float:
 
 
 def grid(svg: Svg, most: float, unit: str = "") -> None:
-    """Two rules with what they stand for, above which nothing is drawn."""
+    """Two rules, at the top, which says what it stands for, and half way."""
     room = svg.height - TOP - BOTTOM
     for part in (0.5, 1.0):
-        y = TOP + room * (1 - part)
-        svg.rule(y)
-        svg.label(0, y - 4, f"{_round(most * part)}{unit if part == 1 else ''}", "axis", "start")
+        svg.rule(TOP + room * (1 - part))
+    svg.label(0, TOP - 4, f"{_round(most)}{unit}", "axis", "start")
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:

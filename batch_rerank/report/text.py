@@ -57,7 +57,7 @@ def short(value: float | None) -> str:
     """A number in a few signs: 12.3 M."""
     if value is None:
         return "unknown"
-    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e5, "k")):
         if abs(value) >= size:
             scaled = value / (1e3 if sign == "k" else size)
             return f"{scaled:.3g}&thinsp;{sign}" if abs(scaled) < 1000 else f"{scaled:,.0f}&thinsp;{sign}"

@@ -17,6 +17,7 @@ import numpy as np
 from batch_rerank.store.receipts import Receipt
 
 SLICES = 96
+"""Of the time at most: none is shorter than the second to which receipts know it."""
 MOST_ACTORS = 32
 """That are shown one by one."""
 
@@ -77,7 +78,7 @@ def timeline(receipts: Sequence[Receipt]) -> Json | None:
     spans, gaps = _spans([pair for one in ordered for pair in zip(one.starts, one.stops, strict=True)])
     axis = _Axis(spans)
     shown = sorted(ordered, key=lambda one: -sum(one.pairs))[:MOST_ACTORS]
-    rate = np.zeros(SLICES)
+    rate = np.zeros(axis.slices)
     for one in ordered:
         rate += axis.spread(one.starts, one.stops, one.pairs)
     seconds = axis.seconds_of_slices()
@@ -86,7 +87,9 @@ def timeline(receipts: Sequence[Receipt]) -> Json | None:
         "stop": utc(spans[-1][1]),
         "seconds": round(axis.seconds, 1),
         "edges": [round(edge, 5) for edge in axis.edges],
-        "rate": [round(float(value), 2) for value in np.divide(rate, seconds, where=seconds > 0, out=np.zeros(SLICES))],
+        "rate": [
+            round(float(value), 2) for value in np.divide(rate, seconds, where=seconds > 0, out=np.zeros(axis.slices))
+        ],
         "gaps": [{"at": utc(start), "seconds": round(stop - start)} for start, stop in gaps[:20]],
         "gap_marks": [round(mark, 5) for mark in axis.breaks[:20]],
         "actors": [_told(one, axis, seconds) for one in ordered if one in shown],
@@ -97,12 +100,12 @@ def timeline(receipts: Sequence[Receipt]) -> Json | None:
 
 
 def _named(receipt: Receipt) -> str:
-    return " · ".join(filter(None, (receipt.host, receipt.device))) or receipt.scorer.split(" ")[0]
+    return " · ".join(filter(None, (receipt.scorer.split(" ")[0], receipt.device)))
 
 
 def _told(one: _Actor, axis: "_Axis", seconds: Any) -> Json:
     busy = axis.spread(one.starts, one.stops, [stop - start for start, stop in zip(one.starts, one.stops, strict=True)])
-    share = np.divide(busy, seconds, where=seconds > 0, out=np.zeros(SLICES))
+    share = np.divide(busy, seconds, where=seconds > 0, out=np.zeros(axis.slices))
     there = max(one.stops) - min(one.starts) - axis.gap_seconds(min(one.starts), max(one.stops))
     return {
         "name": one.name,
@@ -140,15 +143,17 @@ class _Axis:
     """Slices of time: those of each stretch are of one width, and a gap is a break between them."""
 
     def __init__(self, spans: Sequence[tuple[float, float]]) -> None:
-        if len(spans) > SLICES // 4:  # a job that was resumed very often: its gaps are time like any other
+        seconds = sum(stop - start for start, stop in spans)
+        self.slices = int(min(SLICES, max(1, seconds)))
+        if len(spans) > max(1, self.slices // 4):  # a job that was resumed very often: its gaps are time like any other
             spans = [(spans[0][0], spans[-1][1])]
         self._spans = spans
         self.seconds = sum(stop - start for start, stop in spans)
         room = 1 - BREAK * (len(spans) - 1)
-        counts = [max(1, round(SLICES * (stop - start) / self.seconds)) for start, stop in spans]
-        while sum(counts) != SLICES:
+        counts = [max(1, round(self.slices * (stop - start) / self.seconds)) for start, stop in spans]
+        while sum(counts) != self.slices:
             largest = counts.index(max(counts))
-            counts[largest] += 1 if sum(counts) < SLICES else -1
+            counts[largest] += 1 if sum(counts) < self.slices else -1
         self._times: list[tuple[float, float]] = []
         self.edges: list[float] = []
         self.breaks: list[float] = []
@@ -166,14 +171,14 @@ class _Axis:
         self._highs = np.array([high for _, high in self._times])
 
     def seconds_of_slices(self) -> Any:
-        """float64[SLICES]."""
+        """float64[slices]."""
         return self._highs - self._lows
 
     def spread(self, starts: Sequence[float], stops: Sequence[float], values: Sequence[float]) -> Any:
-        """float64[SLICES]: values spread evenly from start to stop. A pass over the slices, not over the units."""
+        """float64[slices]: values spread evenly from start to stop. A pass over the slices, not over the units."""
         start, stop, value = (np.asarray(one, np.float64) for one in (starts, stops, values))
         density = value / (stop - start)
-        made = np.zeros(SLICES)
+        made = np.zeros(self.slices)
         for number, (low, high) in enumerate(self._times):
             covered = np.minimum(stop, high) - np.maximum(start, low)
             made[number] = (np.maximum(covered, 0) * density).sum()

@@ -23,7 +23,7 @@ def verdict_of(
         if not counts["pairs_planned"]:
             return _said(WARN, "Finished, with nothing to score: the input has no candidates.", notes)
         warned = bool(notes)
-        how = "Finished and published" if not warned else "Finished and published; look at what stands below"
+        how = "Finished and published" if not warned else "Finished and published, with something to look at"
         line = f"{how}: {counts['rows_in']:,} pairs of {counts['queries']:,} queries."
         return _said(WARN if warned else GOOD, line, notes)
     if gate is not None and gate.get("passed") is False and not gate.get("despite") and done == planned:

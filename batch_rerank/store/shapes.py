@@ -124,7 +124,7 @@ class Shape:
             parts.append(f"taus={self.taus},{_g(self.tau_total)}")
         for name, movers in (("up", self.up), ("down", self.down)):
             if movers:
-                parts.append(f"{name}=" + "/".join(f"{m.row},{m.before},{m.after},{_g(m.score)}" for m in movers))
+                parts.append(f"{name}=" + "/".join(f"{m.row},{m.before},{m.after},{m.score:.9g}" for m in movers))
         return " ".join(parts)
 
 
