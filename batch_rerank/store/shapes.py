@@ -61,7 +61,7 @@ RELEVANCE_BINS, OVERLAP_BINS, RBO_BINS = 20, 10, 20
 """Of values from 0 to 1, which have bins of equal width; the last one has 1 in it."""
 
 LONGEST = 6000
-"""Characters of a shape that are believed; ours are below 1,500."""
+"""Characters of a shape that are believed; ours are below 1,600."""
 
 
 def equal_bins(values: npt.NDArray[np.floating], bins: int) -> Int64:
