@@ -78,9 +78,8 @@ def timeline(receipts: Sequence[Receipt]) -> Json | None:
     spans, gaps = _spans([pair for one in ordered for pair in zip(one.starts, one.stops, strict=True)])
     axis = _Axis(spans)
     shown = sorted(ordered, key=lambda one: -sum(one.pairs))[:MOST_ACTORS]
-    rate = np.zeros(axis.slices)
-    for one in ordered:
-        rate += axis.spread(one.starts, one.stops, one.pairs)
+    every = ([value for one in ordered for value in getattr(one, name)] for name in ("starts", "stops", "pairs"))
+    rate = axis.spread(*every)
     seconds = axis.seconds_of_slices()
     return {
         "start": utc(spans[0][0]),

@@ -14,7 +14,7 @@ import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, StorageError
 from batch_rerank.publish.output import Place, open_output
-from batch_rerank.publish.status import status_of_output
+from batch_rerank.publish.status import of_lease
 from batch_rerank.report.gather import FORMAT, gather, known_config
 from batch_rerank.report.measures import measures_of
 from batch_rerank.report.page import page
@@ -72,8 +72,8 @@ def report(
         config = known_config(plan, place)
         for _ in range(TRIES):
             before = manifest.read_status()
-            shown = status_of_output(place)
-            status = replace(before, state=str(shown["state"]), message=str(shown["message"]))
+            state, message = (before.state, before.message) if before.state != "running" else of_lease(manifest, plan)
+            status = replace(before, state=state, message=message)
             content = gather(
                 manifest,
                 plan,
