@@ -1,8 +1,6 @@
 """Planned against actual: what a run took beside what was expected of it, what made the difference, and the rate that
 the next plan goes by. `_manifest/actual.json` has it."""
 
-import json
-import logging
 import math
 import platform
 import time
@@ -11,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import BatchRerankError
 from batch_rerank.estimate.forecast import duration
-from batch_rerank.estimate.rates import ACTUAL, Rate, shape_of
+from batch_rerank.estimate.rates import Rate, shape_of
 from batch_rerank.job.estimate import Estimate
-from batch_rerank.store.filesystem import storage_errors
-from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.receipts import Receipt
-
-log = logging.getLogger("batch_rerank")
 
 WORTH_SAYING = 0.02
 """Of the planned time, from which on a difference is named."""
@@ -194,30 +187,6 @@ def said(value: dict[str, Any]) -> str:
     p50 = planned["p50"] if isinstance(planned, dict) else planned
     against = "planned: unknown" if p50 is None else f"planned {duration(p50)} ({actual / p50 - 1:+.0%})"
     return f"took {duration(actual)}, {against}{''.join(f'; {reason}' for reason in value['reasons'])}"
-
-
-def write(manifest: Manifest, value: dict[str, Any]) -> None:
-    """Write it beside the output. The output is finished by then: a failure is said and costs nothing else."""
-    location = manifest.root / ACTUAL
-    try:
-        with storage_errors(location):
-            location.write_bytes(json.dumps(value, indent=1).encode())
-    except BatchRerankError as error:
-        log.warning("planned against actual could not be written: %s", error)
-
-
-def read(manifest: Manifest) -> dict[str, Any] | None:
-    """What the last run has written; None where there is nothing, or nothing of ours."""
-    location = manifest.root / ACTUAL
-    try:
-        with storage_errors(location):
-            try:
-                value = json.loads(location.read_bytes())
-            except (FileNotFoundError, ValueError):
-                return None
-    except BatchRerankError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def processor() -> str:

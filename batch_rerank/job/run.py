@@ -21,6 +21,7 @@ from batch_rerank.job.finish import finish, finished
 from batch_rerank.job.gate import await_gate, check_gate, pass_gate
 from batch_rerank.job.metrics import Metrics
 from batch_rerank.job.progress import Display
+from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.reused import score
 from batch_rerank.job.spend import Spend
 from batch_rerank.job.staging import on_ray, stage
@@ -31,6 +32,7 @@ from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
 from batch_rerank.store.distrusted import distrust
 from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.held import read_held, write_held
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, refuse_protocol
@@ -48,7 +50,8 @@ class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
     included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
     which earlier outputs served, and why others did not; `gate` is what the job's gate has found, None where nothing
-    was judged; `held`: planned against actual (job/actual.py), of the run that ended last."""
+    was judged; `held`: planned against actual (job/actual.py), of the run that ended last; `report` is where the run's
+    report is, None where there is none."""
 
     output: str
     fingerprint: str
@@ -62,6 +65,7 @@ class Summary:
     reuse: dict[str, Any] | None = None
     gate: Verdict | None = None
     held: dict[str, Any] | None = None
+    report: str | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -81,18 +85,18 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
         seconds = time.monotonic() - started
-        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=actual.read(manifest))
+        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=read_held(manifest))
     totals = Totals(gpu_seconds=manifest.read_status().totals.gpu_seconds)
     earlier = find_earlier(config, plan)
     gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged
-    each = in_turn if local else on_ray(config)
+    each, told = in_turn if local else on_ray(config), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
         go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
-        with recording(manifest, plan, totals, lease):
+        with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             await_gate(manifest, config, gate, lease)
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
@@ -124,7 +128,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             course.published = time.monotonic()
             held = actual.compare(planned, course, model, spend.of_this_run, local)
             if not lease.lost:
-                actual.write(manifest, held)
+                write_held(manifest, held)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
@@ -139,6 +143,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         reuse=None if earlier is None else earlier.summary(),
         gate=verdict,
         held=held,
+        report=told.place,
     )
 
 
