@@ -1,6 +1,5 @@
 """The command line: verbs and exit codes. Human text goes to stderr, `--json` prints one object on stdout."""
 
-import json
 import logging
 import os
 import signal
@@ -11,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-import batch_rerank.cli_outputs  # noqa: F401  (its verbs)
+import batch_rerank.cli_outputs
+import batch_rerank.cli_plan  # noqa: F401  (their verbs)
 from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb, verdict_told
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals
@@ -39,6 +39,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a job, or what is left of it."""
+    from batch_rerank.job import actual
     from batch_rerank.job.run import run as run_job
 
     with verdict_told(as_json):
@@ -66,6 +67,8 @@ def run(
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))
     if summary.reuse is not None or totals.reused:
         log.info("%s", _reused(totals))
+    if summary.held is not None and summary.units:
+        log.info("%s", actual.said(summary.held))
     log.info("output: %s", summary.output)
     if as_json:
         pairs = {"reused": totals.reused, "scored": totals.scored - totals.reused}
@@ -90,20 +93,6 @@ def _reused(totals: Totals) -> str:
 def _list(odd: dict[str, int]) -> str:
     found = [f"{count:,} {name}" for name, count in odd.items() if count]
     return ", ".join(found) or "nothing was cut or skipped"
-
-
-@app.command()
-@verb
-def plan(job: Job, limit: Limit = None, overrides: Set = None, as_json: Json = False) -> None:
-    """Check a job and show what it would do. Reads ids and footers, writes nothing, touches no GPU."""
-    from batch_rerank.job.run import describe, plan_job
-
-    made, model = plan_job(load_config(job, overrides or (), limit))
-    if model is not None:
-        describe(made, model)
-    log.info("fingerprint %s", made.fingerprint)
-    if as_json:
-        print_json(json.loads(made.to_json()))
 
 
 @app.command()

@@ -2,13 +2,14 @@
 
 import logging
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb, verdict_told
+from batch_rerank.errors import BatchRerankError
 
 log = logging.getLogger("batch_rerank")
 
@@ -31,9 +32,11 @@ def publish(
 
     with verdict_told(as_json):
         done = republish(find_place(output, overrides or (), limit), local=local, despite=despite_gate)
-    how = "published again" if done.again else "published"
+    how = "already published; nothing to do" if done.stood else "published again" if done.again else "published"
     log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
     log.info("output: %s", done.output)
+    if done.latest:
+        log.info("output.latest: %s", done.latest)
     if as_json:
         print_json({**asdict(done), "exit_code": 0})
 
@@ -148,11 +151,18 @@ def clean(
     from batch_rerank.publish.output import find_place
 
     what: What = "all" if whole else "scores" if scores else "work"
-    found = [clean_output(find_place(output), what, latest=latest, force=force, dry_run=dry_run) for output in outputs]
-    if as_json:
-        print_json([asdict(one) for one in found])
-        return
-    for one in found:
+    told: list[dict[str, Any]] = []
+    failed: BatchRerankError | None = None
+    for output in outputs:  # of each is said what was done, whatever becomes of the next
+        try:
+            one = clean_output(find_place(output), what, latest=latest, force=force, dry_run=dry_run)
+        except BatchRerankError as error:
+            failed = failed or error
+            told.append({"output": output, "error": str(error), "exit_code": error.exit_code})
+            if len(outputs) > 1:
+                log.error("%s", error)
+            continue
+        told.append(asdict(one))
         log.info("%s", one.output)
         for kind, taken in one.takes.items():
             gone = one.removed.get(kind)
@@ -161,6 +171,13 @@ def clean(
             log.info("  %-8s %9s files  %15s bytes%s%s", kind, f"{taken.files:,}", f"{taken.bytes:,}", said, stays)
         if one.kept:
             log.warning("  kept: %s", one.kept)
+    if failed is not None and len(outputs) == 1:
+        raise failed
+    if as_json:
+        print_json(told)
+    if failed is not None:
+        errors = sum("error" in one for one in told)
+        leave(failed.exit_code, f"error: {errors} of {len(told)} outputs could not be looked at or cleaned; see above")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
-from batch_rerank.sections import Place, Places, Reuse, Section, StorageOptions, as_list
+from batch_rerank.sections import Cost, Place, Places, Reuse, Section, StorageOptions, as_list
 
 KEYS = {
     "nested": (("path",), ()),
@@ -237,6 +237,7 @@ class JobConfig(Section):
     cluster: Cluster = Cluster()
     reuse: Reuse | None = Field(default=None, exclude=True)  # of a run, not of its output: receipts say what served
     gate: Gate | None = None
+    cost: Cost | None = Field(default=None, exclude=True)  # of a run too: a resumed one may have another budget
     limit: Annotated[int, Field(ge=1)] | None = None
 
     @property

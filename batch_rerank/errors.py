@@ -67,6 +67,16 @@ class GateError(BatchRerankError):
         self.verdict = verdict
 
 
+class BudgetError(BatchRerankError):
+    """The job would cost more than its budget, or has reached it. estimate: of a plan that was refused."""
+
+    exit_code = 8
+
+    def __init__(self, message: str, estimate: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.estimate = estimate
+
+
 def as_value(error: BatchRerankError) -> dict[str, str]:
     """The error as a plain value that can cross a process border."""
     return {"type": type(error).__name__, "message": str(error)}

@@ -173,7 +173,7 @@ def defaults(model: Path, tmp_path: Path) -> JobConfig:
 def test_a_plan_is_that_of_the_run_from_here_and_says_what_it_supposes(
     defaults: JobConfig, tmp_path: Path, logged: list[str]
 ) -> None:
-    planned, _ = plan_job(defaults)
+    planned = plan_job(defaults).plan
     assert planned.model["dtype"] == "float32"
     assert any("this machine (" in line and "no GPU" in line for line in logged)
     assert any("the job is another one, in bfloat16; model.dtype fixes it" in line for line in logged)
@@ -183,7 +183,7 @@ def test_a_plan_is_that_of_the_run_from_here_and_says_what_it_supposes(
 
 def test_a_fixed_dtype_is_one_job_everywhere(defaults: JobConfig, logged: list[str]) -> None:
     fixed = defaults.model_copy(update={"model": defaults.model.model_copy(update={"dtype": "float32"})})
-    here, _ = plan_job(fixed)
+    here = plan_job(fixed).plan
     there, _ = make_plan(settle(fixed, GPU_BOX))
     assert here.fingerprint == there.fingerprint
     assert not any("model.dtype fixes it" in line for line in logged)

@@ -19,6 +19,7 @@ from batch_rerank.engine.memory import SMALLEST, TokenBudget, choose_budget
 from batch_rerank.engine.models import DecoderModel, causal_model, classification_model
 from batch_rerank.engine.packing import LONG, Index, distinct_pairs, filled, long_apart, own_tokens, shared_packs
 from batch_rerank.engine.scorer import PairScorer, make_scorer
+from batch_rerank.engine.work import Work
 from batch_rerank.score.steps import EncodedUnit, score_unit
 from batch_rerank.score.timesheet import Timesheet
 
@@ -169,6 +170,9 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
 
         def device_lost(self) -> bool:
             return False
+
+        def computed(self) -> Work:
+            return Work()
 
     rows = pa.table({"doc_id": [str(i) for i in range(67)], "error": pa.nulls(67, pa.string())})
     scored = score_unit(EncodedUnit(None, rows, encoded, 0), Loaded())  # type: ignore[arg-type]

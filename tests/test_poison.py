@@ -21,7 +21,8 @@ from conftest import candidate_rows, job, rows_of, write
 from batch_rerank.engine.encoded import Encoded, Group
 from batch_rerank.engine.encoding import ByteEncoder
 from batch_rerank.engine.packing import Float32
-from batch_rerank.engine.scorer import ChecksumScorer
+from batch_rerank.engine.scorer import ChecksumScorer, Result
+from batch_rerank.engine.work import Arithmetic
 from batch_rerank.errors import ModelError, UnfinishedError
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
@@ -171,7 +172,7 @@ class Device:
     def __init__(self) -> None:
         self.begun, self.together, self.second = 0, threading.Event(), threading.Barrier(2, timeout=30)
 
-    def start(self, encoded: Encoded, begun: Callable[[], None]) -> Callable[[], Float32]:
+    def start(self, encoded: Encoded, begun: Callable[[], None]) -> Result:
         begun()
         self.begun += 1
 
@@ -179,13 +180,14 @@ class Device:
             self.second.wait()  # nobody gets here before the other unit is begun
             return ChecksumScorer().score(encoded)
 
-        return result
+        return Result(result)
 
 
 def test_a_unit_is_begun_while_another_is_awaited_and_no_second_is_counted_twice() -> None:
     loaded: Any = object.__new__(LoadedScorer)
     loaded._scorer, loaded._turn, loaded.sheet = Device(), threading.Lock(), Timesheet()
     loaded.sheet.loaded()
+    loaded._arithmetic, loaded._done = Arithmetic(0.0, 0.0, shared=True, causal=True), threading.local()
     encoded = encoded_of(2, 3, set())
 
     def unit() -> dict[str, float]:

@@ -544,8 +544,8 @@ def test_the_command_line_says_what_was_reused(first: Path, tmp_path: Path, cli:
     given = shards(tmp_path / "in2", rows)
     file = job_file(tmp_path / "job.yaml", job(given, tmp_path / "second"), **{"from": str(first), "audit": 0})
     code, out, error = cli("plan", file, "--json")
-    assert code == 0 and "reuse: 119 of 120 pairs with a text are known (3 of 3 units were read)" in error
-    assert json.loads(out)["counts"]["reuse_pairs_known"] == 119
+    assert code == 0 and "reused      119 pairs" in error
+    assert json.loads(out)["estimate"]["reused"] == 119
     assert not (tmp_path / "second").exists()
     code, out, error = cli("run", file, "--local", "--json")
     told = json.loads(out)

@@ -13,10 +13,14 @@ from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import Float32
 from batch_rerank.engine.selftest import own_tokens
-from batch_rerank.errors import AuditError, BatchRerankError
+from batch_rerank.errors import AuditError, BatchRerankError, UnfinishedError
+from batch_rerank.job.republish import republish
 from batch_rerank.job.run import run
+from batch_rerank.publish.output import Place
 from batch_rerank.score.steps import LoadedScorer
-from batch_rerank.store.filesystem import Location
+from batch_rerank.store.distrusted import distrust
+from batch_rerank.store.filesystem import Location, locate
+from batch_rerank.store.manifest import Manifest
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
@@ -148,3 +152,18 @@ def test_after_a_failed_audit_nothing_of_the_earlier_output_is_left(reuse: bool,
         summary = run(job(given, tmp_path / "second", **keys), local=True)
     assert summary.totals.reused == 0
     as_if_alone(tmp_path / "second", given, tmp_path / "own", **keys)
+
+
+# `publish` took what the next run would have thrown away.
+def test_after_a_failed_audit_nothing_is_published(tmp_path: Path) -> None:
+    rows = corpus()
+    run(job(shards(tmp_path / "in", rows), tmp_path / "first"), local=True)
+    plant(tmp_path / "first", 0.25)
+    given = shards(tmp_path / "in2", rows)
+    config = job(given, tmp_path / "second", reuse__from=str(tmp_path / "first"), reuse__audit=0.0)
+    scored_only(config)
+    distrust(Manifest(locate(str(tmp_path / "second"))), [str(tmp_path / "first")])
+    with pytest.raises(UnfinishedError, match="failed the audit"):
+        republish(Place(str(tmp_path / "second")), local=True)
+    assert not list((tmp_path / "second").glob("part-*"))
+    assert run(job(given, tmp_path / "second"), local=True).totals.reused == 0

@@ -194,7 +194,7 @@ file, output = sys.argv[1:]
 for name, gpus in (("auto", "auto"), ("half", 0.5), ("two", 2)):
     sets = [f"output.path={output}/{name}", f"cluster.gpus_per_actor={gpus}", "cluster.actors=3"]
     try:
-        print(name, "planned", plan_job(load_config(file, sets))[0].config["cluster"]["gpus_per_actor"])
+        print(name, "planned", plan_job(load_config(file, sets)).plan.config["cluster"]["gpus_per_actor"])
         print(name, "scored", run(load_config(file, sets)).totals.scored)
     except ConfigError as error:
         print(name, "refused", error)

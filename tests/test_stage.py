@@ -322,12 +322,12 @@ def test_files_that_other_tools_write(
 
 def test_a_staged_input_is_used_again_until_its_sources_change(tmp_path: Path, logged: list[str]) -> None:
     given = given_as("beir", tmp_path / "in") | {"stage": str(tmp_path / "staged")}
-    assert plan_job(job_of(given, tmp_path / "one"))[1] is None
+    assert plan_job(job_of(given, tmp_path / "one")).model is None
     assert not (tmp_path / "staged").exists()
     run(job_of(given, tmp_path / "one"), local=True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").rglob("*") if "lease" not in str(path)}
     run(job_of(given, tmp_path / "two"), local=True)
-    assert plan_job(job_of(given, tmp_path / "two"))[1] is not None
+    assert plan_job(job_of(given, tmp_path / "two")).model is not None
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "staged").rglob("*") if "lease" not in str(path)}
     assert before == after
     assert any(message.startswith("staged already at ") for message in logged)

@@ -9,12 +9,13 @@ import itertools
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoded import Encoded, lengths_of
+from batch_rerank.engine.encoded import Encoded, Int32, lengths_of
 from batch_rerank.engine.packing import Float32, Ids, Index, distinct_pairs, unreadable
 from batch_rerank.errors import ConfigError, ModelError
 
@@ -27,8 +28,18 @@ if TYPE_CHECKING:
 
 VECTOR_CACHE_BYTES = 256 * 2**20
 
-Result = Callable[[], Float32]
-"""Waits for scores that are on their way: float32[n_pairs]."""
+
+@dataclass(frozen=True)
+class Result:
+    """Scores that are on their way: called, it waits for them and gives float32[n_pairs]. texts: int32[n], tokens of
+    each text that a bi-encoder reads for them; None for other kinds."""
+
+    wait: Callable[[], Float32]
+    texts: Int32 | None = None
+
+    def __call__(self) -> Float32:
+        """float32[n_pairs]."""
+        return self.wait()
 
 
 class Scorer(Protocol):
@@ -64,6 +75,10 @@ class Scorer(Protocol):
         """float32[n_pairs], in the order of the groups and their documents: raw logit, log-odds or cosine; NaN for a
         pair that the device's memory is too small for, and for one without a token (`unreadable`). Raises ModelError
         where the model gives NaN or infinity."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is remembered of texts: after a self-test, whose texts are no job's."""
         ...
 
     def under(self, token_budget: int) -> "Scorer":
@@ -163,11 +178,14 @@ class PairScorer:
             scores[pairs] = _finite(computed, "pairs")
             return scores[representative]
 
-        return result
+        return Result(result)
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
         return self.start(encoded)()
+
+    def forget(self) -> None:
+        """See Scorer."""
 
     def under(self, token_budget: int) -> "PairScorer":
         """See Scorer."""
@@ -225,11 +243,15 @@ class BiEncoderScorer:
                     scores[pair] = document @ query
             return scores
 
-        return result
+        return Result(result, lengths_of(list(new.values())))
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
         return self.start(encoded)()
+
+    def forget(self) -> None:
+        """See Scorer."""
+        self._cache = {}
 
     def under(self, token_budget: int) -> "BiEncoderScorer":
         """See Scorer."""
@@ -272,7 +294,7 @@ class ChecksumScorer:
         """See Scorer."""
         begun()
         scores = self.score(encoded)
-        return lambda: scores
+        return Result(lambda: scores)
 
     def score(self, encoded: Encoded) -> Float32:
         """See Scorer."""
@@ -282,6 +304,9 @@ class ChecksumScorer:
         for pair, (segment, kept) in enumerate(zip(encoded.document, encoded.kept, strict=True)):
             sums[pair] = zlib.crc32(encoded.segment(segment)[:kept].data, heads[group[pair]])
         return np.asarray(sums / 2**28 - 8, np.float32)
+
+    def forget(self) -> None:
+        """See Scorer."""
 
     def under(self, token_budget: int) -> "ChecksumScorer":
         """See Scorer."""

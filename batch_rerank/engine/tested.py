@@ -79,6 +79,7 @@ def _try(spec: ModelSpec, device: str, token_budget: int | None, forward: "Forwa
     started = time.monotonic()
     result = self_test(spec, scorer) if test else None
     if result is None or result.passed:
+        scorer.forget()
         return Tested(scorer, result, time.monotonic() - started, scorer.fallback or "")
     failed = {check.name for check in result.checks if not check.passed}
     its_own = failed & OF_THE_FORWARD and failed <= OF_THE_FORWARD | WITH_IT

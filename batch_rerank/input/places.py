@@ -4,8 +4,6 @@ A pattern that would match the output is harmless once: the next run finds its o
 are held against the names that will be there, before anything is.
 """
 
-import os
-import posixpath
 import re
 from collections.abc import Iterator
 
@@ -15,6 +13,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError
 from batch_rerank.sections import as_list
 from batch_rerank.store.filesystem import Location, locate
+from batch_rerank.store.latest import real_path
 
 WRITTEN = (
     "part-00000-00000.parquet",
@@ -112,8 +111,3 @@ def _endpoint(location: Location) -> str | None:
 def is_within(inner: Location, outer: Location) -> bool:
     """Whether a path of the same store is another one, or below it."""
     return f"{real_path(inner)}/".startswith(real_path(outer).rstrip("/") + "/")
-
-
-def real_path(location: Location) -> str:
-    """Without links and .. on a local disk; stores have neither."""
-    return os.path.realpath(location.path) if location.is_local else posixpath.normpath(location.path)

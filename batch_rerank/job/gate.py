@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from batch_rerank.conditions import LATEST, SHARES, Gate
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, GateError, InputError, StorageError
-from batch_rerank.input.places import real_path
 from batch_rerank.judge.evaluate import Qrels, read_qrels
 from batch_rerank.judge.gate import BEHIND, Row, Shares, judge
 from batch_rerank.judge.rankings import Ranking, published, unpublished, work_of
@@ -26,13 +26,13 @@ from batch_rerank.publish.publish import refuse_unseen
 from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.schema import NULL_QUERY, NULL_TEXT
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.latest import read_latest
+from batch_rerank.store.latest import read_latest, real_path
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import Scan, scan
-from batch_rerank.store.verdict import GATE, PASSED_OVER, Verdict, read_verdict
+from batch_rerank.store.verdict import GATE, NOT_JUDGED, PASSED_OVER, Verdict, read_verdict
 
 log = logging.getLogger("batch_rerank")
 
@@ -46,6 +46,28 @@ def check_gate(config: JobConfig) -> None:
         return
     _qrels(gate, config)
     _earlier(gate, config, manifest)
+
+
+def await_gate(manifest: Manifest, config: JobConfig, gate: object, lease: Lease) -> None:
+    """Record that a job which is not published yet has to pass a gate, before it can be: whoever goes on, by the job
+    file or by the path alone, judges it. gate: the section as a plan keeps it. Under the lease; raises StorageError,
+    and ConflictError where it is lost."""
+    if not isinstance(gate, dict) or config.limit is not None or _is_public(manifest):
+        return
+    recorded = read_verdict(manifest)
+    if recorded is not None and not recorded.passed and not recorded.awaited:
+        return  # a refusal, with the rows behind it
+    lease.check()
+    Verdict(False, _now(), problem=NOT_JUDGED, gate=gate).write(manifest)
+
+
+def _is_public(manifest: Manifest) -> bool:
+    """Whether an output is published, or is being published; withdrawn: the publication is being replaced."""
+    return manifest.read_publication() is not None or bool(manifest.list_files("_manifest/withdrawn").found)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def pass_gate(
@@ -67,13 +89,15 @@ def pass_gate(
     recorded, gate = read_verdict(manifest), config.gate
     if recorded is None and gate is None:
         return None
-    # withdrawn: of a publication that is being replaced
-    if manifest.read_publication() is not None or manifest.list_files("_manifest/withdrawn").found:
+    if _is_public(manifest):
         return recorded
-    if stands and recorded is not None and not recorded.passed:
-        verdict: Verdict | None = replace(recorded, despite=despite or recorded.despite)
-    elif gate is None:
-        verdict = recorded and replace(recorded, despite=despite or "the job has no gate any more")
+    if stands and recorded is not None and recorded.awaited and config.limit is None:
+        gate = _gate_of(recorded, manifest)
+    elif stands and recorded is not None and not recorded.passed:
+        # a reason that is there already is of a publication that has not come about: whoever gave it was killed
+        return _recorded(manifest, replace(recorded, despite=despite or ""), lease)
+    if gate is None:
+        verdict: Verdict | None = recorded and replace(recorded, despite=despite or "the job has no gate any more")
         if verdict is None or verdict.passed:
             return recorded
     elif config.limit is not None:
@@ -81,7 +105,21 @@ def pass_gate(
         return None
     else:
         verdict = _verdict(manifest, plan, totals, config, model, gate, despite)
-    assert verdict is not None
+    return _recorded(manifest, verdict, lease)
+
+
+def _gate_of(recorded: Verdict, manifest: Manifest) -> Gate:
+    try:
+        return Gate.model_validate(recorded.gate)
+    except ValidationError:
+        raise StorageError(
+            f"{manifest.root / GATE}: the gate to be judged by cannot be understood; expected one of this version; "
+            "batch-rerank publish JOB judges by the job file"
+        ) from None
+
+
+def _recorded(manifest: Manifest, verdict: Verdict, lease: Lease) -> Verdict:
+    """The verdict, written. Raises GateError where it refuses."""
     lease.check()
     verdict.write(manifest)
     for line in verdict.failed("warn"):
@@ -101,8 +139,7 @@ def _verdict(
     gate: Gate,
     despite: str | None,
 ) -> Verdict:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    said = Verdict(False, at, qrels=gate.qrels or "", despite=despite or "")
+    said = Verdict(False, _now(), qrels=gate.qrels or "", despite=despite or "")
     try:
         found = scan(manifest, plan)
         refuse_unseen(manifest, plan, found)

@@ -25,7 +25,8 @@ from batch_rerank.publish.publish import unavailable
 from batch_rerank.publish.withdraw import withdraw
 from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
-from batch_rerank.store.bookkeeping import recording, refuse_strays, remove_late_parts
+from batch_rerank.store import latest as pointers
+from batch_rerank.store.bookkeeping import doubtful, recording, refuse_strays, remove_late_parts
 from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest
@@ -41,7 +42,8 @@ log = logging.getLogger("batch_rerank")
 @dataclass(frozen=True)
 class Published:
     """What was published, candidates in and rows out, and how long it took. again: another publication was withdrawn;
-    gate: what the job's gate has found, None where nothing was judged."""
+    stood: all of it was there already; latest: what became of the pointer, empty where the job has none; gate: what
+    the job's gate has found, None where nothing was judged."""
 
     output: str
     rows_in: int
@@ -49,6 +51,8 @@ class Published:
     again: bool
     seconds: float
     gate: Verdict | None = None
+    stood: bool = False
+    latest: str = ""
 
 
 def republish(place: Place, *, local: bool = False, despite: str | None = None) -> Published:
@@ -90,10 +94,39 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
             if again and found.publication is not None:
                 withdraw(manifest, found.publication, lease)
             each = in_turn if local else on_ray(config)
+            stood = _is_whole(found) and not again
+            named, before = _named(config, manifest)
             # an old output that is looked at again by its path takes no pointer from a newer one
-            point = place.job is not None or again or not _is_whole(found)
+            point = place.job is not None or not stood or before is None
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
-    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, time.monotonic() - started, verdict)
+    latest = _of_pointer(config, named, before, point)
+    seconds = time.monotonic() - started
+    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, seconds, verdict, stood, latest)
+
+
+def _named(config: JobConfig, manifest: Manifest) -> tuple[bool, str | None]:
+    """Whether `output.latest` names this output, and what it names; None where it is not there, or not asked for."""
+    if config.output.latest is None:
+        return False, None
+    pointer = locate(config.output.latest, config.output.storage_options)
+    try:
+        return pointers.names(pointer, manifest.root), pointers.read_latest(pointer)
+    except ConflictError:
+        return False, "something that is no pointer of ours"
+
+
+def _of_pointer(config: JobConfig, named: bool, before: str | None, point: bool) -> str:
+    """What became of `output.latest`, in words."""
+    latest = config.output.latest
+    if latest is None:
+        return ""
+    if config.limit is not None:
+        return f"{latest} stays as it is: this is a sample of {config.limit} queries"
+    if named:
+        return f"{latest} names it already"
+    if point:
+        return f"{latest} names it now" + (f", and named {before} before" if before else "")
+    return f"{latest} names {before} and stays; batch-rerank publish JOB, with the job file, moves it"
 
 
 def _is_whole(found: Scan) -> bool:
@@ -165,6 +198,12 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
         raise UnfinishedError(
             f"{manifest.root}: the scores of {len(absent)} of {len(plan.units)} units are not there, e.g. of "
             f"{absent[0]}; expected all of them; run the job first (output.keep_scores: false keeps none)"
+        )
+    if again := doubtful(manifest, plan, found):
+        unit, why = next(iter(again.items()))
+        raise UnfinishedError(
+            f"{manifest.root}: {len(again)} of {len(plan.units)} units must be made again, e.g. {unit}: {why}; run the "
+            "job first"
         )
     if same or not plan.units:
         return

@@ -1,7 +1,7 @@
 """A job that reuses scores: first the units that need no actor, then what is left."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,16 +10,13 @@ from batch_rerank.calls import Each
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.job.run_local import run_local
-from batch_rerank.score.bundles import Bundling, count_range, match_range
+from batch_rerank.score.bundles import Bundling, match_range
 from batch_rerank.score.earlier import Earlier
-from batch_rerank.score.read_unit import ReadRange, read_ranges
+from batch_rerank.score.read_unit import read_ranges
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt, SetAside
 
 log = logging.getLogger("batch_rerank")
-
-SAMPLED = 16
-"""Units that are read to say how much of a plan will be reused."""
 
 
 def score(
@@ -30,10 +27,14 @@ def score(
     earlier: Earlier | None,
     each: Each,
     local: bool,
+    begin: Callable[[int], None] = lambda actors: None,
 ) -> Iterator[Receipt | SetAside]:
-    """Score and commit the units that are not done, reusing what earlier outputs have. Raises the errors of every
-    step."""
+    """Score and commit the units that are not done, reusing what earlier outputs have. `begin` is told how many actors
+    are asked for, when they are. Raises the errors of every step."""
+    most = 1 if local else config.cluster.max_actors
     if earlier is None or not earlier.served or len(done) == len(plan.units):
+        if len(done) < len(plan.units):
+            begin(min(most, len(plan.units) - len(done)))
         yield from run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
         return
     with nullcontext() if local else _cluster(config):
@@ -52,6 +53,8 @@ def score(
         )
         bundling = Bundling(earlier.reuse, misses, enough=max(1, plan.pairs // len(plan.units)))  # a unit's pairs
         run, failed = run_local if local else _on_ray, []
+        if misses:
+            begin(min(most, len(bundling.tasks(plan, frozenset(finished)))))
         for one in run(config, model, plan, frozenset(finished), bundling):
             if isinstance(one, SetAside):
                 failed.append(one.unit)
@@ -61,22 +64,6 @@ def score(
             log.warning("reuse: %d units were set aside together, e.g. %s; each is tried alone", len(failed), failed[0])
             others = frozenset(unit.id for unit in plan.units) - set(failed)
             yield from run(config, model, plan, others, replace(bundling, enough=1))
-
-
-def expected(config: JobConfig, model: ModelSpec, plan: Plan, earlier: Earlier) -> dict[str, int]:
-    """How many of the pairs of some units, spread evenly over a plan, earlier outputs have. Raises InputError."""
-    step = max(1, -(-len(plan.units) // SAMPLED))
-    chosen = plan.units[step // 2 :: step]
-    counts = [count_range(ReadRange(plan.shards[unit.shard], [unit]), config, model, earlier.reuse) for unit in chosen]
-    pairs, reused = (sum(count) for count in zip(*counts, strict=True)) if counts else (0, 0)
-    log.info(
-        "reuse: %s of %s pairs with a text are known (%d of %d units were read)",
-        f"{reused:,}",
-        f"{pairs:,}",
-        len(chosen),
-        len(plan.units),
-    )
-    return {"reuse_units_read": len(chosen), "reuse_pairs_read": pairs, "reuse_pairs_known": reused}
 
 
 def _on_ray(

@@ -11,18 +11,22 @@ from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import AuditError, ConfigError, ScatteredError, UnfinishedError
+from batch_rerank.estimate.sample import SAMPLED
 from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
+from batch_rerank.job import actual
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
+from batch_rerank.job.estimate import QUICK, Estimate, estimate
 from batch_rerank.job.finish import finish, finished
-from batch_rerank.job.gate import check_gate, pass_gate
+from batch_rerank.job.gate import await_gate, check_gate, pass_gate
 from batch_rerank.job.metrics import Metrics
 from batch_rerank.job.progress import Display
-from batch_rerank.job.reused import expected, score
+from batch_rerank.job.reused import score
+from batch_rerank.job.spend import Spend
 from batch_rerank.job.staging import on_ray, stage
 from batch_rerank.publish.publish import refuse_other_publication
 from batch_rerank.publish.withdraw import go_on_withdrawing
-from batch_rerank.score.earlier import find_earlier
+from batch_rerank.score.earlier import Earlier, find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
 from batch_rerank.store.distrusted import distrust
@@ -44,7 +48,7 @@ class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
     included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
     which earlier outputs served, and why others did not; `gate` is what the job's gate has found, None where nothing
-    was judged."""
+    was judged; `held`: planned against actual (job/actual.py), of the run that ended last."""
 
     output: str
     fingerprint: str
@@ -57,6 +61,7 @@ class Summary:
     counts: dict[str, int]
     reuse: dict[str, Any] | None = None
     gate: Verdict | None = None
+    held: dict[str, Any] | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -75,9 +80,11 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
     if totals:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
-        return replace(described, seconds=time.monotonic() - started, gate=read_verdict(manifest))
-    totals = Totals()
+        seconds = time.monotonic() - started
+        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=actual.read(manifest))
+    totals = Totals(gpu_seconds=manifest.read_status().totals.gpu_seconds)
     earlier = find_earlier(config, plan)
+    gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged
     each = in_turn if local else on_ray(config)
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
@@ -86,12 +93,22 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
         with recording(manifest, plan, totals, lease):
+            await_gate(manifest, config, gate, lease)
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
-            receipts = score(config, model, plan, done, earlier, each, local)
+            planned = _planned(config, plan, model, earlier, done, local)
+            spend, course = Spend(config, totals), actual.Course()
+            spend.check(len(plan.units) - len(done))
+            planned.check_budget(totals.gpu_seconds / 3600)
+
+            def begin(actors: int) -> None:
+                spend.begin(actors)
+                course.begin(actors)
+
+            receipts = score(config, model, plan, done, earlier, each, local, begin)
             metrics = None if local else Metrics(config, _units_waiting)
             expected, rolls = Expected(manifest, plan, done), Rolls(manifest, lease, done, found.loose)
-            followed = _Followed(expected, rolls, manifest, plan, totals, lease, metrics)
+            followed = _Followed(expected, rolls, manifest, plan, totals, lease, spend, course, metrics)
             try:
                 rates, failed = followed.to_the_end(receipts, config.scoring.max_failed_units)
             except AuditError:
@@ -104,6 +121,10 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             _check_failed_rows(manifest, totals, config)
             verdict = pass_gate(manifest, plan, totals, config, model, lease)
             finish(manifest, plan, totals, config, model, lease, each)
+            course.published = time.monotonic()
+            held = actual.compare(planned, course, model, spend.of_this_run, local)
+            if not lease.lost:
+                actual.write(manifest, held)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
@@ -117,7 +138,19 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         counts=plan.counts,
         reuse=None if earlier is None else earlier.summary(),
         gate=verdict,
+        held=held,
     )
+
+
+def _planned(
+    config: JobConfig, plan: Plan, model: ModelSpec, earlier: Earlier | None, done: frozenset[str], local: bool
+) -> Estimate:
+    """What the units that are left come to, by a small sample; by a large one where a budget depends on it."""
+    left = [unit for unit in plan.units if unit.id not in done]
+    limited = config.cost is not None and config.cost.most_gpu_hours is not None
+    reuse = earlier.reuse if earlier and earlier.served else None
+    rest = replace(plan, units=left)
+    return estimate(config, rest, model, budget=SAMPLED if limited else QUICK, reuse=reuse, local=local)
 
 
 def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
@@ -148,22 +181,29 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
     return found
 
 
-def plan_job(config: JobConfig) -> tuple[Plan, ModelSpec | None]:
-    """What a run would do: its plan and model, or the plan of its stage and None where the input is not staged yet.
-    Writes nothing and starts nothing: without a cluster to join, the device is this machine's. Raises what a run would
-    raise before its first unit; a lease that has to be watched is said."""
-    config = _supposed(config)
+@dataclass(frozen=True)
+class Ahead:
+    """What a run would do: the job as it will run, its plan, its model and the earlier outputs that serve; or the plan
+    of its stage, and no model, where the input is not staged yet."""
+
+    config: JobConfig
+    plan: Plan
+    model: ModelSpec | None = None
+    earlier: Earlier | None = None
+
+
+def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:
+    """What a run would do. Writes nothing and starts nothing: without a cluster to join, the device is this machine's.
+    Raises what a run would raise before its first unit; a lease that has to be watched is said."""
+    config = settled(config, local=True) if local else _supposed(config)
     found = _input_of(config, find_stage)
     if found is not None:
         job, plan, model = found
         _refuse_taken(job, plan)
-        earlier = find_earlier(job, plan)
-        if earlier is not None and earlier.served:
-            plan = replace(plan, counts={**plan.counts, **expected(job, model, plan, earlier)})
-        return plan, model
+        return Ahead(job, plan, model, find_earlier(job, plan))
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
-    return plan, None
+    return Ahead(config, plan)
 
 
 def _input_of(
@@ -267,10 +307,13 @@ class _Followed:
         plan: Plan,
         totals: Totals,
         lease: Lease,
+        spend: Spend,
+        course: actual.Course,
         metrics: Metrics | None,
     ) -> None:
         self._expected, self._rolls, self._manifest = expected, rolls, manifest
-        self._plan, self._totals, self._lease, self._metrics = plan, totals, lease, metrics
+        self._plan, self._totals, self._lease = plan, totals, lease
+        self._spend, self._course, self._metrics = spend, course, metrics
 
     def to_the_end(
         self, receipts: Iterator[Receipt | SetAside], max_failed_units: int
@@ -278,7 +321,7 @@ class _Followed:
         """Rates of this run, and the units set aside."""
         next_status = time.monotonic() + STATUS_SECONDS
         failed: list[SetAside] = []
-        with Display(len(self._plan.units), self._plan.pairs, self._totals) as display:
+        with Display(len(self._plan.units), self._plan.pairs, self._totals, self._spend.usd_per_actor_hour) as display:
             for receipt in receipts:
                 if isinstance(receipt, SetAside):
                     failed.append(receipt)
@@ -290,6 +333,8 @@ class _Followed:
                 elif self._expected.take(receipt):
                     self._totals.add(receipt)
                     self._rolls.add(receipt)
+                    self._course.add(receipt)
+                    self._spend.check(len(self._expected.left))
                     display.advance(receipt)
                     if self._metrics:
                         self._metrics.count(receipt)
@@ -298,6 +343,7 @@ class _Followed:
                 if time.monotonic() >= next_status:
                     next_status = time.monotonic() + STATUS_SECONDS
                     self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
+            self._spend.end()
             if self._metrics:
                 self._metrics.end()
             return display.meter.rates, failed

@@ -41,7 +41,7 @@ def run_local(
     else:
         reads = (read for work in read_ranges(plan, done) for read in read_range(work, config, model))
         units = (or_set_aside([read.unit], partial(encode_unit, read, encoder)) for read in reads)
-    for unit in _one_ahead(units):
+    for unit in one_ahead(units):
         yield from (
             unit
             if isinstance(unit, list)
@@ -57,7 +57,7 @@ def _finish(
     return [commit_unit(one, config, model, fingerprint) for one in scored.apart()]
 
 
-def _one_ahead(units: Iterator[T]) -> Iterator[T]:
+def one_ahead(units: Iterator[T]) -> Iterator[T]:
     """The same units, the next one read and encoded by a thread while the caller scores: tokenizers release the GIL."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         following = thread.submit(next, units, None)

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from batch_rerank.errors import ConflictError, StorageError
-from batch_rerank.input.places import real_path
+from batch_rerank.errors import ConflictError
 from batch_rerank.publish.output import Place, is_stage, lease_seconds_of, open_output
 from batch_rerank.store.bookkeeping import expected_parts, is_ours
 from batch_rerank.store.filesystem import Location, locate
-from batch_rerank.store.latest import read_latest
+from batch_rerank.store.latest import names as names_it
+from batch_rerank.store.latest import read_pointers
 from batch_rerank.store.lease import EPOCH, FOLDER, hold
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN, Files, work_name
@@ -119,6 +119,7 @@ def _kept(
         return ""
     pointers = [latest, None if is_stage(plan) else (plan.config.get("output") or {}).get("latest")]
     pointers += [place.job.output.latest] if place.job else []
+    pointers += [] if is_stage(plan) else read_pointers(manifest)
     for pointer in dict.fromkeys(filter(None, pointers)):
         if _named(locate(str(pointer), place.options), manifest.root):
             return f"{pointer} names it; --force removes it all the same"
@@ -136,16 +137,9 @@ def _finished(manifest: Manifest, plan: Plan, found: Scan) -> bool:
 def _named(pointer: Location, root: Location) -> bool:
     """Whether a pointer names an output. Raises StorageError, and ConflictError where it is no pointer of ours."""
     try:
-        path = read_latest(pointer)
+        return names_it(pointer, root)
     except ConflictError as error:
         raise ConflictError(f"{error}; --force does without") from None
-    if path is None:
-        return False
-    try:
-        named = locate(path)
-    except StorageError:
-        return False
-    return named.fs.protocol == root.fs.protocol and real_path(named) == real_path(root)
 
 
 def _sizes(files: Files, names: dict[str, list[str]]) -> dict[str, Taken]:

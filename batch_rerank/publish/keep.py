@@ -4,8 +4,10 @@ Beside each file lies what later jobs find scores by: see `store/kept.py`.
 """
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -53,6 +55,9 @@ def tidy(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, each: 
     names = list(_needless(found, config.output.keep_scores))
     with ThreadPoolExecutor(REMOVALS) as pool:
         list(pool.map(lambda name: manifest.remove_seen(name, found.files), names))
+    if manifest.root.is_local:
+        with suppress(OSError):  # not empty, or gone
+            os.rmdir((manifest.root / "_work").path)
 
 
 def _groups(found: Scan, file_bytes: int) -> Iterator[list[tuple[str, str]]]:

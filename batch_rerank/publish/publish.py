@@ -20,6 +20,7 @@ from batch_rerank.publish.score_files import Place
 from batch_rerank.publish.trec import write_trec_run
 from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.latest import remember_pointer
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import PUBLICATION, Manifest, differing
 from batch_rerank.store.names import TREC_RUN, Files, part_name
@@ -179,5 +180,6 @@ def move_latest(manifest: Manifest, plan: Plan, mark: Mark, config: JobConfig) -
             there = None
         if isinstance(there, dict) and {**there, "published_at": ""} == {**told, "published_at": ""}:
             return
+        remember_pointer(manifest, location)
         location.write_bytes(json.dumps(told).encode())
     log.info("%s names %s", location, manifest.root)

@@ -50,12 +50,6 @@ def match_range(work: ReadRange, config: JobConfig, model: ModelSpec, fingerprin
     return found
 
 
-def count_range(work: ReadRange, config: JobConfig, model: ModelSpec, reuse: Reuse) -> tuple[int, int]:
-    """How many pairs some units have to score, and how many of them earlier outputs know. Writes nothing."""
-    found = [recall(read, reuse).found for read in read_range(work, config, model)]
-    return sum(map(len, found)), sum(int(one.sum()) for one in found)
-
-
 def _all_known(read: ReadUnit, known: Known, model: ModelSpec) -> ScoredUnit:
     scores = known.merge(NOTHING, chunked=model.chunk_overlap is not None)
     return ScoredUnit(

@@ -13,12 +13,11 @@ import numpy as np
 from batch_rerank.calls import ahead
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, ConfigError, StorageError
-from batch_rerank.input.places import real_path
 from batch_rerank.score.reuse import Index, KeptFile, Reuse
 from batch_rerank.store.distrusted import read_distrusted
 from batch_rerank.store.filesystem import Location, list_files, locate, storage_errors
 from batch_rerank.store.kept import PAIR, QUERY, Records, from_bytes, pairs_name, queries_name
-from batch_rerank.store.latest import read_latest
+from batch_rerank.store.latest import read_latest, real_path
 from batch_rerank.store.manifest import Manifest, differing, sha256
 from batch_rerank.store.names import SCORES
 from batch_rerank.store.plans import Plan

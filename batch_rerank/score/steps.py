@@ -21,6 +21,7 @@ from batch_rerank.engine.encoding import Encoder
 from batch_rerank.engine.packing import Float32, best_chunks, unreadable
 from batch_rerank.engine.selftest import unit_fault
 from batch_rerank.engine.tested import tested_scorer
+from batch_rerank.engine.work import Arithmetic, Work
 from batch_rerank.errors import AuditError, BatchRerankError, ModelError
 from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
 from batch_rerank.score.read_unit import ReadUnit
@@ -161,6 +162,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         errors = dict(zip(unit.known.rows_of(list(errors)), errors.values(), strict=True))
         best = unit.known.merge(best, chunked=chunks is not None)
     scored = ~np.isnan(best.scores)
+    work, members = _work(unit, scorer.computed(), members)
     return ScoredUnit(
         unit=unit.unit,
         rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens, errors),
@@ -169,9 +171,20 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        about={**unit.about, **scorer.sheet.take(len(unit.units)), **scorer.about},
+        about={**unit.about, **scorer.sheet.take(len(unit.units)), **work, **scorer.about},
         members=members,
     )
+
+
+def _work(unit: EncodedUnit, work: Work, members: tuple[Member, ...]) -> tuple[dict[str, Any], tuple[Member, ...]]:
+    """What receipts say of the work; of units that are scored together each has an equal share, and the first one the
+    tokens that are over, so that sums are true."""
+    n = len(unit.units)
+    share, over = divmod(work.tokens, n)
+    about = {"computed_tokens": share, "flop": work.flop / n}
+    if over:
+        members = (replace(members[0], about={**members[0].about, "computed_tokens": share + over}), *members[1:])
+    return about, members
 
 
 def _with_errors(
@@ -189,9 +202,10 @@ def _with_errors(
 class LoadedScorer:
     """A model copy that has passed its self-test. Raises ModelError where it does not load or pass.
 
-    `tag`: host, process, device, threads and a number that tells two loads apart; `self_test`: its summary, empty for
-    the free scorer; `fallback`: why its batches are padded, empty where they are packed; `allowed`: by how much two
-    computations of a score may differ; `sheet`: where its time goes.
+    `load_seconds`, `test_seconds`: that loading and the self-test took; `tag`: host, process, device, threads and a
+    number that tells two loads apart; `self_test`: its summary, empty for the free scorer; `fallback`: why its
+    batches are padded, empty where they are packed; `allowed`: by how much two computations of a score may differ;
+    `sheet`: where its time goes.
     """
 
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
@@ -201,7 +215,9 @@ class LoadedScorer:
         tested = tested_scorer(self.model, device, token_budget(config), config.model.forward)
         self._scorer, self.fallback = tested.scorer, tested.fallback
         self._turn = threading.Lock()
-        load = f"{time.monotonic() - started - tested.seconds:.1f}s {os.urandom(3).hex()}"
+        self._arithmetic, self._done = Arithmetic.of(self.model), threading.local()
+        self.test_seconds, self.load_seconds = tested.seconds, time.monotonic() - started - tested.seconds
+        load = f"{self.load_seconds:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
         assert tested.result is not None
         self.allowed = tested.result.allowed or limits(self.model, None)
@@ -222,9 +238,28 @@ class LoadedScorer:
                 self.sheet.enter("pack")
                 result = self._scorer.start(encoded, lambda: self.sheet.enter("compute"))
             self.sheet.enter("await")
-            return result()
+            scores = result()
         finally:
             self.sheet.enter("hand")
+        texts = result.texts
+        done = self._arithmetic.of_pairs(encoded) if texts is None else self._arithmetic.of_texts(texts)
+        self._done.work = getattr(self._done, "work", Work()) + done
+        return scores
+
+    def computed(self) -> Work:
+        """What this thread has scored since it was asked last."""
+        work: Work = getattr(self._done, "work", Work())
+        self._done.work = Work()
+        return work
+
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens of one batch as they are now; None for a scorer without batches."""
+        return self._scorer.token_budget
+
+    def under(self, token_budget: int) -> Callable[[Encoded], Float32]:
+        """Scores of the same model with batches of at most so many tokens."""
+        return self._scorer.under(token_budget).score
 
     def device_lost(self) -> bool:
         """Whether the device has failed for good: after some errors CUDA refuses everything in the same process."""

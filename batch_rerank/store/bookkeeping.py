@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_rerank.errors import BatchRerankError, ConflictError, UnfinishedError
+from batch_rerank.errors import BatchRerankError, ConflictError, StorageError, UnfinishedError
 from batch_rerank.store.distrusted import read_distrusted
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
@@ -20,7 +21,17 @@ from batch_rerank.store.names import PART, TREC_RUN, part_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Publication, Receipt, Totals
 from batch_rerank.store.records import Mark
-from batch_rerank.store.scan import Scan, discard, note_name, part_files, scan, scores_files
+from batch_rerank.store.scan import (
+    WORKERS,
+    Scan,
+    discard,
+    evidence,
+    note_name,
+    part_files,
+    scan,
+    scores_files,
+    unit_files,
+)
 
 log = logging.getLogger("batch_rerank")
 
@@ -33,7 +44,7 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
     remove_late_parts(manifest, found, plan)
     refuse_strays(manifest, found, plan)
     again = dict(found.broken)
-    again |= _distrusted(manifest, plan, found)
+    again |= doubtful(manifest, plan, found)
     if "_SUCCESS" not in found.files.found:
         failed = (receipt for receipt in found.committed if receipt.engine_failed)
         again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
@@ -44,7 +55,7 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
         totals.add(receipt)
     totals.resumed_pairs = totals.rows_in
     units = frozenset(receipt.unit for receipt in done)
-    lease.check()
+    _note_again(manifest, found, again, lease)
     with storage_errors(manifest.root):
         # each removal is of what the scan saw: a driver that was paused here must not touch what a successor wrote
         _withdraw(manifest, plan, found, units)
@@ -62,7 +73,33 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
     return units, found
 
 
-def _distrusted(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, str]:
+def _note_again(manifest: Manifest, found: Scan, again: Iterable[str], lease: Lease) -> None:
+    """Note of units that they are made again, before anything of them is removed: who takes over from a driver that is
+    paused behind this finds them undone, and publishes nothing of what that removes when it wakes. Raises
+    ConflictError where the lease is lost; no note stays then."""
+    notes = {note_name(unit): evidence(found.files, unit_files(manifest, unit)) for unit in again}
+
+    def write(name: str) -> None:
+        location = manifest.root / name
+        with storage_errors(location):
+            if not location.create_exclusive(notes[name]):  # one of other versions
+                manifest.remove_seen(name, found.files)
+                location.create_exclusive(notes[name])
+
+    def take_back(name: str) -> None:
+        with storage_errors(manifest.root):
+            (manifest.root / name).take_back(notes[name])
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(write, notes))
+        try:
+            lease.check()  # held still: every holder after this one sees the notes
+        except ConflictError:
+            list(pool.map(take_back, notes))
+            raise
+
+
+def doubtful(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, str]:
     """Units with scores of an earlier output that failed the audit, or with a file of which no receipt says that it has
     none: a commit would adopt it."""
     distrusted = read_distrusted(manifest)
@@ -70,9 +107,9 @@ def _distrusted(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, str]:
         return {}
     sources = {receipt.unit: receipt.reused_from for receipt in found.committed}
     files = {unit.id: manifest.unit_name(unit.id) for unit in plan.units if unit.id not in sources}
-    doubtful = {unit for unit, name in files.items() if name in found.files.found}
-    doubtful |= {unit for unit, outputs in sources.items() if not distrusted.isdisjoint(outputs)}
-    return dict.fromkeys(doubtful, "it may have scores of an earlier output that failed the audit")
+    units = {unit for unit, name in files.items() if name in found.files.found}
+    units |= {unit for unit, outputs in sources.items() if not distrusted.isdisjoint(outputs)}
+    return dict.fromkeys(units, "it may have scores of an earlier output that failed the audit")
 
 
 def _withdraw(manifest: Manifest, plan: Plan, found: Scan, done: frozenset[str]) -> None:
@@ -192,8 +229,9 @@ def recording(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> I
     try:
         yield
     except BaseException as error:
-        if isinstance(error, ConflictError):  # a task may have seen before the driver that the lease is lost
-            with suppress(BatchRerankError):
+        # a task may have seen before the driver that the lease is lost, or that a successor has tidied up
+        if isinstance(error, ConflictError | StorageError):
+            with suppress(StorageError):
                 lease.check()
         if not lease.lost:
             _try_status(manifest, _ending(error, plan, totals, lease))

@@ -1,10 +1,16 @@
-"""The file that `output.latest` names, read."""
+"""The file that `output.latest` names, read; and the pointers that were moved to an output, as it remembers them."""
 
+import json
+import os
+import posixpath
 from dataclasses import dataclass
 
-from batch_rerank.errors import ConflictError
-from batch_rerank.store.filesystem import Location, storage_errors
-from batch_rerank.store.records import parse
+from batch_rerank.errors import ConflictError, StorageError
+from batch_rerank.store.filesystem import Location, locate, storage_errors
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.records import Line, parse
+
+POINTERS = "_manifest/pointers.json"
 
 
 @dataclass(frozen=True)
@@ -22,3 +28,47 @@ def read_latest(pointer: Location) -> str | None:
             return None
         except ValueError:
             raise ConflictError(f"{pointer}: not what output.latest writes; expected JSON with a path") from None
+
+
+def names(pointer: Location, root: Location) -> bool:
+    """Whether a pointer names an output. Raises what `read_latest` raises."""
+    path = read_latest(pointer)
+    if path is None:
+        return False
+    try:
+        named = locate(path)
+    except StorageError:
+        return False
+    return named.fs.protocol == root.fs.protocol and real_path(named) == real_path(root)
+
+
+def real_path(location: Location) -> str:
+    """Without links and .. on a local disk; stores have neither."""
+    return os.path.realpath(location.path) if location.is_local else posixpath.normpath(location.path)
+
+
+@dataclass(frozen=True)
+class _Pointers:
+    pointers: list[Line]
+
+
+def read_pointers(manifest: Manifest) -> list[str]:
+    """The pointers that publishers have moved to an output: a later one may have had another than the job of the plan.
+    Raises StorageError, also where the record is damaged."""
+    location = manifest.root / POINTERS
+    with storage_errors(location):
+        try:
+            return parse(_Pointers, location.read_bytes()).pointers
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise StorageError(f"{location}: not what we write ({error}); delete it") from None
+
+
+def remember_pointer(manifest: Manifest, pointer: Location) -> None:
+    """Add a pointer to those that an output remembers, before it is moved. Raises StorageError."""
+    known = read_pointers(manifest)
+    if str(pointer) not in known:
+        location = manifest.root / POINTERS
+        with storage_errors(location):
+            location.write_bytes(json.dumps({"pointers": [*known, str(pointer)]}).encode())

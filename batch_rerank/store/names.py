@@ -36,7 +36,8 @@ OUTPUT_KINDS = {
     "scores": r"_scores/[0-9]{5,9}\.(?:parquet|queries\.npy|pairs\.npy)|_manifest/scores/[0-9]{5,9}\.json",
     "work": rf"_work/{UNIT}\.parquet|{EXCHANGED}",
     "records": (
-        rf"_manifest/(?:(?:plan|status|publication|missing|gate|distrusted)\.json|(?:receipts|failures)/{UNIT}\.json"
+        r"_manifest/(?:(?:plan|status|publication|missing|gate|distrusted|actual|pointers)\.json"
+        rf"|(?:receipts|failures)/{UNIT}\.json"
         rf"|parts/[0-9]{{5,9}}\.json|lease/[1-9][0-9]{{0,8}})|{ROLL}|{WITHDRAWN}|{_LEFTOVER.pattern}"
     ),
 }

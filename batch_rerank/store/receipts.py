@@ -57,7 +57,7 @@ class Receipt:
     output, reused_from: of which;
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
-    audit_difference: the largest that was seen
+    audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it (engine/work.py)
     """
 
     unit: UnitId
@@ -95,6 +95,8 @@ class Receipt:
     unreadable: Count = 0
     audited: Count = 0
     audit_difference: Seconds = 0.0
+    computed_tokens: Count = 0
+    flop: Seconds = 0.0
     load_seconds: Seconds = 0.0
     wait_seconds: Seconds = 0.0
     pack_seconds: Seconds = 0.0
@@ -222,7 +224,8 @@ class SetAside:
 @dataclass
 class Totals:
     """Sums over receipts, so that no list of receipts has to be kept. padded_units: those with a fallback;
-    resumed_pairs: done by earlier runs. rows_out: of the parts, once they are published."""
+    resumed_pairs: done by earlier runs; gpu_seconds: for which all runs of the job have held GPUs. rows_out: of the
+    parts, once they are published."""
 
     units: int = 0
     rows_in: int = 0
@@ -245,7 +248,10 @@ class Totals:
     audit_difference: float = 0.0
     padded_units: int = 0
     seconds: float = 0.0
+    computed_tokens: int = 0
+    flop: float = 0.0
     resumed_pairs: int = 0
+    gpu_seconds: float = 0.0
     retries: int = 0
     read_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -260,6 +266,9 @@ class Totals:
         """Count one more unit."""
         self.units += 1
         self.padded_units += bool(receipt.fallback)
+        self.seconds += receipt.seconds
+        self.computed_tokens += receipt.computed_tokens
+        self.flop += receipt.flop
         self.audit_difference = max(self.audit_difference, receipt.audit_difference)
         for name in (*SUMMED, "storage_retries", "retries", *REUSE_COUNTS, *TIMES):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))

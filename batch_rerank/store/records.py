@@ -44,6 +44,13 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a status says of the totals and a later run goes on from."""
+
+    gpu_seconds: Seconds = 0.0
+
+
+@dataclass(frozen=True)
 class Status:
     """`_manifest/status.json`, for people: how far a run is and how it ended. Times are UTC, `seconds` the run's."""
 
@@ -54,6 +61,7 @@ class Status:
     updated_at: Line = ""
     seconds: Seconds = 0.0
     pairs_per_second: Seconds = 0.0
+    totals: Spent = field(default_factory=Spent)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from batch_rerank.store.records import Line, parse
 
 GATE = "_manifest/gate.json"
 
+NOT_JUDGED = "not judged yet"
 HELD, FAILED, PASSED_OVER = "held", "failed", "passed over"
 
 
@@ -31,7 +32,7 @@ class Judged:
 @dataclass(frozen=True)
 class Verdict:
     """What was judged by what, when (UTC), and with what result. despite: why it was published all the same; problem:
-    why nothing could be judged."""
+    why nothing could be judged; gate: of a job that has yet to be judged, the section of its job file."""
 
     passed: bool
     at: Line = ""
@@ -40,6 +41,12 @@ class Verdict:
     despite: str = ""
     problem: str = ""
     lines: list[Judged] = field(default_factory=list)
+    gate: dict[str, Any] | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether nothing is judged yet."""
+        return not self.passed and self.problem == NOT_JUDGED
 
     def failed(self, level: str) -> list[Judged]:
         """The conditions of a level that did not hold."""
@@ -49,7 +56,7 @@ class Verdict:
     def summary(self) -> str:
         """In a line, without the characters that a terminal obeys."""
         failed = self.problem or "; ".join(f"{line.condition} (found {line.said})" for line in self.failed("error"))
-        said = "passed" if self.passed else f"failed: {failed}"
+        said = "passed" if self.passed else NOT_JUDGED if self.awaited else f"failed: {failed}"
         warned = self.failed("warn")
         said += f"; warned of {'; '.join(line.condition for line in warned)}" if warned else ""
         said += f"; published despite it: {self.despite}" if self.despite else ""
