@@ -3,6 +3,7 @@
     python benchmarks/pipeline.py free     pairs/s of 1 KB text through Ray with a scorer that costs nothing
     python benchmarks/pipeline.py memory   the driver's peak memory at 100 and at 1,000 units
     python benchmarks/pipeline.py real     pairs/s through Ray against the local loop, real weights, same threads
+    python benchmarks/pipeline.py against --checkout DIRECTORY    pairs/s of free units, here and in another checkout
 
 Prints a card, then what it measures, and ends with one JSON line. Every run's output is verified in the same run. The
 runs that are compared alternate; figures are medians, with the lowest and the highest.
@@ -43,14 +44,18 @@ print(json.dumps({"rate": summary.steady_rate, "seconds": summary.seconds, "unit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["free", "memory", "real"])
+    parser.add_argument("what", choices=["free", "memory", "real", "against"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=300_000, help="of free")
+    parser.add_argument("--checkout", type=Path, help="of against")
     arguments = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as directory:
-        measure = {"free": free, "memory": memory, "real": real}[arguments.what]
-        result = measure(Path(directory), arguments.repeats, arguments.pairs)
+        if arguments.what == "against":
+            result = against(Path(directory), arguments.repeats, arguments.pairs, arguments.checkout.resolve())
+        else:
+            measure = {"free": free, "memory": memory, "real": real}[arguments.what]
+            result = measure(Path(directory), arguments.repeats, arguments.pairs)
     environment = {name: _version(name) for name in ("ray", "torch", "transformers", "pyarrow")}
     card = {"benchmark": f"pipeline {arguments.what}", "cores": os.cpu_count(), **environment}
     print(json.dumps({**card, **result}))
@@ -107,6 +112,19 @@ def real(directory: Path, repeats: int, pairs: int) -> dict[str, Any]:
     return result
 
 
+def against(directory: Path, repeats: int, pairs: int, checkout: Path) -> dict[str, Any]:
+    """What a change costs the pipeline: this checkout and another one, turn about."""
+    write_candidates(directory / "in", pairs, documents=20_000)
+    job, here = free_job(directory, 600), Path(__file__).resolve().parent.parent
+    rates: dict[str, list[float]] = {"there": [], "here": []}
+    for _ in range(repeats):
+        rates["there"].append(execute(job, directory, "ray", checkout)["rate"])
+        rates["here"].append(execute(job, directory, "ray", here)["rate"])
+    result = {f"{where}_pairs_per_s": spread(found) for where, found in rates.items()}
+    ratios = [here / there for there, here in zip(rates["there"], rates["here"], strict=True)]
+    return {"pairs": pairs, **result, "here_over_there": [round(ratio, 3) for ratio in sorted(ratios)]}
+
+
 def write_candidates(directory: Path, pairs: int, documents: int) -> None:
     """Nested shards of 100 candidates a query, each text 1,024 bytes."""
     random = np.random.default_rng(0)
@@ -138,13 +156,14 @@ def free_job(directory: Path, unit_pairs: int) -> dict[str, Any]:
     }
 
 
-def execute(job: dict[str, Any], directory: Path, mode: str) -> dict[str, Any]:
-    """One run in a process of its own, into an output of its own."""
+def execute(job: dict[str, Any], directory: Path, mode: str, checkout: Path | None = None) -> dict[str, Any]:
+    """One run in a process of its own, into an output of its own; of the package in `checkout`, if that is given."""
     with tempfile.TemporaryDirectory(dir=directory) as output:
         path = Path(output) / "job.json"
         path.write_text(json.dumps({**job, "output": {"path": f"{output}/out"}}))
         command = [sys.executable, "-c", CHILD, str(path), mode]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(checkout)} if checkout else None
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=checkout, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

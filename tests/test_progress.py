@@ -80,14 +80,14 @@ def test_units_that_end_together_are_no_scatter() -> None:
 
 def test_the_line_says_what_is_known(logged: list[str]) -> None:
     totals = Totals(rows_in=100, tokens=1000, seconds=50.0, compute_seconds=50.0)  # an earlier run's
-    display = Display(4, 1000, totals, usd_per_hour=36.0)
+    display = Display(4, 1000, totals, usd_per_gpu_hour=36.0)
     assert display.rates() == "-- pairs/s"
     for now in range(3):
         totals.rows_in, totals.tokens = totals.rows_in + 100, totals.tokens + 2000
-        totals.load_seconds, totals.wait_seconds = 5.0, totals.wait_seconds + 1
+        totals.gpu_seconds, totals.wait_seconds = totals.gpu_seconds + 100, totals.wait_seconds + 1
         totals.seconds, totals.compute_seconds = totals.seconds + 4, totals.compute_seconds + 3
         display.meter.add(100.0 + 100 * now, totals)
-    assert display.rates() == "1 pairs/s  20 tokens/s  computing 60% of the time  ETA 10:00  $0.20 so far"
+    assert display.rates() == "1 pairs/s  20 tokens/s  computing 60% of the time  ETA 10:00  $3.00 so far"
 
 
 def test_hours_are_shown_as_hours() -> None:

@@ -50,6 +50,7 @@ class Head:
     process: subprocess.Popen[bytes]
     url: str
     token: str
+    metrics: str
     temporary: Path
     environment: dict[str, str]
 
@@ -133,7 +134,8 @@ def head() -> Iterator[Head]:
     command += [f"{option}={port}" for option, port in ports.items()]
     with (temporary / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    running = Head(process, f"http://127.0.0.1:{ports['--dashboard-port']}", token, temporary, environment)
+    metrics = f"http://127.0.0.1:{ports['--metrics-export-port']}/metrics"
+    running = Head(process, f"http://127.0.0.1:{ports['--dashboard-port']}", token, metrics, temporary, environment)
     try:
         wait_for_the_job_server(running)
         yield running
@@ -196,6 +198,26 @@ def test_its_log_has_the_summary(head: Head, submitted: Submitted) -> None:
     assert "3 shards, 12 queries, 300 pairs, 6 units" in log
     assert "240 rows from 300 candidates; nothing was cut or skipped" in log
     assert log[-1] == f"output: {submitted.folder}/submitted"
+
+
+def test_its_log_has_the_progress_in_plain_lines(head: Head, submitted: Submitted) -> None:
+    line = r"6/6 units  300/300 pairs  [\d,]+ pairs/s  [\d,]+ tokens/s  computing \d+% of the time  ETA 0:00"
+    assert [entry for entry in head.log("whole") if re.fullmatch(line, entry)]
+
+
+def test_its_counters_are_at_the_heads_endpoint_when_its_driver_has_ended(head: Head, submitted: Submitted) -> None:
+    """A driver reports every 10 seconds, and what is left when it ends: else short jobs would never be seen."""
+    mine = f'output="{submitted.folder}/submitted"'
+    deadline = time.monotonic() + 40
+    while True:
+        with urllib.request.urlopen(head.metrics, timeout=30) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if mine in line]
+        found = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+        if found.get("ray_batch_rerank_pairs_total") == 300 or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert found["ray_batch_rerank_pairs_total"] == 300
+    assert found["ray_batch_rerank_units_total"] == 6
 
 
 def test_its_parts_are_those_of_the_local_loop_byte_for_byte(submitted: Submitted) -> None:

@@ -87,11 +87,11 @@ class Meter:
 
 
 class Display:
-    """Shows totals as they grow, on stderr. `usd_per_hour`: what an actor costs, with all its GPUs; None is unknown."""
+    """Shows totals as they grow, on stderr. `usd_per_gpu_hour`: None for no price, or no GPU to pay for."""
 
-    def __init__(self, units: int, pairs: int, totals: Totals, usd_per_hour: float | None = None) -> None:
+    def __init__(self, units: int, pairs: int, totals: Totals, usd_per_gpu_hour: float | None = None) -> None:
         self._units, self._pairs, self._totals = units, pairs, totals
-        self._before, self._usd_per_hour = replace(totals), usd_per_hour
+        self._before, self._usd_per_gpu_hour = replace(totals), usd_per_gpu_hour
         self.meter = Meter()
         self._next_line = time.monotonic() + LINE_SECONDS
         self._bar: Progress | None = None
@@ -136,22 +136,22 @@ class Display:
             )
 
     def rates(self) -> str:
-        """Pairs/s, tokens/s, the share of the actors' time that computes, the time that is left, and the money so far:
-        of this run, as far as units have come back."""
+        """Pairs/s, tokens/s, the share of the actors' time that computes and the time that is left: of this run, as far
+        as units have come back; and the money so far, of all runs of the job."""
         rates, left = self.meter.rates, self.meter.left(self._pairs - self._totals.rows_in)
         if rates is None or left is None:
             return "-- pairs/s"
         said = [f"{rates[0]:,.0f} pairs/s", f"{rates[1]:,.0f} tokens/s"]
-        load, wait, scoring, compute = (
+        wait, scoring, compute = (
             getattr(self._totals, name) - getattr(self._before, name)
-            for name in ("load_seconds", "wait_seconds", "seconds", "compute_seconds")
+            for name in ("wait_seconds", "seconds", "compute_seconds")
         )
         if scoring + wait:
             said.append(f"computing {compute / (scoring + wait):.0%} of the time")
         known = "" if left.high in (0, math.inf) else f" ({duration(left.low)} to {duration(left.high)})"
         said.append(f"ETA {duration(left.seconds)}{known}")
-        if self._usd_per_hour is not None:
-            said.append(f"${(load + wait + scoring) / 3600 * self._usd_per_hour:,.2f} so far")
+        if self._usd_per_gpu_hour is not None:
+            said.append(f"${self._totals.gpu_seconds / 3600 * self._usd_per_gpu_hour:,.2f} so far")
         return "  ".join(said)
 
 

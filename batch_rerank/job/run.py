@@ -326,7 +326,7 @@ class _Followed:
         """Rates of this run, and the units set aside."""
         next_status = time.monotonic() + STATUS_SECONDS
         failed: list[SetAside] = []
-        with Display(len(self._plan.units), self._plan.pairs, self._totals, self._spend.usd_per_actor_hour) as display:
+        with Display(len(self._plan.units), self._plan.pairs, self._totals, self._spend.usd_per_gpu_hour) as display:
             for receipt in receipts:
                 if isinstance(receipt, SetAside):
                     failed.append(receipt)

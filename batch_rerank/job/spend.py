@@ -26,10 +26,9 @@ class Spend:
         self._since, self._gpus = time.monotonic(), actors * self._gpus_of_one
 
     @property
-    def usd_per_actor_hour(self) -> float | None:
-        """What an actor costs; None where there is no price."""
-        cost = self._config.cost
-        return None if cost is None or cost.usd_per_gpu_hour is None else cost.usd_per_gpu_hour * self._gpus_of_one
+    def usd_per_gpu_hour(self) -> float | None:
+        """The price; None where there is none, or no GPU."""
+        return self._config.cost.usd_per_gpu_hour if self._config.cost and self._gpus_of_one else None
 
     @property
     def of_this_run(self) -> float:
