@@ -24,7 +24,7 @@ class Course:
 
     started: float = field(default_factory=time.monotonic)
     actors: int = 1
-    asked: float | None = None
+    matched: float | None = None
     first: float | None = None
     last: float | None = None
     published: float | None = None
@@ -41,13 +41,15 @@ class Course:
 
     def begin(self, actors: int) -> None:
         """So many actors are asked for now."""
-        self.asked, self.actors = self.asked or time.monotonic(), actors
+        self.actors = actors
 
     def add(self, receipt: Receipt) -> None:
         """A unit is committed."""
         now = time.monotonic()
-        if receipt.scorer and self.first is None:
-            self.first = max(self.asked or self.started, now - receipt.seconds - receipt.write_seconds)
+        if self.first is None and not receipt.scorer:
+            self.matched = now
+        elif self.first is None:
+            self.first = max(self.matched or self.started, now - receipt.seconds - receipt.write_seconds)
         self.last = now
         work = receipt.flop or float(receipt.computed_tokens)
         self.pairs += receipt.rows_in
@@ -66,8 +68,8 @@ class Course:
 
     @property
     def startup(self) -> float:
-        """Seconds from the wish for actors until one begins with a unit."""
-        return 0.0 if self.first is None else self.first - (self.asked or self.started)
+        """Seconds until an actor begins with a unit, from the last one that needed none."""
+        return 0.0 if self.first is None else self.first - (self.matched or self.started)
 
     @property
     def utilisation(self) -> float:
@@ -165,8 +167,8 @@ def _reasons(planned: Estimate, course: Course) -> list[str]:
     if course.actors != one.actors:
         own = course.busy / max(1e-9, course.utilisation)
         shares[f"{course.actors} actors, planned {one.actors}"] = own / course.actors - own / one.actors
-    if course.asked is not None and course.asked - course.started > 1:
-        shares["matching earlier scores"] = course.asked - course.started
+    if course.matched is not None:
+        shares["matching earlier scores"] = course.matched - course.started
     told = [
         f"{reason}: {seconds:+.1f} s"
         for reason, seconds in sorted(shares.items(), key=lambda item: -abs(item[1]))

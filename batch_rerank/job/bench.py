@@ -94,7 +94,7 @@ def bench(config: JobConfig, *, local: bool = False, seconds: float = SECONDS) -
     if local:
         found, settled = measure(ahead.config, ahead.model, ahead.plan, chosen, seconds), ahead.config
     else:
-        from batch_rerank.job.on_actor import on_actor
+        from batch_rerank.job.cluster import on_actor
 
         call = partial(measure, model=ahead.model, plan=_without_units(ahead.plan), units=chosen, seconds=seconds)
         found, settled = on_actor(ahead.config, call)
