@@ -11,7 +11,8 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import yaml
-from conftest import Killed, candidate_rows, job, nested, scored_only, write
+from conftest import Killed, candidate_rows, nested, scored_only, write
+from conftest import job as job_without
 
 import batch_rerank.job.republish as republish_module
 import batch_rerank.report.write as report_write
@@ -33,6 +34,10 @@ from batch_rerank.store.shapes import SCORES, Shape
 
 Cli = Callable[..., tuple[int, str, str]]
 Json = dict[str, Any]
+
+
+def job(input_path: Path, output: Path, **keys: Any) -> JobConfig:
+    return job_without(input_path, output, **{"output__report": True, **keys})
 
 
 @pytest.fixture
@@ -428,7 +433,9 @@ def test_a_page_stays_small_whatever_the_output(output: Path, tmp_path: Path) ->
 
 
 def test_a_unit_with_hostile_and_huge_ids_makes_a_small_report(tmp_path: Path) -> None:
-    rows = [{**row, "doc_id": row["doc_id"] + "\x1b<b>" * 5000, "text": row["text"] * 9000} for row in candidate_rows(2, 9)]
+    rows = [
+        {**row, "doc_id": row["doc_id"] + "\x1b<b>" * 5000, "text": row["text"] * 9000} for row in candidate_rows(2, 9)
+    ]
     write(tmp_path / "in/0.parquet", rows)
     run(job(tmp_path / "in", tmp_path / "out"), local=True)
     assert (tmp_path / "out/_report/report.html").stat().st_size < 200_000
