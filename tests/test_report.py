@@ -11,7 +11,8 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import yaml
-from conftest import Killed, candidate_rows, job, nested, scored_only, write
+from conftest import Killed, candidate_rows, nested, scored_only, write
+from conftest import job as job_without
 
 import batch_rerank.job.republish as republish_module
 import batch_rerank.report.write as report_write
@@ -33,6 +34,10 @@ from batch_rerank.store.shapes import SCORES, Shape
 
 Cli = Callable[..., tuple[int, str, str]]
 Json = dict[str, Any]
+
+
+def job(input_path: Path, output: Path, **keys: Any) -> JobConfig:
+    return job_without(input_path, output, **{"output__report": True, **keys})
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["doc_id"] += HOSTILE[number % 8]
         row["text"] = HOSTILE[(number + 3) % 8] + row["text"] if number % 19 else None
     write(folder / "in/0.parquet", rows)
-    config = job(folder / "in", folder / "out", scoring__max_failed_rows=0.2, model__max_length=64)
+    config = job(folder / "in", folder / "out", output__report=True, scoring__max_failed_rows=0.2, model__max_length=64)
     run(config, local=True)
     return folder / "out"
 

@@ -23,9 +23,13 @@ def shown(text: object, most: int = 0) -> str:
 
 
 def _escaped(text: str) -> str:
+    return "\n".join(html.escape(line) if line.isprintable() else _one_by_one(line) for line in text.split("\n"))
+
+
+def _one_by_one(line: str) -> str:
     parts, hidden = [], ""
-    for sign in text:
-        if sign not in "\n\t" and sign not in JOINERS and unicodedata.category(sign) in HIDDEN:
+    for sign in line:
+        if sign != "\t" and sign not in JOINERS and unicodedata.category(sign) in HIDDEN:
             hidden += _escape(sign)
             continue
         if hidden:
