@@ -22,7 +22,7 @@ WORTH_SAYING = 0.02
 class Course:
     """How a run goes, noted as it goes. Seconds are of time.monotonic()."""
 
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     actors: int = 1
     matched: float | None = None
     first: float | None = None
