@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import batch_rerank.cli_outputs
-import batch_rerank.cli_plan  # noqa: F401  (their verbs)
+import batch_rerank.cli_plan
+import batch_rerank.cli_report  # noqa: F401  (their verbs)
 from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb, verdict_told
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals
@@ -70,6 +71,8 @@ def run(
     if summary.held is not None and summary.units:
         log.info("%s", actual.said(summary.held))
     log.info("output: %s", summary.output)
+    if summary.report:
+        log.info("report: %s", summary.report)
     if as_json:
         pairs = {"reused": totals.reused, "scored": totals.scored - totals.reused}
         print_json({**asdict(summary), **pairs, "exit_code": 0})

@@ -37,6 +37,8 @@ def publish(
     log.info("output: %s", done.output)
     if done.latest:
         log.info("output.latest: %s", done.latest)
+    if done.report:
+        log.info("report: %s", done.report)
     if as_json:
         print_json({**asdict(done), "exit_code": 0})
 

@@ -33,8 +33,8 @@ def plan(
     from batch_rerank.errors import BudgetError
     from batch_rerank.estimate.forecast import duration
     from batch_rerank.estimate.sample import ALL, SAMPLED
+    from batch_rerank.job.ahead import describe, plan_job
     from batch_rerank.job.estimate import deadline_seconds, estimate, for_deadline, said, unknown
-    from batch_rerank.job.run import describe, plan_job
 
     config = load_config(job, overrides or (), limit)
     now = datetime.datetime.now().astimezone()

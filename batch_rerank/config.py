@@ -88,6 +88,7 @@ class Output(Section):
     `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `file_bytes`: about
     how large a part becomes. `keep_scores`: false removes the scores once they are published; they are what other
     settings are published from without scoring. `latest`: a small file that names the newest finished output.
+    `report`: false leaves out what a run otherwise ends with, _report/report.html and .json.
     """
 
     path: Place
@@ -99,6 +100,7 @@ class Output(Section):
     file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
     keep_scores: bool = True
     latest: Place | None = None
+    report: bool = True
     storage_options: StorageOptions = Field(default={}, exclude=True)
 
     @model_validator(mode="after")

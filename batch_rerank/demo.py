@@ -30,6 +30,9 @@ from batch_rerank.judge.compare import compare
 from batch_rerank.judge.evaluate import evaluate
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
+from batch_rerank.report.figures import places
+from batch_rerank.report.style import ALONE
+from batch_rerank.report.write import report
 
 log = logging.getLogger("batch_rerank")
 
@@ -77,6 +80,17 @@ def demo(directory: str, model: str | None, queries: int) -> None:
     print(f"ranked rows (verified): {summary.output}/part-*.parquet")
     print(f"the flat layout, first {FLAT_SAMPLE} queries: {sample.output}/part-*.parquet")
     print(second_night(collection, name, root, summary.output))
+    print(f"what the first night did, to open in a browser: {told(summary.output, collection, root)}")
+
+
+def told(output: str, collection: Path, root: Path) -> str:
+    """Make the report of a night with its measures, and a file of its figure of places for a README; where the page
+    is."""
+    made = report(Place(output), qrels=str(collection / "qrels.tsv"))
+    moved = places(made.content)
+    if moved is not None:
+        (root / "places.svg").write_text(moved.svg.to_file(760, ALONE, moved.keys), encoding="utf-8")
+    return made.html
 
 
 def second_night(collection: Path, model: str, root: Path, first: str) -> str:

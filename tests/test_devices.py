@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from batch_rerank.config import JobConfig, parse_config
 from batch_rerank.errors import ConfigError, ConflictError
+from batch_rerank.job.ahead import plan_job
 from batch_rerank.job.devices import Machines, Node, gpus_of_types, reservations, room, settle, threads
-from batch_rerank.job.run import plan_job, run
+from batch_rerank.job.run import run
 from batch_rerank.score.plan import make_plan
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest

@@ -22,8 +22,9 @@ from batch_rerank.estimate.ranges import Range, distinct, student
 from batch_rerank.estimate.rates import Known, Rate
 from batch_rerank.estimate.sample import ALL, Budget, Sample, choose
 from batch_rerank.estimate.tally import Tally, tally
+from batch_rerank.job.ahead import plan_job
 from batch_rerank.job.estimate import deadline_seconds, estimate
-from batch_rerank.job.run import plan_job, run
+from batch_rerank.job.run import run
 from batch_rerank.score.plan import make_plan
 from batch_rerank.store.plans import Unit
 

@@ -148,7 +148,7 @@ def test_three_files_import_ray_and_one_ray_data() -> None:
     assert importers(".", "ray.data") == {"job/run_ray.py"}
 
 
-ROOMS = ("engine", "store", "input", "score", "publish", "judge", "job")
+ROOMS = ("engine", "store", "input", "score", "estimate", "publish", "judge", "report", "job")
 TABLE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 ALLOWED = {
@@ -158,7 +158,9 @@ ALLOWED = {
     "score": {"engine", "input", "store"},
     "publish": {"engine", "input", "store"},
     "judge": {"engine", "input", "store", "publish"},
-    "job": {"engine", "input", "store", "score", "publish", "judge"},
+    "estimate": {"engine", "input", "store", "score"},
+    "report": {"input", "store", "publish", "judge"},
+    "job": {"engine", "input", "store", "score", "estimate", "publish", "judge", "report"},
 }
 """Which rooms a room may import."""
 
@@ -166,7 +168,7 @@ BESIDE = {name: {"errors", "calls", "schema", "config", "conditions", "sections"
 BESIDE |= {"engine": {"errors"}, "store": {"errors"}}
 """Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
 
-ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "demo.py", "__init__.py"}
+ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "cli_plan.py", "cli_report.py", "demo.py", "__init__.py"}
 WITHOUT_JOB = {"cli_base.py"}
 
 OF_THE_JOB_FILE = {

@@ -12,7 +12,8 @@ from test_stage import given_as, job_of
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError
 from batch_rerank.input.places import refuse_overlap
-from batch_rerank.job.run import plan_job, run
+from batch_rerank.job.ahead import plan_job
+from batch_rerank.job.run import run
 from batch_rerank.job.staging import stage
 
 

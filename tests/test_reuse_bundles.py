@@ -46,7 +46,7 @@ def test_one_unit_that_fails_takes_no_others_with_it(monkeypatch: pytest.MonkeyP
         return real(unit, *rest)
 
     config = job(tmp_path / "in2", tmp_path / "two", reuse__from=str(tmp_path / "one"), reuse__audit=0.0)
-    from batch_rerank.job.run import ready, settled
+    from batch_rerank.job.ahead import ready, settled
 
     bad = ready(settled(config, local=True), local=True)[1].units[3].id
     monkeypatch.setattr(local, "score_unit", broken)

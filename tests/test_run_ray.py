@@ -182,7 +182,8 @@ import sys, warnings
 import ray
 from batch_rerank import load_config
 from batch_rerank.errors import ConfigError
-from batch_rerank.job.run import plan_job, run
+from batch_rerank.job.ahead import plan_job
+from batch_rerank.job.run import run
 import logging
 
 warnings.simplefilter("ignore")

@@ -22,7 +22,8 @@ from test_resume import start, wait_for, wait_for_silence
 from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
 from batch_rerank.input import candidates, exchange, join, passes, sources, text_files
-from batch_rerank.job.run import plan_job, run
+from batch_rerank.job.ahead import plan_job
+from batch_rerank.job.run import run
 from batch_rerank.job.staging import stage as stage_input
 from batch_rerank.publish.trec import falling
 from batch_rerank.publish.verify import verify

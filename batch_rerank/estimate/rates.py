@@ -14,12 +14,11 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.work import Arithmetic
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.store.filesystem import Location, list_files, locate, storage_errors
+from batch_rerank.store.held import ACTUAL
 from batch_rerank.store.latest import read_latest
 from batch_rerank.store.records import Count, Line, Seconds, parse
 
 log = logging.getLogger("batch_rerank")
-
-ACTUAL = "_manifest/actual.json"
 
 UNTRIED = 0.05
 """Relative standard deviation of a rate that has not been tried: what repeats of one job differ by on a machine."""

@@ -1,8 +1,6 @@
 """Planned against actual: what a run took beside what was expected of it, what made the difference, and the rate that
 the next plan goes by. `_manifest/actual.json` has it."""
 
-import json
-import logging
 import math
 import platform
 import time
@@ -11,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import BatchRerankError
 from batch_rerank.estimate.forecast import duration
-from batch_rerank.estimate.rates import ACTUAL, Rate, shape_of
+from batch_rerank.estimate.rates import Rate, shape_of
 from batch_rerank.job.estimate import Estimate
-from batch_rerank.store.filesystem import storage_errors
-from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.receipts import Receipt
-
-log = logging.getLogger("batch_rerank")
 
 WORTH_SAYING = 0.02
 """Of the planned time, from which on a difference is named."""
@@ -31,7 +24,7 @@ class Course:
 
     started: float = field(default_factory=time.monotonic)
     actors: int = 1
-    asked: float | None = None
+    matched: float | None = None
     first: float | None = None
     last: float | None = None
     published: float | None = None
@@ -48,13 +41,15 @@ class Course:
 
     def begin(self, actors: int) -> None:
         """So many actors are asked for now."""
-        self.asked, self.actors = self.asked or time.monotonic(), actors
+        self.actors = actors
 
     def add(self, receipt: Receipt) -> None:
         """A unit is committed."""
         now = time.monotonic()
-        if receipt.scorer and self.first is None:
-            self.first = max(self.asked or self.started, now - receipt.seconds - receipt.write_seconds)
+        if self.first is None and not receipt.scorer:
+            self.matched = now
+        elif self.first is None:
+            self.first = max(self.matched or self.started, now - receipt.seconds - receipt.write_seconds)
         self.last = now
         work = receipt.flop or float(receipt.computed_tokens)
         self.pairs += receipt.rows_in
@@ -73,8 +68,8 @@ class Course:
 
     @property
     def startup(self) -> float:
-        """Seconds from the wish for actors until one begins with a unit."""
-        return 0.0 if self.first is None else self.first - (self.asked or self.started)
+        """Seconds until an actor begins with a unit, from the last one that needed none."""
+        return 0.0 if self.first is None else self.first - (self.matched or self.started)
 
     @property
     def utilisation(self) -> float:
@@ -172,8 +167,8 @@ def _reasons(planned: Estimate, course: Course) -> list[str]:
     if course.actors != one.actors:
         own = course.busy / max(1e-9, course.utilisation)
         shares[f"{course.actors} actors, planned {one.actors}"] = own / course.actors - own / one.actors
-    if course.asked is not None and course.asked - course.started > 1:
-        shares["matching earlier scores"] = course.asked - course.started
+    if course.matched is not None:
+        shares["matching earlier scores"] = course.matched - course.started
     told = [
         f"{reason}: {seconds:+.1f} s"
         for reason, seconds in sorted(shares.items(), key=lambda item: -abs(item[1]))
@@ -194,30 +189,6 @@ def said(value: dict[str, Any]) -> str:
     p50 = planned["p50"] if isinstance(planned, dict) else planned
     against = "planned: unknown" if p50 is None else f"planned {duration(p50)} ({actual / p50 - 1:+.0%})"
     return f"took {duration(actual)}, {against}{''.join(f'; {reason}' for reason in value['reasons'])}"
-
-
-def write(manifest: Manifest, value: dict[str, Any]) -> None:
-    """Write it beside the output. The output is finished by then: a failure is said and costs nothing else."""
-    location = manifest.root / ACTUAL
-    try:
-        with storage_errors(location):
-            location.write_bytes(json.dumps(value, indent=1).encode())
-    except BatchRerankError as error:
-        log.warning("planned against actual could not be written: %s", error)
-
-
-def read(manifest: Manifest) -> dict[str, Any] | None:
-    """What the last run has written; None where there is nothing, or nothing of ours."""
-    location = manifest.root / ACTUAL
-    try:
-        with storage_errors(location):
-            try:
-                value = json.loads(location.read_bytes())
-            except (FileNotFoundError, ValueError):
-                return None
-    except BatchRerankError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def processor() -> str:

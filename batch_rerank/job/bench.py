@@ -20,7 +20,7 @@ from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.estimate.rates import Rate, shape_of, write_bench
 from batch_rerank.estimate.sample import Budget, choose
 from batch_rerank.job.actual import processor
-from batch_rerank.job.run import plan_job
+from batch_rerank.job.ahead import plan_job
 from batch_rerank.job.run_local import one_ahead
 from batch_rerank.score.read_unit import ReadRange, read_range
 from batch_rerank.score.score_file import serialise
@@ -94,7 +94,7 @@ def bench(config: JobConfig, *, local: bool = False, seconds: float = SECONDS) -
     if local:
         found, settled = measure(ahead.config, ahead.model, ahead.plan, chosen, seconds), ahead.config
     else:
-        from batch_rerank.job.on_actor import on_actor
+        from batch_rerank.job.cluster import on_actor
 
         call = partial(measure, model=ahead.model, plan=_without_units(ahead.plan), units=chosen, seconds=seconds)
         found, settled = on_actor(ahead.config, call)

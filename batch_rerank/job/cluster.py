@@ -3,19 +3,23 @@
 import json
 import logging
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from batch_rerank.config import JobConfig
-from batch_rerank.errors import ConfigError
-from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, settle, this_machine
+from batch_rerank.errors import BatchRerankError, ConfigError, UnfinishedError, as_value, from_value
+from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
 from batch_rerank.job.watch import head_answers
+from batch_rerank.score.tasks import environment
+
+T = TypeVar("T")
 
 LOCAL_TASK_CPUS = 4
 """CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
@@ -158,3 +162,30 @@ def _node_types() -> set[str]:
         return {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)} - {""}
     report = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
     return set(((json.loads(report).get("autoscaler_report") if report else None) or {}).get("active_nodes") or {})
+
+
+def on_actor(config: JobConfig, call: Callable[[JobConfig], T]) -> tuple[T, JobConfig]:
+    """What a call returns, and the job with what there is to compute on, which the call is given. Raises its expected
+    errors, ConfigError where no Ray answers or no actor has room, and UnfinishedError where Ray gives up."""
+    with on_cluster(config) as found:
+        config = settle(config, found)
+        room(config.cluster, found)
+        cpus, _, _ = reservations(config.cluster.threads, config.cluster.gpus, 1, machines())
+        task: Any = ray.remote(num_cpus=cpus, num_gpus=config.cluster.gpus, max_retries=0)(_call)
+        try:
+            value, error = pickle.loads(ray.get(task.remote(pickle.dumps((call, config, environment())))))
+        except ray.exceptions.RayError as failure:
+            lines = str(failure).strip().splitlines() or [type(failure).__name__]
+            raise UnfinishedError(f"Ray ended the call: {lines[-1][:300]}") from failure
+    if error is not None:
+        raise from_value(error)
+    return value, config
+
+
+def _call(data: bytes) -> bytes:
+    call, config, variables = pickle.loads(data)
+    os.environ.update(variables)
+    try:
+        return pickle.dumps((call(config), None))
+    except BatchRerankError as error:
+        return pickle.dumps((None, as_value(error)))

@@ -18,6 +18,7 @@ from batch_rerank.input.shards import check_planned
 from batch_rerank.input.stage import staged_pattern
 from batch_rerank.job.finish import finish
 from batch_rerank.job.gate import pass_gate
+from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
@@ -43,7 +44,7 @@ log = logging.getLogger("batch_rerank")
 class Published:
     """What was published, candidates in and rows out, and how long it took. again: another publication was withdrawn;
     stood: all of it was there already; latest: what became of the pointer, empty where the job has none; gate: what
-    the job's gate has found, None where nothing was judged."""
+    the job's gate has found, None where nothing was judged; report: where it is, None without one."""
 
     output: str
     rows_in: int
@@ -53,6 +54,7 @@ class Published:
     gate: Verdict | None = None
     stood: bool = False
     latest: str = ""
+    report: str | None = None
 
 
 def republish(place: Place, *, local: bool = False, despite: str | None = None) -> Published:
@@ -71,7 +73,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
     output, gate = given.output, given.gate
     if place.job is not None:
         refuse_other_scores(manifest, place.job, config)
-    totals = Totals()
+    totals, told = Totals(), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         found = scan(manifest, plan)
         remove_late_parts(manifest, found, plan)
@@ -86,7 +88,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         totals.resumed_pairs = totals.rows_in
         other = found.publication is not None and found.publication.fields != publishing_fields(output)
         again = other or found.condemned
-        with recording(manifest, plan, totals, lease):
+        with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             stands = place.job is None
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
             if despite and not (verdict and verdict.despite):
@@ -101,7 +103,8 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
     latest = _of_pointer(config, named, before, point)
     seconds = time.monotonic() - started
-    return Published(str(manifest.root), totals.rows_in, totals.rows_out, again, seconds, verdict, stood, latest)
+    done = (totals.rows_in, totals.rows_out, again, seconds, verdict, stood, latest, told.place)
+    return Published(str(manifest.root), *done)
 
 
 def _named(config: JobConfig, manifest: Manifest) -> tuple[bool, str | None]:

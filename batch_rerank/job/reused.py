@@ -31,11 +31,8 @@ def score(
 ) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done, reusing what earlier outputs have. `begin` is told how many actors
     are asked for, when they are. Raises the errors of every step."""
-    most = 1 if local else config.cluster.max_actors
     if earlier is None or not earlier.served or len(done) == len(plan.units):
-        if len(done) < len(plan.units):
-            begin(min(most, len(plan.units) - len(done)))
-        yield from run_local(config, model, plan, done) if local else _on_ray(config, model, plan, done)
+        yield from (run_local if local else _on_ray)(config, model, plan, done, begin=begin)
         return
     with nullcontext() if local else _cluster(config):
         misses: dict[str, int] = {}
@@ -53,9 +50,7 @@ def score(
         )
         bundling = Bundling(earlier.reuse, misses, enough=max(1, plan.pairs // len(plan.units)))  # a unit's pairs
         run, failed = run_local if local else _on_ray, []
-        if misses:
-            begin(min(most, len(bundling.tasks(plan, frozenset(finished)))))
-        for one in run(config, model, plan, frozenset(finished), bundling):
+        for one in run(config, model, plan, frozenset(finished), bundling, begin):
             if isinstance(one, SetAside):
                 failed.append(one.unit)
             else:
@@ -67,11 +62,16 @@ def score(
 
 
 def _on_ray(
-    config: JobConfig, model: ModelSpec, plan: Plan, done: frozenset[str], bundling: Bundling | None = None
+    config: JobConfig,
+    model: ModelSpec,
+    plan: Plan,
+    done: frozenset[str],
+    bundling: Bundling | None = None,
+    begin: Callable[[int], None] = lambda actors: None,
 ) -> Iterator[Receipt | SetAside]:
     from batch_rerank.job.run_ray import run_ray  # not at the top: --local does without ray
 
-    return run_ray(config, model, plan, done, bundling)
+    return run_ray(config, model, plan, done, bundling, begin)
 
 
 def _cluster(config: JobConfig) -> AbstractContextManager[object]:

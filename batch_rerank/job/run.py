@@ -3,40 +3,38 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import AuditError, ConfigError, ScatteredError, UnfinishedError
+from batch_rerank.errors import AuditError, UnfinishedError
 from batch_rerank.estimate.sample import SAMPLED
-from batch_rerank.input.places import refuse_overlap
-from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job import actual
-from batch_rerank.job.devices import Machines, Node, settle, this_machine
+from batch_rerank.job.ahead import describe, ready, settled
 from batch_rerank.job.estimate import QUICK, Estimate, estimate
 from batch_rerank.job.finish import finish, finished
-from batch_rerank.job.gate import await_gate, check_gate, pass_gate
+from batch_rerank.job.gate import await_gate, pass_gate
 from batch_rerank.job.metrics import Metrics
 from batch_rerank.job.progress import Display
+from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.reused import score
 from batch_rerank.job.spend import Spend
-from batch_rerank.job.staging import on_ray, stage
+from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.publish import refuse_other_publication
 from batch_rerank.publish.withdraw import go_on_withdrawing
 from batch_rerank.score.earlier import Earlier, find_earlier
-from batch_rerank.score.plan import configured_model, make_plan
-from batch_rerank.store.bookkeeping import Expected, recording, refuse_strays, resume, status_of
+from batch_rerank.store.bookkeeping import Expected, recording, resume, status_of
 from batch_rerank.store.distrusted import distrust
 from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.held import read_held, write_held
 from batch_rerank.store.lease import Lease, hold
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.plans import Plan, refuse_protocol
+from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt, SetAside, Totals
 from batch_rerank.store.rolls import Rolls
-from batch_rerank.store.scan import scan
 from batch_rerank.store.verdict import Verdict, read_verdict
 
 log = logging.getLogger("batch_rerank")
@@ -48,7 +46,8 @@ class Summary:
     """How a finished job went. `totals` are of the whole output; `units`, `pairs` and `seconds` of this run, start-up
     included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
     which earlier outputs served, and why others did not; `gate` is what the job's gate has found, None where nothing
-    was judged; `held`: planned against actual (job/actual.py), of the run that ended last."""
+    was judged; `held`: planned against actual (job/actual.py), of the run that ended last; `report` is where the run's
+    report is, None where there is none."""
 
     output: str
     fingerprint: str
@@ -62,6 +61,7 @@ class Summary:
     reuse: dict[str, Any] | None = None
     gate: Verdict | None = None
     held: dict[str, Any] | None = None
+    report: str | None = None
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -81,18 +81,18 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
         seconds = time.monotonic() - started
-        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=actual.read(manifest))
+        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=read_held(manifest))
     totals = Totals(gpu_seconds=manifest.read_status().totals.gpu_seconds)
     earlier = find_earlier(config, plan)
     gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged
-    each = in_turn if local else on_ray(config)
+    each, told = in_turn if local else on_ray(config), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
         go_on_withdrawing(manifest, lease)
         refuse_other_publication(manifest, manifest.read_publication(), config.output)
-        with recording(manifest, plan, totals, lease):
+        with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             await_gate(manifest, config, gate, lease)
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
@@ -124,7 +124,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             course.published = time.monotonic()
             held = actual.compare(planned, course, model, spend.of_this_run, local)
             if not lease.lost:
-                actual.write(manifest, held)
+                write_held(manifest, held)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
@@ -139,6 +139,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         reuse=None if earlier is None else earlier.summary(),
         gate=verdict,
         held=held,
+        report=told.place,
     )
 
 
@@ -153,147 +154,10 @@ def _planned(
     return estimate(config, rest, model, budget=SAMPLED if limited else QUICK, reuse=reuse, local=local)
 
 
-def settled(config: JobConfig, *, local: bool = False) -> JobConfig:
-    """The job with its device known, which decides the dtype and so the fingerprint. Threads may stay open until Ray
-    is there. Raises ConfigError."""
-    if local:
-        return settle(config, this_machine(), actors=1)
-    if config.cluster.gpus_per_actor != "auto":
-        return config
-    from batch_rerank.job.cluster import look  # not at the top: --local does without ray
-
-    return settle(config, look(config))
-
-
 def _units_waiting() -> dict[str, int]:
     from batch_rerank.job.run_ray import units_waiting  # not at the top: --local does without ray
 
     return units_waiting()
-
-
-def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec]:
-    """The job as it will run, its plan and its model; an input that needs it is staged first, or found staged.
-
-    Raises what `make_plan` and `stage` raise.
-    """
-    found = _input_of(config, lambda config: stage(config, local=local))
-    assert found is not None, "stage() makes what it does not find"
-    return found
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What a run would do: the job as it will run, its plan, its model and the earlier outputs that serve; or the plan
-    of its stage, and no model, where the input is not staged yet."""
-
-    config: JobConfig
-    plan: Plan
-    model: ModelSpec | None = None
-    earlier: Earlier | None = None
-
-
-def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:
-    """What a run would do. Writes nothing and starts nothing: without a cluster to join, the device is this machine's.
-    Raises what a run would raise before its first unit; a lease that has to be watched is said."""
-    config = settled(config, local=True) if local else _supposed(config)
-    found = _input_of(config, find_stage)
-    if found is not None:
-        job, plan, model = found
-        _refuse_taken(job, plan)
-        return Ahead(job, plan, model, find_earlier(job, plan))
-    plan = plan_stage(config)
-    log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
-    return Ahead(config, plan)
-
-
-def _input_of(
-    config: JobConfig, staged: Callable[[JobConfig], Staged | None]
-) -> tuple[JobConfig, Plan, ModelSpec] | None:
-    """The job as it will run, its plan and its model; an input that needs a stage is read from what `staged` returns,
-    and None where that is nothing."""
-    configured_model(config)  # a stage may take long: what is wrong with the model comes before it
-    refuse_overlap(config)
-    check_gate(config)
-    found: Staged | None = None
-    if needs_stage(config):
-        if (found := staged(config)) is None:
-            return None
-    elif config.input.stage:  # named: its ids need not be read to see that they are scattered
-        found = find_stage(config)
-    try:
-        plan, model = make_plan(found.config if found else config)
-    except ScatteredError as error:
-        log.info("%s", error)
-        if (found := staged(config)) is None:
-            return None
-        plan, model = make_plan(found.config)
-    if found is None:
-        return config, plan, model
-    missing = {name: count for name, count in found.counts.items() if name.startswith("missing_")}
-    return found.config, replace(plan, counts={**plan.counts, **missing}), model
-
-
-def _supposed(config: JobConfig) -> JobConfig:
-    """The job with the device that a run from here would find; where it is a guess, it says so."""
-    if config.cluster.gpus_per_actor != "auto":
-        return config
-    try:
-        found = settled(config)
-    except ConfigError as error:
-        log.warning("%s", error)
-        found = settle(config, Machines("supposed", (Node(1, 1),)))
-    if config.model.dtype == "auto" and config.model.kind != "checksum":
-        other = "bfloat16" if found.cluster.device == "cpu" else "float32"
-        log.info(
-            "where cluster.gpus_per_actor: auto finds %s, the job is another one, in %s; model.dtype fixes it",
-            "GPUs" if other == "bfloat16" else "none",
-            other,
-        )
-    return found
-
-
-def _refuse_taken(config: JobConfig, plan: Plan) -> None:
-    """Raise ConflictError where the output is not free for a job."""
-    manifest = Manifest(locate(config.output.path, config.output.storage_options))
-    existing = manifest.read_plan()
-    if existing is None:
-        for shard in plan.shards:
-            refuse_protocol(shard.url, ConfigError)
-        manifest.refuse_foreign()
-    else:
-        manifest.refuse_other(existing, plan)
-        found = scan(manifest, existing)
-        refuse_strays(manifest, found, existing)
-        refuse_other_publication(manifest, found.publication, config.output)
-    Lease(manifest.root, config.cluster.lease_seconds).look()
-
-
-def describe(plan: Plan, model: ModelSpec) -> None:
-    """Log what was chosen and what the plan passed over."""
-    revision = f" at {model.revision}" if model.revision else ""
-    log.info(
-        "model %s%s: %s, template %s, max_length %d, %s",
-        model.name,
-        revision,
-        model.kind,
-        model.template,
-        model.max_length,
-        model.dtype,
-    )
-    if model.instruction:
-        log.info("instruction: %s", model.instruction)
-    log.info(
-        "%d shards, %s queries, %s pairs, %d units",
-        len(plan.shards),
-        f"{plan.counts['queries']:,}",
-        f"{plan.pairs:,}",
-        len(plan.units),
-    )
-    for name in ("zero_row_shards", "queries_without_candidates"):
-        if plan.counts[name]:
-            log.info("%s: %d, passed over", name.replace("_", " "), plan.counts[name])
-    for note in plan.notes:
-        log.warning("%s", note)
 
 
 class _Followed:

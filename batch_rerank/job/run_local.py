@@ -1,7 +1,7 @@
 """The job without Ray: the same functions in a loop. For laptops and notebooks, and the oracle of the Ray job."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -26,11 +26,13 @@ def run_local(
     plan: Plan,
     done: frozenset[str],
     bundling: Bundling | None = None,
+    begin: Callable[[int], None] = lambda actors: None,
 ) -> Iterator[Receipt | SetAside]:
-    """Score and commit the units that are not done, one after the other; with `bundling`, what is left of them. Raises
-    the errors of every step."""
+    """Score and commit the units that are not done, one after the other; with `bundling`, what is left of them.
+    `begin` is told before that there is one actor. Raises the errors of every step."""
     if len(done) == len(plan.units):
         return
+    begin(1)
     encoder, scorer = make_encoder(model), LoadedScorer(config, model)
     if scorer.self_test:
         log.info("%s", scorer.self_test)

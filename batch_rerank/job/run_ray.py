@@ -47,9 +47,10 @@ def run_ray(
     plan: Plan,
     done: frozenset[str],
     bundling: Bundling | None = None,
+    begin: Callable[[int], None] = lambda actors: None,
 ) -> Iterator[Receipt | SetAside]:
     """Score and commit the units that are not done; with `bundling`, what is left of them. Receipts come in the order
-    in which units finish.
+    in which units finish. `begin` is told how many actors are asked for, when they are.
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
     """
@@ -62,6 +63,7 @@ def run_ray(
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
         config = settle(config, found)
         actors = min(room(config.cluster, found), len(ranges) if bundling else len(plan.units) - len(done))
+        begin(actors)
         job = Job(config, model, plan.fingerprint, environment())
         if bundling:
             job = replace(job, shared=_Shared(ray.put(bundling.reuse)), enough=bundling.enough)

@@ -99,7 +99,8 @@ def by_kind(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, list[str]]
 def _names(manifest: Manifest, plan: Plan, found: Scan, what: What) -> dict[str, list[str]]:
     """What goes, in this order: readers see the mark go first, and whoever goes on finds the plan until the end."""
     kinds = by_kind(manifest, plan, found)
-    wanted = {"work": ("work",), "scores": ("work", "scores"), "all": ("mark", "parts", "work", "scores", "records")}
+    whole = ("mark", "report", "parts", "work", "scores", "records")
+    wanted = {"work": ("work",), "scores": ("work", "scores"), "all": whole}
     names = {kind: kinds[kind] for kind in wanted[what]}
     if what == "work":
         alone = {work_name(one.unit) for one in found.committed if found.place(one) is None}

@@ -22,7 +22,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
     verdict = read_verdict(manifest)
     state, message = last.state, last.message
     if state == "running":
-        state, message = _of_lease(manifest, plan)
+        state, message = of_lease(manifest, plan)
     return {
         "state": state,
         "exit_code": last.exit_code,
@@ -46,7 +46,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
     }
 
 
-def _of_lease(manifest: Manifest, plan: Plan) -> tuple[str, str]:
+def of_lease(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     """The state of a run whose last word was that it is running."""
     found = sign_of_life(manifest.root, lease_seconds_of(plan))
     if found.alive:

@@ -9,7 +9,7 @@ from batch_rerank.errors import ConflictError
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import PUBLICATION, Manifest
-from batch_rerank.store.names import PART, TREC_RUN
+from batch_rerank.store.names import OUTPUT_KINDS, PART, TREC_RUN
 from batch_rerank.store.receipts import Publication, Withdrawal
 
 
@@ -25,7 +25,9 @@ def withdraw(manifest: Manifest, publication: Publication, lease: Lease) -> None
         except ConflictError:
             note.take_back(told)
             raise
-    for name in ("_SUCCESS", TREC_RUN, *files.matching(PART), *files.within("_manifest/parts"), PUBLICATION):
+    report = files.matching(OUTPUT_KINDS["report"])
+    parts = (*files.matching(PART), *files.within("_manifest/parts"))
+    for name in ("_SUCCESS", TREC_RUN, *report, *parts, PUBLICATION):
         manifest.remove_seen(name, files)
     lease.check()
 

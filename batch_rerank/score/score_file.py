@@ -17,6 +17,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.schema import CHUNK_OFFSET, NULL_QUERY, NULL_TEXT
 from batch_rerank.score.read_unit import spread
+from batch_rerank.score.shape import shape_of
 from batch_rerank.score.steps import ScoredUnit
 from batch_rerank.store.commit import commit, footer
 from batch_rerank.store.filesystem import locate, storage_errors
@@ -31,8 +32,9 @@ def commit_unit(unit: ScoredUnit, config: JobConfig, model: ModelSpec, fingerpri
     if counts["engine_failed"]:
         _record_failures(manifest, unit)
     said = {"model": model.name, "revision": model.revision or model.identity, "template": model.template}
-    data = serialise(unit, footer(fingerprint, unit.unit.id, counts, **said))
-    return commit(manifest, unit.unit.id, data, fingerprint, counts, **unit.about)
+    shape = shape_of(unit, model)
+    data = serialise(unit, footer(fingerprint, unit.unit.id, counts, **said, shape=shape))
+    return commit(manifest, unit.unit.id, data, fingerprint, counts, **unit.about, shape=shape)
 
 
 def counts_of(unit: ScoredUnit) -> dict[str, int]:

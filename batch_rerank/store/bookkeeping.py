@@ -17,7 +17,7 @@ from batch_rerank.store.distrusted import read_distrusted
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.names import PART, TREC_RUN, part_name
+from batch_rerank.store.names import OUTPUT_KINDS, PART, TREC_RUN, part_name
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Publication, Receipt, Totals
 from batch_rerank.store.records import Mark
@@ -121,7 +121,7 @@ def _withdraw(manifest: Manifest, plan: Plan, found: Scan, done: frozenset[str])
             if not whole or number not in found.parts:
                 stale.add(number)
     if stale or len(done) < len(plan.units):
-        for name in ("_SUCCESS", TREC_RUN):
+        for name in ("_SUCCESS", TREC_RUN, *found.files.matching(OUTPUT_KINDS["report"])):
             manifest.remove_seen(name, found.files)
     for number in stale:
         for name in (*part_files(number), note_name(part_name(number))):

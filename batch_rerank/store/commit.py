@@ -53,7 +53,7 @@ def commit(manifest: Manifest, unit: str, data: bytes, fingerprint: str, counts:
     file, location = manifest.unit_file(unit), manifest.receipt(unit)
     with storage_errors(file):
         if not file.create_exclusive(data):
-            data, counts = _adopt(file, unit, fingerprint, counts)
+            data, counts, about["shape"] = _adopt(file, unit, fingerprint, counts)
         etag = "" if file.is_local else file.stat().version
     about["storage_retries"] = about.get("storage_retries", 0) + file.patience.retries
     known: dict[str, Any] = {**counts, **about}
@@ -74,8 +74,8 @@ def commit(manifest: Manifest, unit: str, data: bytes, fingerprint: str, counts:
     return receipt
 
 
-def _adopt(file: Location, unit: str, fingerprint: str, ours: Counts) -> tuple[bytes, dict[str, int]]:
-    """The bytes of the file that is there, if it is this unit of this job and complete, and its counts."""
+def _adopt(file: Location, unit: str, fingerprint: str, ours: Counts) -> tuple[bytes, dict[str, int], str]:
+    """The bytes of the file that is there, if it is this unit of this job and complete, its counts and its shape."""
     data = file.read_bytes()
     try:
         table, metadata, counts = read_footer(data)
@@ -89,18 +89,18 @@ def _adopt(file: Location, unit: str, fingerprint: str, ours: Counts) -> tuple[b
         raise StorageError(
             f"{file}: exists and is another job's or damaged; delete it and run again, or use a new output"
         )
-    return data, {name: counts.get(name, 0) for name in SUMMED}
+    return data, {name: counts.get(name, 0) for name in SUMMED}, metadata.get("batch_rerank.shape", "")
 
 
 def _other_receipt(location: Location, file: Location, ours: Receipt) -> Receipt:
     """The receipt another attempt wrote; replaced where it does not describe the file that is there now."""
-    data, counts = _adopt(file, ours.unit, ours.fingerprint, ours.counts)
+    data, counts, shape = _adopt(file, ours.unit, ours.fingerprint, ours.counts)
     with suppress(StorageError):  # damaged: replaced
         theirs = Receipt.from_json(location.read_bytes(), location)
         if (theirs.unit, theirs.sha256, theirs.size) == (ours.unit, sha256(data), len(data)):
             return theirs
     etag = "" if file.is_local else file.stat().version
-    known: dict[str, Any] = {**counts, "size": len(data), "sha256": sha256(data), "etag": etag}
+    known: dict[str, Any] = {**counts, "size": len(data), "sha256": sha256(data), "etag": etag, "shape": shape}
     now = replace(ours, **known)
     location.write_bytes(now.to_json())
     return now

@@ -12,10 +12,13 @@ from batch_rerank.store.records import UNIT
 TREC_RUN = "_run.trec"
 """The ranked rows as a TREC run, under a name that readers of directories pass over."""
 
+REPORT_JSON, REPORT_HTML = "_report/report.json", "_report/report.html"
+"""What a run was like, in numbers and for people; hidden from readers of the output."""
+
 _FOLDERS = "receipts|attempts|failures|damaged|lease|exchange|parts|scores|withdrawn"
 _LEFTOVER = re.compile(
     rf"_manifest/(?:attempts/[0-9a-f]+|failures/{UNIT}|damaged/(?:part-|scores-)?{UNIT})\.json"
-    rf"|(?:_manifest/(?:(?:{_FOLDERS})/)?|_work/|_scores/)?{TEMPORARY_NAME}"
+    rf"|(?:_manifest/(?:(?:{_FOLDERS})/)?|_work/|_scores/|_report/)?{TEMPORARY_NAME}"
 )
 ROLL = r"_manifest/receipts/rolled-[0-9]{5,9}\.jsonl"
 """Many receipts in one file."""
@@ -34,6 +37,7 @@ OUTPUT_KINDS = {
     "mark": "_SUCCESS",
     "parts": rf"part-{UNIT}\.parquet|{re.escape(TREC_RUN)}",
     "scores": r"_scores/[0-9]{5,9}\.(?:parquet|queries\.npy|pairs\.npy)|_manifest/scores/[0-9]{5,9}\.json",
+    "report": r"_report/report\.(?:json|html)",
     "work": rf"_work/{UNIT}\.parquet|{EXCHANGED}",
     "records": (
         r"_manifest/(?:(?:plan|status|publication|missing|gate|distrusted|actual|pointers)\.json"

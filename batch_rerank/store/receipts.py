@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from batch_rerank.errors import StorageError
 from batch_rerank.store.records import Count, Line, Seconds, UnitId, parse
@@ -22,6 +24,8 @@ SUMMED = (
     "engine_failed",
 )
 """Counts of a receipt that follow from the unit alone: they are in its file's footer too."""
+
+Text = Annotated[str, Field(pattern=r"^[\x20-\x7e]*$", max_length=6000)]
 
 REUSE_COUNTS = ("reused", "new_queries", "new_documents", "unreadable", "audited")
 """Counts of pairs that follow from the earlier outputs too."""
@@ -57,7 +61,9 @@ class Receipt:
     output, reused_from: of which;
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
-    audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it (engine/work.py)
+    audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it, see
+    engine/work.py; shape: how scores, lengths and places of its pairs lie, see store/shapes.py, empty in receipts of
+    0.1.0
     """
 
     unit: UnitId
@@ -106,6 +112,7 @@ class Receipt:
     actor: Line = ""
     token_budget: Count = 0
     retries: Count = 0
+    shape: Text = ""
 
     @property
     def counts(self) -> dict[str, int]:

@@ -1,0 +1,67 @@
+"""The candidates that a report names, scored again on this machine: is what it shows what the model says?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.packing import best_chunks
+from batch_rerank.errors import ModelError
+from batch_rerank.job.devices import settle, this_machine
+from batch_rerank.publish.output import Place, config_of, open_output
+from batch_rerank.report.movers import Chosen, choose, rows_of_unit
+from batch_rerank.score.plan import configured_model
+from batch_rerank.score.read_unit import prepare
+from batch_rerank.score.steps import LoadedScorer
+from batch_rerank.store.scan import scan
+
+
+@dataclass(frozen=True)
+class Again:
+    """A candidate with the score that is kept and the one that is computed now; None where the model gives none."""
+
+    query_id: str
+    doc_id: str
+    before: int
+    after: int
+    kept: float
+    computed: float | None
+
+
+def score_movers(place: Place) -> list[Again]:
+    """Score the candidates that have moved most again, in the report's order.
+
+    Raises InputError where their texts are not there any more, ModelError where the model is not that of the output,
+    ConfigError and StorageError.
+    """
+    manifest, plan = open_output(place)
+    config = config_of(plan, place)
+    free = config.cluster.model_copy(update={"gpus_per_actor": "auto", "cpus_per_actor": "auto"})
+    config = settle(config.model_copy(update={"cluster": free}), this_machine(), actors=1)
+    chosen = choose(plan, scan(manifest, plan).committed)
+    if not chosen:
+        return []
+    model = configured_model(config)
+    if model.identity != plan.model.get("identity"):
+        raise ModelError(
+            f"model {config.model.name!r}: found {model.identity!r}, the output was scored by "
+            f"{plan.model.get('identity')!r}; expected the same checkpoint"
+        )
+    encoder, scorer = make_encoder(model), LoadedScorer(config, model)
+    found: dict[Chosen, Again] = {}
+    for unit in dict.fromkeys(one.unit for one in chosen):
+        rows = rows_of_unit(plan, config, unit)
+        own = sorted({one.mover.row: one for one in chosen if one.unit == unit}.items())
+        taken: pa.Table = rows.take([row for row, _ in own])
+        read = prepare(unit, taken, model.takes_instruction, include_text=False)
+        encoded = encoder.encode(read.groups)
+        scores = best_chunks(encoded, scorer.score(encoded)).scores
+        for (_, one), ids, score in zip(
+            own, taken.select(["query_id", "doc_id"]).to_pylist(), scores.tolist(), strict=True
+        ):
+            told = None if np.isnan(score) else score
+            found[one] = Again(
+                **ids, before=one.mover.before, after=one.mover.after, kept=one.mover.score, computed=told
+            )
+    return [found[one] for one in chosen if one in found]
