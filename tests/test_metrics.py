@@ -175,6 +175,7 @@ def test_the_page_the_dashboard_and_the_code_name_the_same() -> None:
     ]
     drawn = {name for expression in EXPRESSIONS for name in re.findall(r"ray_\w+", expression)}
     assert drawn == {one.series for one in METRICS}
+    assert set(re.findall(r"ray_\w+", json.dumps(DASHBOARD["templating"]))) <= drawn
     fields = set(re.findall(r"`(\w+_seconds)`", PAGE))
     assert fields - set(Receipt.__dataclass_fields__) == {"batch_rerank_actor_seconds"}
     assert {name for name in Receipt.__dataclass_fields__ if name.endswith("_seconds")} <= fields
