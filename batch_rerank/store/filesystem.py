@@ -16,12 +16,10 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from batch_rerank.errors import BatchRerankError, InputError, StorageError, without_secrets
+from batch_rerank.errors import BatchRerankError, ConfigError, InputError, StorageError
+from batch_rerank.outside import hide, problem_of, protocol_of, without_secrets, without_users
 from batch_rerank.store import disk
 from batch_rerank.store.patience import Patience
-
-INPUT_PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""Where shards may be: disks, and object stores, most of which need a package of their own. None that asks any host."""
 
 _ANSWERED = "_batch_rerank_answered"
 """Attribute of a filesystem whose store has answered this process. fsspec keeps one object for each store and its
@@ -57,7 +55,7 @@ class Location:
         return Location(self.fs, path, self.patience)
 
     def __str__(self) -> str:
-        return self.path if self.is_local else without_secrets(str(self.fs.unstrip_protocol(self.path)))
+        return self.path if self.is_local else without_users(str(self.fs.unstrip_protocol(self.path)))
 
     @property
     def name(self) -> str:
@@ -257,18 +255,29 @@ class _Ranges(io.RawIOBase):
 
 def locate(url: str, options: Options | None = None, reached: bool = False) -> Location:
     """The location of a path or URL. `reached`: the job's driver has had answers from there, so an outage is waited
-    for. Raises StorageError for an unknown protocol or wrong options."""
+    for. Raises StorageError for a place that no job may have, and ConfigError for wrong options; their values are
+    hidden from here on."""
+    if problem := problem_of(url):
+        raise StorageError(problem)
+    protocol, options = protocol_of(url), options or {}
+    hide(options)
+    # without its listing cache s3fs sees what other processes wrote
+    fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
     try:
-        protocol = url.split("://")[0] if "://" in url else "file"
-        # without its listing cache s3fs sees what other processes wrote
-        fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
-        fs, path = fsspec.core.url_to_fs(url, **{**fixed, **(options or {})})
+        kind = fsspec.get_filesystem_class(protocol)
+        # not url_to_fs, which takes a name with "::" in it for a chain of places
+        path = kind._strip_protocol(url)
+        fs = fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(url), **fixed, **options})
         if options and fixed:
             fs.connect()  # s3fs looks at its options when it first needs them; this asks nothing of the store
-    except (ImportError, ValueError, TypeError) as error:
-        reason = without_secrets(str(error))
-        raise StorageError(
-            f"{without_secrets(url)}: cannot open this kind of location, or not with its storage_options: {reason}"
+    except Exception as error:  # any: libraries raise what they like, and none may show a value
+        if not options:
+            raise StorageError(f"{url}: cannot open this kind of location: {error}") from None
+        named = [name for name in options if repr(name) in str(error)]
+        about = f", e.g. {named[0]!r}" if named else ""
+        raise ConfigError(
+            f"{url}: cannot be opened with its storage_options {sorted(map(str, options))}{about} "
+            f"({type(error).__name__}; values are not shown); correct them"
         ) from None
     return Location(fs, path, Patience(reached))
 
@@ -307,11 +316,6 @@ def _file(info: dict[str, Any]) -> File:
 
 def _same(one: File, other: File) -> bool:
     return (one.size, one.version) == (other.size, other.version)
-
-
-def protocol_of(url: str) -> str:
-    """What fsspec would open a path or URL with; a chain of them (`simplecache::…`) is one that no input has."""
-    return "::" if "::" in url else url.split("://")[0] if "://" in url else "file"
 
 
 def _has_magic(path: str) -> bool:
