@@ -114,6 +114,11 @@ def evaluate(
             del values["before_by_query"], values["after_by_query"]
         print_json(values)
         return
+    if result.limit is not None:  # before the numbers, which are small
+        log.warning(
+            "this is a sample of %s queries, and the means are over all %s judged ones: %s of them count as zero",
+            *(f"{count:,}" for count in (result.limit, result.queries, result.queries_missing)),
+        )
     table = Table("measure", "before", "after", "change")
     for name, after in result.after.items():
         before = result.before[name]

@@ -1,23 +1,25 @@
 """What comes from outside: no secret is ever shown, no job file is a bomb, and ids are data on a terminal too."""
 
+import gzip
 import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
-from conftest import candidate_rows, job, write
+from conftest import candidate_rows, job, nested, write
 from rich.errors import MarkupError
 
 import batch_rerank.errors as errors
 from batch_rerank import job_file, outside
 from batch_rerank.config import load_config, parse_config
-from batch_rerank.errors import BatchRerankError, ConfigError, StorageError, as_value, from_value
+from batch_rerank.errors import BatchRerankError, ConfigError, InputError, StorageError, as_value, from_value
 from batch_rerank.job.run import run
 from batch_rerank.outside import hide, problem_of, shown, shown_id, without_secrets
-from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.filesystem import input_errors, locate, storage_errors
 
 Cli = Callable[..., tuple[int, str, str]]
 CANARY = "caNary-4711/x+y"
@@ -238,6 +240,35 @@ def test_options_of_wrong_types_are_refused(options: dict[str, Any], tmp_path: P
     assert code == 2 and "Traceback" not in error and "storage_options" in error
 
 
+# ---- texts that are bombs
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("what", ["zeros", "a line", "many lines and a long one"])
+def test_a_line_has_an_end(what: str, packed: bool, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batch_rerank.input import text_files
+
+    monkeypatch.setattr(text_files, "LINE_BYTES", 10_000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1_000)
+    good = "".join(json.dumps({"_id": f"d{n}", "text": "x" * 50}) + "\n" for n in range(100)).encode()
+    data = {"zeros": bytes(100_000), "a line": b'{"_id": "d0", "text": "' + b"x" * 100_000 + b'"}\n'}.get(what)
+    data = good + b'{"_id": "e", "text": "' + b"x" * 30_000 + b'"}\n' + good if data is None else data
+    name = "corpus.jsonl.gz" if packed else "corpus.jsonl"
+    (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "what"}\n')
+    (tmp_path / "run").write_text("q d0 1.0\n")
+    given = {
+        "input": {"layout": "run", "run": str(tmp_path / "run"), "queries": str(tmp_path / "queries.jsonl")},
+        "output": {"path": str(tmp_path / "out")},
+        "model": {"name": "none", "kind": "checksum"},
+        "cluster": {"gpus_per_actor": 0},
+    }
+    given["input"]["corpus"] = str(tmp_path / name)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(given))
+    code, _, error = cli("run", tmp_path / "job.yaml", "--local")
+    assert code == 3 and "a line of more than 10,000 bytes, from byte" in error and name in error
+
+
 # ---- ids on a terminal
 
 ODD = ["[/]", "[bold]x", "\x1b]0;owned\x07", "a\nb", "[link=http://x]y[/link]", "\u202egnp"]
@@ -312,3 +343,62 @@ def test_a_name_stays_a_name(folder: str, tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert run(config, local=True).totals.rows_out == 6
     assert (tmp_path / folder / "out/_SUCCESS").exists()
+
+
+# ---- whose fault it is, and what to do
+
+
+def test_a_store_that_lets_nobody_in_is_not_the_inputs_fault(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path, input__path="s3://bucket/x"))
+    code, _, error = cli("plan", tmp_path / "job.yaml")
+    assert code == 6 and "credentials" in error
+    options = {"key": "a-key", "secret": "a-secret", "endpoint_url": "http://127.0.0.1:9"}
+    text = job_text(tmp_path, input__path="s3://bucket/x", input__storage_options=options)
+    raw = yaml.safe_load(text)
+    raw["input"]["storage_options"] = options
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    code, _, error = cli("plan", tmp_path / "job.yaml")
+    assert code == 6 and "a-key" not in error
+
+
+def test_a_local_path_gets_no_advice_about_buckets(tmp_path: Path) -> None:
+    for where in (tmp_path / "x", f"file://{tmp_path}/x"):
+        with pytest.raises(InputError) as caught, input_errors(where):
+            raise FileNotFoundError
+        assert "check the path" in str(caught.value) and "S3" not in str(caught.value)
+    with pytest.raises(InputError, match="AWS_ENDPOINT_URL"), input_errors("s3://bucket/x"):
+        raise FileNotFoundError
+
+
+def test_another_layout_is_suggested_where_the_columns_have_it(tmp_path: Path, cli: Cli) -> None:
+    write(tmp_path / "nested/a.parquet", nested(candidate_rows(2, 3)))
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path, input__path=str(tmp_path / "nested")))
+    code, _, error = cli("plan", tmp_path / "job.yaml")
+    assert code == 3 and "this looks like input.layout: nested" in error
+    code, _, error = cli("plan", tmp_path / "job.yaml", "--set", "input.layout=nested")
+    assert code == 0
+    code, _, error = cli(
+        "plan", tmp_path / "job.yaml", "--set", "input.layout=nested", "--set", f"input.path={tmp_path / 'in'}"
+    )
+    assert code == 3 and "this looks like input.layout: flat" in error
+
+
+def test_the_evaluation_of_a_sample_says_first_that_it_is_one(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path))
+    assert cli("run", tmp_path / "job.yaml", "--local", "--limit", "1")[0] == 0
+    (tmp_path / "qrels").write_text("q0 0 d0 1\nq1 0 d0 1\n")
+    arguments = ["--qrels", tmp_path / "qrels", "RR"]
+    code, _, error = cli("evaluate", "--run", tmp_path / "out-limit-1", *arguments)
+    assert code == 0 and error.startswith(
+        "this is a sample of 1 queries, and the means are over all 2 judged ones: 1 of"
+    )
+    assert cli("run", tmp_path / "job.yaml", "--local")[0] == 0
+    assert "sample" not in cli("evaluate", "--run", tmp_path / "out", *arguments)[2]

@@ -16,9 +16,11 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from batch_rerank.errors import BatchRerankError, ConfigError, InputError, StorageError
-from batch_rerank.outside import hide, problem_of, protocol_of, without_secrets, without_users
+from batch_rerank.errors import ConfigError, InputError, StorageError
+from batch_rerank.outside import hide, problem_of, protocol_of, without_users
 from batch_rerank.store import disk
+from batch_rerank.store.failures import input_errors as input_errors  # where paths are opened they are asked for
+from batch_rerank.store.failures import storage_errors as storage_errors
 from batch_rerank.store.patience import Patience
 
 _ANSWERED = "_batch_rerank_answered"
@@ -95,7 +97,7 @@ class Location:
 
     def stat(self) -> File:
         """The file as it is now. Raises FileNotFoundError."""
-        return _file(self.patiently(lambda: self.fs.info(self.path)))
+        return _file(_followed(self.fs, self.patiently(lambda: self.fs.info(self.path))))
 
     def exists(self) -> bool:
         """Whether there is an object or a file. Not fsspec's isfile, which says no when the store fails."""
@@ -283,7 +285,8 @@ def locate(url: str, options: Options | None = None, reached: bool = False) -> L
 
 
 def list_files(pattern: Location) -> list[File]:
-    """Files that match a glob, or the `*.parquet` files of a directory, by path."""
+    """Files that match a glob, or the `*.parquet` files of a directory, by path; links to files are files. Raises
+    InputError for a link to nothing."""
     fs, path = pattern.fs, pattern.path
     if not _has_magic(path):
         try:
@@ -291,7 +294,7 @@ def list_files(pattern: Location) -> list[File]:
         except FileNotFoundError:
             return []
         if info["type"] != "directory":
-            return [_file(info)]
+            return [_file(_followed(fs, info))]
         path = path.rstrip("/") + "/*.parquet"
     # unless told, fsspec leaves out directories that it fails to list; a "**" on S3 is one listing, which just fails
     options = {} if "**" in path else {"on_error": "raise"}
@@ -305,7 +308,23 @@ def list_files(pattern: Location) -> list[File]:
     except ValueError as error:
         raise InputError(f"{pattern}: not a glob ({error}); write * for a part of a name, ** for any folders") from None
     files = [info for name, info in sorted(found.items()) if open_start == path or name[start] == path[start]]
-    return [_file(info) for info in files if info["type"] == "file"]
+    followed = [_followed(fs, info) for info in files]
+    return [_file(info) for info in followed if info["type"] == "file"]
+
+
+def _followed(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a file, or of the one that a link on a disk leads to, under the link's name."""
+    if not info.get("islink"):
+        return info
+    target = os.path.realpath(info["name"])
+    if not os.path.exists(target):
+        raise InputError(f"{info['name']}: a link to {target}, which is not there; remove it, or mend it")
+    return {**fs.info(target), "name": info["name"]}
+
+
+def identity_of(location: Location, file: File) -> str:
+    """The same of a file under all of its names: `..` and links on a disk are followed."""
+    return os.path.realpath(file.path) if location.is_local else file.path
 
 
 def _file(info: dict[str, Any]) -> File:
@@ -320,31 +339,3 @@ def _same(one: File, other: File) -> bool:
 
 def _has_magic(path: str) -> bool:
     return any(sign in path for sign in "*?[")
-
-
-@contextmanager
-def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -> Iterator[None]:
-    """Turn what stores raise (no credentials, no such bucket, disk full, …) into one of our errors with the reason."""
-    try:
-        yield
-    except BatchRerankError:
-        raise
-    except FileNotFoundError:
-        raise kind(f"{where}: not found; check the path, and for S3 the bucket and AWS_ENDPOINT_URL") from None
-    except PermissionError as error:
-        reason = without_secrets(str(error)) or "permission denied"
-        raise kind(f"{where}: not permitted ({reason}); check the rights and the credentials") from None
-    except OSError as error:
-        raise kind(f"{where}: storage failed: {without_secrets(str(error.strerror or error))}") from error
-    except Exception as error:
-        # botocore's errors (NoCredentialsError, EndpointConnectionError, ClientError) share no base with OSError
-        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http.")):
-            raise
-        raise kind(f"{where}: storage failed: {without_secrets(str(error))}") from error
-
-
-@contextmanager
-def input_errors(where: object) -> Iterator[None]:
-    """The same for the input: a missing shard is an input error."""
-    with storage_errors(where, InputError):
-        yield
