@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import typer
 
 from batch_rerank.errors import BatchRerankError, GateError
+from batch_rerank.outside import shown, without_secrets
 
 app = typer.Typer(
     name="batch-rerank",
@@ -51,6 +52,7 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Shown())
         log.addHandler(handler)
         log.propagate = False
         log.setLevel(logging.INFO)
@@ -64,6 +66,14 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             log.removeHandler(handler)
 
     return wrapped
+
+
+class _Shown(logging.Formatter):
+    """Lines without secrets, and without the characters that a terminal obeys: ids, names and the messages of other
+    libraries are somebody's bytes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(without_secrets(super().format(record)))
 
 
 @contextmanager

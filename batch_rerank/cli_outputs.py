@@ -7,9 +7,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb, verdict_told
 from batch_rerank.errors import BatchRerankError
+from batch_rerank.outside import shown_id
 
 log = logging.getLogger("batch_rerank")
 
@@ -55,12 +57,7 @@ def status(output: Output, limit: LimitOfJob = None, overrides: SetOfJob = None,
         print_json(found)
         return
     for name, value in found.items():
-        log.info("%-17s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else shown_text(value))
-
-
-def shown_text(value: object) -> str:
-    """Without the characters that a terminal obeys: a status is somebody's bytes."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in str(value))
+        log.info("%-17s %s", name.replace("_", " "), f"{value:,}" if type(value) is int else value)
 
 
 @app.command()
@@ -119,16 +116,22 @@ def evaluate(
             del values["before_by_query"], values["after_by_query"]
         print_json(values)
         return
+    if result.limit is not None:  # before the numbers, which are small
+        log.warning(
+            "this is a sample of %s queries, and the means are over all %s judged ones: %s of them count as zero",
+            *(f"{count:,}" for count in (result.limit, result.queries, result.queries_missing)),
+        )
     table = Table("measure", "before", "after", "change")
     for name, after in result.after.items():
         before = result.before[name]
-        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        table.add_row(Text(name), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
     Console().print(table)
     if per_query:
         by_query = Table("query_id", "measure", "before", "after")
         for name, queries in result.after_by_query.items():
             for query_id, after in queries.items():
-                by_query.add_row(query_id, name, f"{result.before_by_query[name][query_id]:.4f}", f"{after:.4f}")
+                before = result.before_by_query[name][query_id]
+                by_query.add_row(Text(shown_id(query_id)), Text(name), f"{before:.4f}", f"{after:.4f}")
         Console().print(by_query)
     missing = (
         f"; {result.queries_missing} of them are not in the run and count as zero" if result.queries_missing else ""
@@ -223,8 +226,8 @@ def compare(
         for name, one in found.judged.items():
             needed = "-" if one.queries_to_see_a_loss is None else f"{one.queries_to_see_a_loss:,}"
             interval = f"{one.low:+.4f} to {one.high:+.4f}"
-            judged.add_row(name, f"{one.old:.4f}", f"{one.new:.4f}", f"{one.difference:+.4f}", interval, needed)
+            judged.add_row(Text(name), f"{one.old:.4f}", f"{one.new:.4f}", f"{one.difference:+.4f}", interval, needed)
         console.print(judged)
     for moved in found.moved:
-        shown = [", ".join(map(shown_text, documents)) for documents in (moved.old, moved.new)]
-        log.info("moved most: %s (RBO %.3f): %s -> %s", shown_text(moved.query_id), moved.rbo, *shown)
+        lists = [", ".join(map(shown_id, documents)) for documents in (moved.old, moved.new)]
+        log.info("moved most: %s (RBO %.3f): %s -> %s", shown_id(moved.query_id), moved.rbo, *lists)

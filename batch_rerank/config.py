@@ -4,20 +4,25 @@
 """
 
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from batch_rerank.conditions import Gate
 from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
+from batch_rerank.job_file import parse_yaml, read_yaml
+from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
-from batch_rerank.sections import Cost, Place, Places, Reuse, Section, StorageOptions, as_list
+from batch_rerank.sections import Cost, Name, Place, Places, Reuse, Section, StorageOptions, as_list
+
+MOST = 2**53
+"""Of whole numbers: what JSON and every library that is handed one can hold."""
+
+Whole = Annotated[int, Field(ge=1, le=MOST)]
 
 KEYS = {
     "nested": (("path",), ()),
@@ -44,12 +49,12 @@ class Input(Section):
     queries: Places | None = None
     corpus: Places | None = None
     stage: Place | None = None
-    candidates_per_query: Annotated[int, Field(ge=1)] | None = None
+    candidates_per_query: Whole | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = Field(default={})
-    unit_pairs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    unit_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
-    storage_options: StorageOptions = Field(default={}, exclude=True)  # may hold secrets: never stored
+    unit_pairs: Literal["auto"] | Whole = "auto"
+    unit_bytes: Whole = 4 * 2**20
+    storage_options: StorageOptions = Field(default={}, exclude=True, repr=False)  # may hold secrets: never stored
 
     @model_validator(mode="after")
     def _known_columns(self) -> "Input":
@@ -93,7 +98,7 @@ class Output(Section):
 
     path: Place
     layout: Literal["flat", "nested"] = "flat"
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Whole | None = None
     include_text: bool = False
     passthrough: list[str] = Field(default=[])
     trec_run: bool = False
@@ -101,7 +106,7 @@ class Output(Section):
     keep_scores: bool = True
     latest: Place | None = None
     report: bool = True
-    storage_options: StorageOptions = Field(default={}, exclude=True)
+    storage_options: StorageOptions = Field(default={}, exclude=True, repr=False)
 
     @model_validator(mode="after")
     def _free_names(self) -> "Output":
@@ -120,12 +125,12 @@ class Model(Section):
     packed and padded insist. `dtype` float8: of decoders on GPUs only, packed only.
     """
 
-    name: Place
+    name: Name
     revision: str | None = None
     kind: str = "auto"
     template: str | dict[str, Any] = "auto"
     instruction: str | None = None
-    max_length: int | None = None
+    max_length: Annotated[int, Field(ge=-MOST, le=MOST)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
     forward: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
@@ -162,19 +167,19 @@ class Scoring(Section):
     their instructions and documents as plain text; the models' own code does not.
     """
 
-    token_budget: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    token_budget: Literal["auto"] | Whole = "auto"
     max_failed_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
-    max_failed_units: Annotated[int, Field(ge=0)] = 10
+    max_failed_units: Annotated[int, Field(ge=0, le=MOST)] = 10
     long_documents: Literal["truncate", "chunk"] = "truncate"
-    chunk_overlap: Annotated[int, Field(ge=0)] = 80
+    chunk_overlap: Annotated[int, Field(ge=0, le=MOST)] = 80
     escape_control_tokens: bool = False
 
 
 class ActorRange(Section):
     """A pool that grows and shrinks."""
 
-    min: Annotated[int, Field(ge=1)]
-    max: Annotated[int, Field(ge=1)]
+    min: Whole
+    max: Whole
 
     @model_validator(mode="after")
     def _ordered(self) -> "ActorRange":
@@ -194,11 +199,11 @@ class Cluster(Section):
     with `cpus_per_actor` threads each: auto divides a node's cores among its actors. `lease_seconds`: how long a job
     must be silent before another one takes its output over."""
 
-    actors: Annotated[int, Field(ge=1)] | ActorRange = 1
+    actors: Whole | ActorRange = 1
     gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1000), AfterValidator(_countable)] = "auto"
-    cpus_per_actor: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    cpus_per_actor: Literal["auto"] | Whole = "auto"
     address: str | None = None
-    prefetch_units: Annotated[int, Field(ge=1)] = 2
+    prefetch_units: Whole = 2
     lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
 
     @property
@@ -240,7 +245,7 @@ class JobConfig(Section):
     reuse: Reuse | None = Field(default=None, exclude=True)  # of a run, not of its output: receipts say what served
     gate: Gate | None = None
     cost: Cost | None = Field(default=None, exclude=True)  # of a run too: a resumed one may have another budget
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Whole | None = None
 
     @property
     def stage(self) -> str:
@@ -255,33 +260,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | No
     Raises ConfigError with every error of the file. With `limit`, the output is `<output>-limit-<N>`: a sample is
     another job than the whole and must not stand in its place.
     """
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a job file (YAML)") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: found {type(raw).__name__}, expected the sections input, output and model")
     for override in overrides:
         _apply(raw, override)
+    for section in raw.values():
+        hide(section.get("storage_options") if isinstance(section, dict) else None)
     if limit is not None:
         raw["limit"] = limit
     return parse_config(raw, str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which a key stands once: of two, PyYAML would take the last in silence."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} again", key.start_mark)
-                seen.add(key.value)
-        return node
 
 
 def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
@@ -304,17 +292,24 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     names = key.split(".")
     if not equals or not all(names):
-        raise ConfigError(f"--set {override!r}: expected section.key=value, e.g. --set model.max_length=1024")
+        said = _without_value(override)
+        raise ConfigError(f"--set {said}: expected section.key=value, e.g. --set model.max_length=1024")
     section = raw
     for name in names[:-1]:
         inner = section.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {name!r} is a value in the job file, not a section")
+            raise ConfigError(f"--set {_without_value(override)}: {name!r} is a value in the job file, not a section")
         section = inner
     try:
-        section[names[-1]] = yaml.load(value, _Loader)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        raise ConfigError(f"--set {override!r}: {value!r} is not a YAML value; quote it") from None
+        section[names[-1]] = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"--set {_without_value(override)}: not a YAML value ({error}); quote it") from None
+
+
+def _without_value(override: str) -> str:
+    """The key of an override: its value may be a secret, and so may be what has no key."""
+    key, _, _ = override.partition("=")
+    return f"{key[:100]!r}" if re.fullmatch(r"[a-z_.]*", key) else "(a key that is none)"
 
 
 def _place(error: Any) -> str:
@@ -334,8 +329,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return message
     value = error["input"]
-    # reprlib: a few lines of YAML can name a value with a billion parts
-    found = repr(value) if isinstance(value, str | int | float) else reprlib.repr(value)
+    # of what has parts only the type: one may be a secret, and a few lines of YAML can name a billion of them
+    plain = isinstance(value, str | int | float) and not (isinstance(value, str) and "\n" in value)
+    found = repr(value)[:200] if plain else f"a {type(value).__name__}"
     if "storage_options" in error["loc"]:
         found = "a value that is not shown"
-    return f"found {found[:200]}; {message[0].lower()}{message[1:]}"
+    return f"found {found}; {message[0].lower()}{message[1:]}"

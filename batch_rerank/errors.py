@@ -4,13 +4,16 @@ An error says where, what was found, what was expected and what to do. Inside Ra
 sent to the driver as values (`as_value`) and raised again there (`from_value`): Ray would wrap them in a traceback.
 """
 
-import re
+from batch_rerank.outside import without_secrets
 
 
 class BatchRerankError(Exception):
-    """Base of all expected failures."""
+    """Base of all expected failures. No message has a secret in it, whoever wrote it."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class UnfinishedError(BatchRerankError):
@@ -87,8 +90,3 @@ def from_value(value: dict[str, str]) -> BatchRerankError:
     known: tuple[type[BatchRerankError], ...] = (*BatchRerankError.__subclasses__(), AuditError)
     types = {cls.__name__: cls for cls in known}
     return types.get(value["type"], BatchRerankError)(value["message"])
-
-
-def without_secrets(text: str) -> str:
-    """A message of another library without the user and password of any URL in it."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)

@@ -4,16 +4,45 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-StorageOptions = dict[str, Any]
+from batch_rerank.outside import problem_of
+
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("key", "secret", "token", "username", "password", "endpoint_url", "profile", "project"), str),
+    **dict.fromkeys(("account_name", "account_key", "sas_token", "connection_string"), str),
+    **dict.fromkeys(("anon", "use_ssl", "requester_pays", "use_listings_cache"), bool),
+    **dict.fromkeys(("client_kwargs", "config_kwargs", "s3_additional_kwargs"), dict),
+}
+"""Of the storage options that are known, those whose libraries fail late or strangely where they get another type."""
+
+KINDS = {str: "a text (in quotes where it looks like a number)", bool: "true or false", dict: "a mapping"}
 
 
-def _plain(path: str) -> str:
-    if not path or "\0" in path:
-        raise ValueError(f"found {path!r}; expected a path or a URL")
-    return path
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    wrong = [name for name, kind in TYPES.items() if not isinstance(options.get(name), (kind, type(None)))]
+    # token: gcsfs takes a mapping
+    wrong = [name for name in wrong if (name, type(options[name])) != ("token", dict)]
+    if wrong:
+        raise ValueError("; ".join(f"{name}: expected {KINDS[TYPES[name]]}; its value is not shown" for name in wrong))
+    return options
 
 
-Place = Annotated[str, AfterValidator(_plain)]
+StorageOptions = Annotated[dict[str, Any], AfterValidator(_options)]
+
+
+def _place(place: str) -> str:
+    if problem := problem_of(place):
+        raise ValueError(problem)
+    return place
+
+
+def _name(name: str) -> str:
+    if not name or "\0" in name:
+        raise ValueError(f"found {name!r}; expected a name, a path or a URL")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Place = Annotated[str, AfterValidator(_place)]
 Places = Place | Annotated[list[Place], Field(min_length=1)]
 
 

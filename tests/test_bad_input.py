@@ -245,7 +245,7 @@ def test_an_override_that_is_none(override: str, tmp_path: Path, attempt: Any, c
     attempt(model={"kind": "magic"})
     code, _, error = cli("run", tmp_path / "job.yaml", "--set", override)
     assert code == 2
-    assert f"--set {override!r}" in error
+    assert f"--set {override.partition('=')[0]!r}" in error
 
 
 def test_an_output_that_belongs_to_another_job_names_the_fields(tmp_path: Path, cli: Cli, attempt: Any) -> None:

@@ -3,18 +3,23 @@ late."""
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Killed, job, scored_only
+from conftest import Killed, job, rows_of, scored_only
 from test_gate import AGAINST, Nights, nights  # noqa: F401  (a fixture)
 
 import batch_rerank.job.republish as republishing
-from batch_rerank.errors import GateError
+from batch_rerank.errors import ConflictError, GateError
 from batch_rerank.job.republish import republish
 from batch_rerank.job.run import run
 from batch_rerank.publish.output import Place
+from batch_rerank.publish.verify import verify
+from batch_rerank.store.filesystem import Location
+from batch_rerank.store.lease import Lease
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -138,3 +143,43 @@ def test_an_error_at_one_output_hides_nothing_of_the_others(flat_shards: Path, t
 def test_nothing_is_left_of_the_working_files(flat_shards: Path, tmp_path: Path) -> None:
     run(job(flat_shards, tmp_path / "out"), local=True)
     assert sorted(os.listdir(tmp_path / "out")) == ["_SUCCESS", "_manifest", "_scores", "part-00000.parquet"]
+
+
+# ---- late writers that are interrupted: a lost lease wakes its driver with an interrupt
+
+
+def late(name: str, out: Path, flat_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on whoever creates this file is paused before it until another has published in fewer parts, and is
+    interrupted as it wakes."""
+    create, asked = Location.create_exclusive, []
+
+    def paused(self: Location, data: bytes) -> bool:
+        mine = self.name == name and self.path.startswith(str(out)) and not asked
+        if mine:
+            asked.append(1)
+            republish(Place(str(out), {}, job(flat_shards, out, output__top_k=2)), local=True)
+            if name == "_SUCCESS":  # and a third has begun to publish otherwise
+                self.remove()
+        created = create(self, data)
+        if mine:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return created
+
+    monkeypatch.setattr(Location, "create_exclusive", paused)
+    monkeypatch.setattr(Lease, "_wait_for_silence", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["part-00003.parquet", "_SUCCESS"])
+def test_an_interrupt_keeps_nobody_from_taking_back(
+    name: str, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    config = job(flat_shards, out, output__file_bytes=1)
+    late(name, out, flat_shards, monkeypatch)
+    with pytest.raises((ConflictError, KeyboardInterrupt)):
+        run(config, local=True)
+    monkeypatch.undo()
+    assert (out / "_SUCCESS").exists() == (name != "_SUCCESS")
+    assert [path.name for path in sorted(out.glob("part-*"))] == ["part-00000.parquet"]
+    republish(Place(str(out), {}, job(flat_shards, out, output__top_k=2)), local=True)
+    assert verify(str(out)).problems == [] and rows_of(out)["rank"].to_pylist() == [1, 2] * 12

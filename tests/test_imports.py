@@ -164,16 +164,19 @@ ALLOWED = {
 }
 """Which rooms a room may import."""
 
-BESIDE = {name: {"errors", "calls", "schema", "config", "conditions", "sections"} for name in ROOMS}
-BESIDE |= {"engine": {"errors"}, "store": {"errors"}}
+BESIDE = {name: {"errors", "outside", "calls", "schema", "config", "conditions", "sections"} for name in ROOMS}
+BESIDE |= {"engine": {"errors"}, "store": {"errors", "outside"}}
 """Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
 
 ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "cli_plan.py", "cli_report.py", "demo.py", "__init__.py"}
 WITHOUT_JOB = {"cli_base.py"}
 
 OF_THE_JOB_FILE = {
-    "config.py": {"engine", "errors", "schema", "conditions", "sections"},
+    "config.py": {"engine", "errors", "outside", "schema", "conditions", "sections", "job_file"},
     "conditions.py": {"errors", "sections"},
+    "errors.py": {"outside"},
+    "sections.py": {"outside"},
+    "job_file.py": {"errors"},
 }
 
 
@@ -198,8 +201,11 @@ def off_the_way(path: str, source: str) -> set[str]:
     if path in ABOVE:
         return {"job"} & reached(path, source) if path in WITHOUT_JOB else set()
     own = {
-        "config.py": {"engine", "errors", "schema", "conditions", "sections"},
+        "config.py": {"engine", "errors", "outside", "schema", "conditions", "sections", "job_file"},
         "conditions.py": {"errors", "sections"},
+        "errors.py": {"outside"},
+        "sections.py": {"outside"},
+        "job_file.py": {"errors"},
     }
     return reached(path, source) - own.get(path, set())
 

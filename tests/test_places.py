@@ -9,12 +9,13 @@ import pytest
 from conftest import candidate_rows, job, write
 from test_stage import given_as, job_of
 
-from batch_rerank.config import JobConfig
-from batch_rerank.errors import ConfigError
+from batch_rerank.config import JobConfig, parse_config
+from batch_rerank.errors import ConfigError, ConflictError, InputError
 from batch_rerank.input.places import refuse_overlap
 from batch_rerank.job.ahead import plan_job
 from batch_rerank.job.run import run
 from batch_rerank.job.staging import stage
+from batch_rerank.publish.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,48 @@ def test_patterns_in_a_bucket(pattern: str, output: str, refused: bool) -> None:
             refuse_overlap(config)
     else:
         refuse_overlap(config)
+
+
+def linked(tmp_path: Path) -> Path:
+    """A directory of links to two shards, one under another name."""
+    write(tmp_path / "real" / "a.parquet", candidate_rows(2, 3))
+    write(tmp_path / "real" / "blob", candidate_rows(2, 3, first=2))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.parquet").symlink_to(tmp_path / "real" / "a.parquet")
+    (tmp_path / "in" / "b.parquet").symlink_to("../real/blob")
+    (tmp_path / "in" / "folder.parquet").symlink_to(tmp_path / "real")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.parquet", "/**/*.parquet", "/[ab].parquet"])
+def test_links_to_shards_are_shards(pattern: str, tmp_path: Path) -> None:
+    config = job(f"{linked(tmp_path)}{pattern}", tmp_path / "out")
+    assert run(config, local=True).totals.rows_out == 12
+    assert run(config, local=True).units == 0
+    os.utime(tmp_path / "real" / "blob", (1, 1))
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:
+    folder = linked(tmp_path)
+    (tmp_path / "real" / "blob").unlink()
+    with pytest.raises(InputError, match=r"b\.parquet: a link to .*blob, which is not there"):
+        run(job(folder, tmp_path / "out"), local=True)
+
+
+def test_a_file_is_read_once_whatever_it_is_called(tmp_path: Path) -> None:
+    folder = linked(tmp_path)
+    (tmp_path / "again").symlink_to(folder)
+    names = [str(folder), f"{folder}/../in/a.parquet", str(tmp_path / "real/*.parquet"), str(tmp_path / "again")]
+    raw = job(folder, tmp_path / "out").model_dump(exclude={"limit", "gate"})
+    raw["input"]["path"] = names
+    assert run(parse_config(raw, "test"), local=True).totals.rows_out == 12
+
+
+def test_a_shard_that_is_a_link_into_the_output_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "out" / "x.parquet", candidate_rows(1, 2))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.parquet").symlink_to(tmp_path / "out" / "x.parquet")
+    with pytest.raises((ConfigError, ConflictError)):
+        run(job(tmp_path / "in", tmp_path / "out"), local=True)
+    assert not (tmp_path / "out" / "_manifest" / "plan.json").exists()

@@ -130,9 +130,9 @@ def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch:
     assert attempt("run", str(path), input={"storage_options": [SECRET]}) == 2
     assert attempt("run", str(path), input={"storage_option": options}) == 2
     assert attempt("run", str(path), input={"secret": SECRET}) == 2
-    assert attempt("run", str(path), input={"storage_options": {"no_such": SECRET}}) in (3, 6)
+    assert attempt("run", str(path), input={"storage_options": {"no_such": SECRET}}) == 2
     endpoint = f"http://me:{SECRET}@127.0.0.1:9"
-    assert attempt("run", str(path), input={"storage_options": {**options, "endpoint_url": endpoint}}) == 3
+    assert attempt("run", str(path), input={"storage_options": {**options, "endpoint_url": endpoint}}) == 6
     assert SECRET not in "".join(shown)
     download(bucket, tmp_path / "s3")
     logs = [file for session in set(Path("/tmp/ray").glob("session_2*")) - sessions for file in session.rglob("*.*")]

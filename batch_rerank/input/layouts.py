@@ -90,8 +90,19 @@ def find_columns(
     for name in sorted({*names.values(), *carried} & _repeated(schema, names.get("candidates"))):
         problems.append(f"column {name!r} is there more than once, expected each name once; rename or drop one")
     if problems:
-        raise InputError(f"{where}: does not fit input.layout {layout!r}: " + "; ".join(problems))
+        raise InputError(f"{where}: does not fit input.layout {layout!r}: " + "; ".join(problems) + _other(layout, top))
     return Columns(layout, names, carried)
+
+
+def _other(layout: str, top: dict[str, pa.DataType]) -> str:
+    """The layout that columns look like, where it is another."""
+    lists = [name for name, kind in top.items() if _is_list(kind) and pa.types.is_struct(kind.value_type)]
+    if layout == "flat" and lists:
+        named = "" if "candidates" in lists else f" with input.columns: {{candidates: {lists[0]}}}"
+        return f"; {lists[0]!r} is a list of structs, so this looks like input.layout: nested{named}"
+    if layout == "nested" and not lists and {"query_id", "doc_id"} <= set(top):
+        return "; a row looks like a candidate, so this looks like input.layout: flat"
+    return ""
 
 
 def _repeated(schema: pa.Schema, candidates: str | None) -> set[str]:

@@ -29,7 +29,7 @@ from batch_rerank.input.text_files import (
     trec_fields,
 )
 from batch_rerank.schema import ALIASES
-from batch_rerank.store.filesystem import File, Location, Options, input_errors, list_files, locate
+from batch_rerank.store.filesystem import File, Location, Options, identity_of, input_errors, list_files, locate
 
 log = logging.getLogger("batch_rerank")
 FOOTER_THREADS = 16
@@ -95,7 +95,8 @@ def find_files(kind: str, patterns: Sequence[str], options: Options) -> list[tup
                 f"input.{kind} {pattern!r}: no file matches; expected {_expected(kind)}; check the path (globs are "
                 "allowed, a directory means its *.parquet)"
             )
-        files.update({file.path: (str(location.at(file.path)), file) for file in found})
+        for file in found:
+            files.setdefault(identity_of(location, file), (str(location.at(file.path)), file))
     for url, file in files.values():
         if file.size == 0:
             raise InputError(f"{url}: the file has 0 bytes; expected {_expected(kind)}; write it again")

@@ -23,6 +23,9 @@ from batch_rerank.store.filesystem import Location, input_errors
 BLOCK_BYTES = 16 * 2**20
 """Of a text file, parsed at once."""
 
+LINE_BYTES = 64 * 2**20
+"""Of one line at most. A document has less; some hundred KB of .gz may be a line of GB."""
+
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 IDS = ("query_id", "doc_id")
 
@@ -51,6 +54,11 @@ def line_blocks(location: Location, start: int = 0, stop: int | None = None) -> 
         if position:
             file.seek(position)
         while True:
+            if len(rest) > LINE_BYTES:
+                raise InputError(
+                    f"{location}: a line of more than {LINE_BYTES:,} bytes, from byte {position:,} of the text on; "
+                    "expected a row a line; cut it, or leave it out"
+                )
             with reading(location, "the text"):
                 read = file.read(BLOCK_BYTES)
             data = rest + read

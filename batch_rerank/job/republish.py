@@ -73,6 +73,8 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
     output, gate = given.output, given.gate
     if place.job is not None:
         refuse_other_scores(manifest, place.job, config)
+        own = {name: getattr(given.cluster, name) for name in ("address", "lease_seconds")}
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update=own)})
     totals, told = Totals(), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
         found = scan(manifest, plan)

@@ -31,7 +31,8 @@ Run = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the queries of the qrels, and each query's values: measure -> query_id -> value."""
+    """Means over the queries of the qrels, and each query's values: measure -> query_id -> value. limit: of a sample,
+    how many queries it has."""
 
     queries: int
     queries_missing: int
@@ -39,6 +40,7 @@ class Evaluation:
     after: dict[str, float]
     before_by_query: dict[str, dict[str, float]]
     after_by_query: dict[str, dict[str, float]]
+    limit: int | None = None
 
 
 def evaluate(
@@ -79,6 +81,7 @@ def evaluate(
         after=after.means(),
         before_by_query=before.by_query,
         after_by_query=after.by_query,
+        limit=config.limit,
     )
 
 

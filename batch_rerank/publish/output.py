@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from batch_rerank.config import Cluster, JobConfig, load_config
 from batch_rerank.errors import ConfigError, StorageError
 from batch_rerank.input.unit_reader import read_units
+from batch_rerank.outside import problem_of
 from batch_rerank.store.filesystem import Options, locate
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Unit
@@ -32,6 +33,8 @@ def find_place(output: str, overrides: Sequence[str] = (), limit: int | None = N
     if "://" in output or not Path(output).is_file():
         if overrides or limit is not None:
             raise ConfigError(f"{output}: --set and --limit are for a job file; expected its path, found no such file")
+        if problem := problem_of(output):
+            raise ConfigError(problem)
         return Place(output)
     job = load_config(output, overrides, limit)
     return Place(job.output.path, job.output.storage_options, job)

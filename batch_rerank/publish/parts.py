@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from batch_rerank.publish.columns import completed
 from batch_rerank.publish.nested import nest
 from batch_rerank.publish.rank import rank
 from batch_rerank.publish.score_files import Place, ScoreFiles
+from batch_rerank.store.disk import uninterrupted
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import check_epoch
 from batch_rerank.store.manifest import Manifest, sha256
@@ -63,18 +65,8 @@ def publish_part(work: PartWork, config: JobConfig, model: ModelSpec) -> PartRec
     manifest = Manifest(locate(config.output.path, config.output.storage_options, reached=True))
     data, rows = build(work, manifest, config, model)
     location = manifest.part(work.number)
-    with storage_errors(location):
-        if not location.create_exclusive(data):
-            _replace(location, work, manifest, data)
-        try:
-            check_epoch(manifest.root, work.epoch)
-        except ConflictError:
-            there = manifest.read_publication()
-            # of the same publication whoever took over has made, or found, the same part, and counts on it
-            if there is None or there.id != work.publication:
-                location.take_back(data)
-            raise
-        etag = "" if location.is_local else location.stat().version
+    # a lost lease interrupts the driver that wakes, and what it wrote must be taken back all the same
+    etag = uninterrupted(partial(_create, location, work, manifest, data))
     receipt = PartReceipt(
         part=part_name(work.number),
         publication=work.publication,
@@ -160,6 +152,22 @@ def _pieces(rows: pa.Table, starts: Int64) -> Iterator[Ranked]:
             cuts.append(border)
     for start, stop in itertools.pairwise([*cuts, len(rows)]):
         yield rows.slice(start, stop - start), starts[(starts >= start) & (starts < stop)] - start
+
+
+def _create(location: Location, work: PartWork, manifest: Manifest, data: bytes) -> str:
+    """Write a part, and its etag where its store has one. Raises ConflictError where the lease is lost."""
+    with storage_errors(location):
+        if not location.create_exclusive(data):
+            _replace(location, work, manifest, data)
+        try:
+            check_epoch(manifest.root, work.epoch)
+        except ConflictError:
+            there = manifest.read_publication()
+            # of the same publication whoever took over has made, or found, the same part, and counts on it
+            if there is None or there.id != work.publication:
+                location.take_back(data)
+            raise
+        return "" if location.is_local else location.stat().version
 
 
 def _replace(location: Location, work: PartWork, manifest: Manifest, ours: bytes) -> None:

@@ -18,7 +18,7 @@ from batch_rerank.input.layouts import OPTIONAL, Columns, Queries, Scattered, fi
 from batch_rerank.input.shards import read_queries, with_content
 from batch_rerank.input.units import cut_units
 from batch_rerank.score.unit_size import unit_pairs
-from batch_rerank.store.filesystem import File, Location, input_errors, list_files, locate
+from batch_rerank.store.filesystem import File, Location, identity_of, input_errors, list_files, locate
 from batch_rerank.store.manifest import fingerprint
 from batch_rerank.store.plans import Plan, Shard, Unit
 
@@ -133,7 +133,8 @@ def _read_shards(config: JobConfig) -> list[Seen]:
                 f"input.path {pattern!r}: no shard matches; expected at least one Parquet file; "
                 "check the path (globs are allowed, a directory means its *.parquet)"
             )
-        files.update({file.path: (location.at(file.path), file) for file in found})
+        for file in found:
+            files.setdefault(identity_of(location, file), (location.at(file.path), file))
     _refuse_own_output(config, files.values())
     if config.limit is not None and config.input.layout == "nested":  # flat: only all ids show a scattered query
         return _read_first(config, config.limit, list(files.values()))

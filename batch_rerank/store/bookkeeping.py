@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import BatchRerankError, ConflictError, StorageError, UnfinishedError
+from batch_rerank.outside import without_secrets
+from batch_rerank.store.disk import uninterrupted
 from batch_rerank.store.distrusted import read_distrusted
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
@@ -200,6 +203,11 @@ def mark_done(manifest: Manifest, plan: Plan, mark: Mark, lease: Lease) -> None:
     """Write `_SUCCESS`, unless one that says the same is there. Raises ConflictError where the lease is lost; a mark
     that was written late is taken back."""
     mark = replace(mark, fingerprint=plan.fingerprint, units=len(plan.units), lease=lease.id)
+    # a lost lease interrupts the driver that wakes, and what it wrote must be taken back all the same
+    uninterrupted(partial(_create_mark, manifest, mark, lease))
+
+
+def _create_mark(manifest: Manifest, mark: Mark, lease: Lease) -> None:
     location = manifest.success
     with storage_errors(location):
         seen = location.stat() if location.exists() else None
@@ -244,7 +252,7 @@ def _ending(error: BaseException, plan: Plan, totals: Totals, lease: Lease) -> d
         return status_of("interrupted", plan, totals, lease, 130)
     if isinstance(error, BatchRerankError):
         return status_of("failed", plan, totals, lease, error.exit_code, str(error))
-    return status_of("failed", plan, totals, lease, 1, f"{type(error).__name__}: {error}")
+    return status_of("failed", plan, totals, lease, 1, without_secrets(f"{type(error).__name__}: {error}"))
 
 
 def _try_status(manifest: Manifest, status: dict[str, Any]) -> None:

@@ -5,7 +5,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import IO
+from functools import partial
+from typing import IO, TypeVar
+
+T = TypeVar("T")
 
 TEMPORARY_NAME = r"\.[0-9a-f]{32}\.tmp"
 """How the hidden files are named from which a write takes its content; a killed process leaves them."""
@@ -30,10 +33,15 @@ def remove_if(path: str, is_it: Callable[[str], bool]) -> bool:
     """Remove a file if it is the one that is meant. No system call removes on a condition, so it is moved aside, looked
     at under its other name, and moved back, unless there is a new one by then. Raises FileNotFoundError.
 
-    In a thread: an interrupt, which only the main thread gets, must not come between the moves.
+    An interrupt must not come between the moves.
     """
+    return uninterrupted(partial(_remove_if, path, is_it))
+
+
+def uninterrupted(act: Callable[[], T]) -> T:
+    """What an act gives. No interrupt cuts it short: it runs in a thread, and interrupts are the main thread's."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_remove_if, path, is_it).result()
+        return thread.submit(act).result()
 
 
 def _remove_if(path: str, is_it: Callable[[str], bool]) -> bool:

@@ -16,12 +16,12 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from batch_rerank.errors import BatchRerankError, InputError, StorageError, without_secrets
+from batch_rerank.errors import ConfigError, InputError, StorageError
+from batch_rerank.outside import hide, problem_of, protocol_of, without_users
 from batch_rerank.store import disk
+from batch_rerank.store.failures import input_errors as input_errors  # where paths are opened they are asked for
+from batch_rerank.store.failures import storage_errors as storage_errors
 from batch_rerank.store.patience import Patience
-
-INPUT_PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""Where shards may be: disks, and object stores, most of which need a package of their own. None that asks any host."""
 
 _ANSWERED = "_batch_rerank_answered"
 """Attribute of a filesystem whose store has answered this process. fsspec keeps one object for each store and its
@@ -57,7 +57,7 @@ class Location:
         return Location(self.fs, path, self.patience)
 
     def __str__(self) -> str:
-        return self.path if self.is_local else without_secrets(str(self.fs.unstrip_protocol(self.path)))
+        return self.path if self.is_local else without_users(str(self.fs.unstrip_protocol(self.path)))
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class Location:
 
     def stat(self) -> File:
         """The file as it is now. Raises FileNotFoundError."""
-        return _file(self.patiently(lambda: self.fs.info(self.path)))
+        return _file(_followed(self.fs, self.patiently(lambda: self.fs.info(self.path))))
 
     def exists(self) -> bool:
         """Whether there is an object or a file. Not fsspec's isfile, which says no when the store fails."""
@@ -257,24 +257,36 @@ class _Ranges(io.RawIOBase):
 
 def locate(url: str, options: Options | None = None, reached: bool = False) -> Location:
     """The location of a path or URL. `reached`: the job's driver has had answers from there, so an outage is waited
-    for. Raises StorageError for an unknown protocol or wrong options."""
+    for. Raises StorageError for a place that no job may have, and ConfigError for wrong options; their values are
+    hidden from here on."""
+    if problem := problem_of(url):
+        raise StorageError(problem)
+    protocol, options = protocol_of(url), options or {}
+    hide(options)
+    # without its listing cache s3fs sees what other processes wrote
+    fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
     try:
-        protocol = url.split("://")[0] if "://" in url else "file"
-        # without its listing cache s3fs sees what other processes wrote
-        fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
-        fs, path = fsspec.core.url_to_fs(url, **{**fixed, **(options or {})})
+        kind = fsspec.get_filesystem_class(protocol)
+        # not url_to_fs, which takes a name with "::" in it for a chain of places
+        path = kind._strip_protocol(url)
+        fs = fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(url), **fixed, **options})
         if options and fixed:
             fs.connect()  # s3fs looks at its options when it first needs them; this asks nothing of the store
-    except (ImportError, ValueError, TypeError) as error:
-        reason = without_secrets(str(error))
-        raise StorageError(
-            f"{without_secrets(url)}: cannot open this kind of location, or not with its storage_options: {reason}"
+    except Exception as error:  # any: libraries raise what they like, and none may show a value
+        if not options:
+            raise StorageError(f"{url}: cannot open this kind of location: {error}") from None
+        named = [name for name in options if repr(name) in str(error)]
+        about = f", e.g. {named[0]!r}" if named else ""
+        raise ConfigError(
+            f"{url}: cannot be opened with its storage_options {sorted(map(str, options))}{about} "
+            f"({type(error).__name__}; values are not shown); correct them"
         ) from None
     return Location(fs, path, Patience(reached))
 
 
 def list_files(pattern: Location) -> list[File]:
-    """Files that match a glob, or the `*.parquet` files of a directory, by path."""
+    """Files that match a glob, or the `*.parquet` files of a directory, by path; links to files are files. Raises
+    InputError for a link to nothing."""
     fs, path = pattern.fs, pattern.path
     if not _has_magic(path):
         try:
@@ -282,7 +294,7 @@ def list_files(pattern: Location) -> list[File]:
         except FileNotFoundError:
             return []
         if info["type"] != "directory":
-            return [_file(info)]
+            return [_file(_followed(fs, info))]
         path = path.rstrip("/") + "/*.parquet"
     # unless told, fsspec leaves out directories that it fails to list; a "**" on S3 is one listing, which just fails
     options = {} if "**" in path else {"on_error": "raise"}
@@ -296,7 +308,23 @@ def list_files(pattern: Location) -> list[File]:
     except ValueError as error:
         raise InputError(f"{pattern}: not a glob ({error}); write * for a part of a name, ** for any folders") from None
     files = [info for name, info in sorted(found.items()) if open_start == path or name[start] == path[start]]
-    return [_file(info) for info in files if info["type"] == "file"]
+    followed = [_followed(fs, info) for info in files]
+    return [_file(info) for info in followed if info["type"] == "file"]
+
+
+def _followed(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a file, or of the one that a link on a disk leads to, under the link's name."""
+    if not info.get("islink"):
+        return info
+    target = os.path.realpath(info["name"])
+    if not os.path.exists(target):
+        raise InputError(f"{info['name']}: a link to {target}, which is not there; remove it, or mend it")
+    return {**fs.info(target), "name": info["name"]}
+
+
+def identity_of(location: Location, file: File) -> str:
+    """The same of a file under all of its names: `..` and links on a disk are followed."""
+    return os.path.realpath(file.path) if location.is_local else file.path
 
 
 def _file(info: dict[str, Any]) -> File:
@@ -309,38 +337,5 @@ def _same(one: File, other: File) -> bool:
     return (one.size, one.version) == (other.size, other.version)
 
 
-def protocol_of(url: str) -> str:
-    """What fsspec would open a path or URL with; a chain of them (`simplecache::…`) is one that no input has."""
-    return "::" if "::" in url else url.split("://")[0] if "://" in url else "file"
-
-
 def _has_magic(path: str) -> bool:
     return any(sign in path for sign in "*?[")
-
-
-@contextmanager
-def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -> Iterator[None]:
-    """Turn what stores raise (no credentials, no such bucket, disk full, …) into one of our errors with the reason."""
-    try:
-        yield
-    except BatchRerankError:
-        raise
-    except FileNotFoundError:
-        raise kind(f"{where}: not found; check the path, and for S3 the bucket and AWS_ENDPOINT_URL") from None
-    except PermissionError as error:
-        reason = without_secrets(str(error)) or "permission denied"
-        raise kind(f"{where}: not permitted ({reason}); check the rights and the credentials") from None
-    except OSError as error:
-        raise kind(f"{where}: storage failed: {without_secrets(str(error.strerror or error))}") from error
-    except Exception as error:
-        # botocore's errors (NoCredentialsError, EndpointConnectionError, ClientError) share no base with OSError
-        if not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http.")):
-            raise
-        raise kind(f"{where}: storage failed: {without_secrets(str(error))}") from error
-
-
-@contextmanager
-def input_errors(where: object) -> Iterator[None]:
-    """The same for the input: a missing shard is an input error."""
-    with storage_errors(where, InputError):
-        yield

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
-from batch_rerank.errors import StorageError, without_secrets
+from batch_rerank.errors import StorageError
+from batch_rerank.outside import without_secrets
 
 log = logging.getLogger("batch_rerank")
 T = TypeVar("T")

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batch_rerank.errors import BatchRerankError, StorageError
-from batch_rerank.store.filesystem import INPUT_PROTOCOLS, File, protocol_of
+from batch_rerank.outside import problem_of
+from batch_rerank.store.filesystem import File
 from batch_rerank.store.records import Count, Line, UnitId, parse
 
 MANIFEST_VERSION = 2
@@ -146,8 +147,8 @@ def differing_shards(there: Sequence[Shard], here: Sequence[Shard]) -> str:
 
 def refuse_protocol(url: str, error: type[BatchRerankError | ValueError]) -> None:
     """Raise where a shard is where no input can be: a plan must not send its reader to any host."""
-    if protocol_of(url) not in INPUT_PROTOCOLS:
-        raise error(f"a shard at {url[:100]!r}; expected a local path, s3://, gs:// or az://")
+    if problem_of(url):
+        raise error(f"a shard at {url[:100]!r}; expected a local path, s3://, gs://, abfs:// or hf://")
 
 
 def _check_units(units: Sequence[Unit], shards: Sequence[Shard], staged: bool) -> None:

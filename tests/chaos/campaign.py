@@ -5,7 +5,8 @@ python tests/chaos/campaign.py --seed 1 --kills 50 [--minutes 20] [--short]
 
 The kills are: each step of an undisturbed run and of one that mends a damaged output, once while there is time (the
 last line counts the others), at an occurrence drawn from
-the seed; then `RAY_KILLS` of drivers, actors and tasks on Ray; then at least `RANDOM_KILLS`, and up to `--kills`, of
+the seed; `batch-rerank publish` with other settings killed, and stopped while another publishes, at each of its steps;
+then `RAY_KILLS` of drivers, actors and tasks on Ray; then at least `RANDOM_KILLS`, and up to `--kills`, of
 local runs at random times, one output several times in a row. `--short` has fewer units and leaves out Ray.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest
 
 from chaos.harness import Chaos, Ended, Fault, Step, Violation, end_session
+from chaos.publishing import kill_a_publisher, publishing_steps, stop_a_publisher
 
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 RAY_KILLS = 10
@@ -94,6 +96,23 @@ class Campaign:
                 continue
             self.kills["SIGKILL local step"] += 1
             self.finish("local", name, what, f"{self.lost('local', name, ended)} in flight")
+
+    def publishers(self) -> None:
+        """Each step of a publisher with other settings: killed there, and stopped there while another one publishes."""
+        for number, (step, count) in enumerate(publishing_steps(self.chaos).items()):
+            for name, strike in (("SIGKILL", kill_a_publisher), ("SIGSTOP", stop_a_publisher)):
+                if self.over():
+                    self.not_begun += 1
+                    continue
+                nth = self.drawn.randint(1, count)
+                what = f"{name} {step[1]} {step[0]} {step[2]}, {nth} of {count}, publish"
+                try:
+                    result = strike(self.chaos, f"publish-{name}-{number}", step, nth)
+                    self.kills[f"{name} publish step"] += 1
+                    self.outputs += 1
+                    self.say("local", what, result)
+                except Violation as violation:
+                    self.violate("local", what, violation)
 
     def random_times(self, kills: int) -> None:
         """Local runs of one output killed at random times until it is done, then of the next one."""
@@ -200,6 +219,7 @@ def main() -> int:
     mends = chaos.steps_of_a_resume()
     campaign.steps(undisturbed.steps(), "new", damaged=False)
     campaign.steps(Counter({step: n for step, n in mends.items() if step[0] in ("remove", "unlink")}), "mend", True)
+    campaign.publishers()
     if not arguments.short and not campaign.over():
         campaign.on_ray(RAY_KILLS - 6)
     campaign.random_times(max(RANDOM_KILLS, arguments.kills - campaign.kills.total()))

@@ -113,11 +113,12 @@ class Chaos:
         local: bool = True,
         sets: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        verb: str = "run",
     ) -> Run:
-        """Run the job into output `name` with faults."""
+        """Run the job into output `name` with faults, or publish it."""
         folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
         spec = {"root": str(self.output(name)), "journal": str(folder / "journal"), "faults": list(faults)}
-        command = [sys.executable, "-m", "batch_rerank.cli", "run", str(self.folder / "job.yaml")]
+        command = [sys.executable, "-m", "batch_rerank.cli", verb, str(self.folder / "job.yaml")]
         command += ["--set", f"output.path={self.output(name)}", *(["--local"] if local else [])]
         command += [argument for setting in sets for argument in ("--set", setting)]
         paths = [str(FAULTS), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]

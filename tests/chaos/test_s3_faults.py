@@ -198,5 +198,5 @@ def test_a_refusal_ends_the_job_in_seconds_with_the_reason(bucket: Bucket) -> No
 
 def test_a_server_that_is_not_there_ends_the_job_in_seconds(bucket: Bucket) -> None:
     code, log, seconds = bucket.run("--local", AWS_ENDPOINT_URL="http://127.0.0.1:9")
-    assert code == 3 and "127.0.0.1:9" in log
+    assert code == 6 and "127.0.0.1:9" in log
     assert seconds < 40

@@ -1,0 +1,54 @@
+"""What stores raise, as one of our errors: whose fault it is, and what to do about it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from batch_rerank.errors import BatchRerankError, InputError, StorageError
+from batch_rerank.outside import protocol_of
+
+LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http.")
+
+
+@contextmanager
+def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -> Iterator[None]:
+    """Turn what stores raise (no credentials, no such bucket, disk full, …) into one of our errors with the reason.
+
+    kind: of what the files are to blame for. A store that cannot be reached, or lets nobody in, is StorageError.
+    """
+    try:
+        yield
+    except BatchRerankError:
+        raise
+    except FileNotFoundError:
+        advice = "check the path" if is_local(where) else "check the path, the bucket and, for S3, AWS_ENDPOINT_URL"
+        raise kind(f"{where}: not found; {advice}") from None
+    except PermissionError as error:
+        local = is_local(where)
+        advice = "check the rights" if local else "check the rights and the credentials"
+        blame = kind if local else StorageError
+        raise blame(f"{where}: not permitted ({str(error) or 'permission denied'}); {advice}") from None
+    except OSError as error:
+        away = isinstance(error, ConnectionError) or _is_of_a_library(error.__cause__)
+        blame = StorageError if away else kind
+        raise blame(f"{where}: storage failed: {error.strerror or error}") from error
+    except Exception as error:
+        # botocore's errors (NoCredentialsError, EndpointConnectionError, ClientError) share no base with OSError
+        if not _is_of_a_library(error):
+            raise
+        raise StorageError(f"{where}: storage failed: {error}") from error
+
+
+@contextmanager
+def input_errors(where: object) -> Iterator[None]:
+    """The same for the input: a missing shard is an input error."""
+    with storage_errors(where, InputError):
+        yield
+
+
+def is_local(where: object) -> bool:
+    """Whether a place, or the pattern of one, is on a disk of this machine."""
+    return protocol_of(str(where)) in ("file", "local")
+
+
+def _is_of_a_library(error: BaseException | None) -> bool:
+    return error is not None and type(error).__module__.startswith(LIBRARIES)
