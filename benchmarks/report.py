@@ -3,8 +3,8 @@
     python benchmarks/report.py [--pairs 10000]
 
 Three cases: a job of so many pairs with the free scorer in this process, its report by the run's own clock; receipts of
-an output of 10 million pairs in 500 and in 5,000 units, generated (no rows behind them, so its movers have no texts); and
-the shape of one unit, beside the time in which the free scorer's whole way makes a unit. Prints a card, a line a case,
+an output of 10 million pairs in 500 and in 5,000 units, generated (no rows behind them, so no texts of movers); and the
+shape of one unit, beside the time in which the free scorer's whole way makes a unit. Prints a card, a line a case,
 and ends with one JSON line.
 """
 
@@ -31,6 +31,8 @@ from batch_rerank.store.names import REPORT_HTML, REPORT_JSON
 
 MODEL: Any = SimpleNamespace(relevance="sigmoid", relevance_scale=1.0)
 MOST_PAIRS = 10_000_000
+SIZES = (500, 2000, 4000)
+"""Pairs of a unit; 4,000 is what a large job of 1 KB texts has."""
 
 
 def main() -> None:
@@ -43,7 +45,8 @@ def main() -> None:
         write_candidates(Path(folder) / "in", arguments.pairs, documents=2000)
         result["run"] = measured_run(Path(folder))
         print("run", result["run"], flush=True)
-        result["shape"] = measured_shape(Path(folder))
+        write_candidates(Path(folder) / "shape/in", 4 * arguments.pairs, documents=2000)
+        result["shape"] = measured_shape(Path(folder) / "shape")
         print("shape", result["shape"], flush=True)
     for units in (500, 5000):
         with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +99,7 @@ def measured_shape(folder: Path) -> dict[str, Any]:
 
     score_file.shape_of = timed  # type: ignore[assignment]
     shares, per_pair = [], []
-    for unit_pairs in (500, 2000):
+    for unit_pairs in SIZES:
         for repeat in range(3):
             job = {**free_job(folder, unit_pairs), "output": {"path": f"{folder}/s{unit_pairs}-{repeat}"}}
             spent[0], started = 0.0, time.process_time()
@@ -108,7 +111,7 @@ def measured_shape(folder: Path) -> dict[str, Any]:
     def median(of: list[tuple[int, float]], size: int) -> float:
         return statistics.median(value for one, value in of if one == size)
 
-    sizes = {f"units_of_{size}": size for size in (500, 2000)}
+    sizes = {f"units_of_{size}": size for size in SIZES}
     return {
         "share_of_cpu": {name: round(median(shares, size), 4) for name, size in sizes.items()},
         "ns_a_pair": {name: round(1e9 * median(per_pair, size)) for name, size in sizes.items()},
