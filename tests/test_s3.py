@@ -239,3 +239,24 @@ def test_a_night_on_s3_reuses_the_one_before_through_its_pointer(bucket: str, tm
     tables = [pq.read_table(io.BytesIO((root / f"2026-01-0{n}/part-00000.parquet").read_bytes())) for n in (1, 3)]
     assert tables[0].replace_schema_metadata() == tables[1].replace_schema_metadata()
     assert verify(f"s3://{bucket}/out/2026-01-03").problems == []
+
+
+def test_the_report_lies_beside_an_output_on_s3(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import batch_rerank.report.write as report_write
+    from batch_rerank.publish.output import Place
+    from batch_rerank.report.page import page
+    from batch_rerank.report.write import report
+
+    monkeypatch.setattr(report_write, "LEAST_SECONDS", 60)  # to read texts, also on a busy machine
+    put_shards(bucket)
+    summary = run(s3_job(bucket, output__report=True), local=True)
+    assert summary.report == f"s3://{bucket}/out/_report/report.html"
+    root = locate(f"s3://{bucket}/out")
+    data = (root / "_report/report.json").read_bytes()
+    assert page(data) == (root / "_report/report.html").read_bytes()
+    movers = json.loads(data)["movers"]
+    assert len(movers["rows"]) == 20 and all(row["text"] for row in movers["rows"])
+    assert SECRET.encode() not in data
+    again = report(Place(f"s3://{bucket}/out"))
+    assert again.content["counts"] == json.loads(data)["counts"]
+    assert verify(f"s3://{bucket}/out").problems == []

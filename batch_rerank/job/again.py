@@ -10,7 +10,7 @@ from batch_rerank.engine.packing import best_chunks
 from batch_rerank.errors import ModelError
 from batch_rerank.job.devices import settle, this_machine
 from batch_rerank.publish.output import Place, config_of, open_output
-from batch_rerank.report.movers import Chosen, choose, rows_of_unit
+from batch_rerank.report.movers import Chosen, choose, rows_of_unit, shapes_of
 from batch_rerank.score.plan import configured_model
 from batch_rerank.score.read_unit import prepare
 from batch_rerank.score.steps import LoadedScorer
@@ -39,7 +39,7 @@ def score_movers(place: Place) -> list[Again]:
     config = config_of(plan, place)
     free = config.cluster.model_copy(update={"gpus_per_actor": "auto", "cpus_per_actor": "auto"})
     config = settle(config.model_copy(update={"cluster": free}), this_machine(), actors=1)
-    chosen = choose(plan, scan(manifest, plan).committed)
+    chosen = choose(plan, shapes_of(scan(manifest, plan).committed))
     if not chosen:
         return []
     model = configured_model(config)

@@ -15,7 +15,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, StorageError
 from batch_rerank.publish.output import Place, config_of, open_output
 from batch_rerank.report.histograms import agreement_of, moments, places_of, relevance_of, scores_of, tokens_of
-from batch_rerank.report.movers import movers
+from batch_rerank.report.movers import movers, shapes_of
 from batch_rerank.report.timeline import timeline
 from batch_rerank.report.verdict import verdict_of
 from batch_rerank.store.held import read_held
@@ -24,7 +24,7 @@ from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt, Totals
 from batch_rerank.store.records import Status
 from batch_rerank.store.scan import Scan, scan
-from batch_rerank.store.shapes import Shape, from_text, together
+from batch_rerank.store.shapes import Shape, together
 from batch_rerank.store.verdict import read_verdict
 
 FORMAT = 1
@@ -57,7 +57,7 @@ def gather(
     totals = Totals()
     for receipt in found.committed:
         totals.add(receipt)
-    shapes = [(receipt, shape) for receipt in found.committed if (shape := from_text(receipt.shape)) is not None]
+    shapes = shapes_of(found.committed)
     whole = together(shape for _, shape in shapes)
     earlier, before = _earlier(against)
     mark = manifest.read_mark()
@@ -100,7 +100,7 @@ def gather(
         "places": places_of(whole),
         "agreement": agreement_of(whole),
         "movers": {
-            **movers(manifest, plan, config, found, found.committed, seconds),
+            **movers(manifest, plan, config, found, shapes, seconds),
             "command": f"batch-rerank report {named} --score-movers",
         },
         "tokens": {"bins": tokens_of(whole), "max_length": _number(plan.model.get("max_length"))},
@@ -134,8 +134,7 @@ def _earlier(against: Place | None) -> tuple[Json | None, Shape | None]:
     totals = Totals()
     for receipt in found.committed:
         totals.add(receipt)
-    shapes = [shape for one in found.committed if (shape := from_text(one.shape)) is not None]
-    whole = together(shapes)
+    whole = together(shape for _, shape in shapes_of(found.committed))
     told: Json = {
         "output": str(manifest.root),
         "counts": {

@@ -18,7 +18,7 @@ from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Unit
 from batch_rerank.store.receipts import Receipt
 from batch_rerank.store.scan import Scan
-from batch_rerank.store.shapes import Mover, from_text
+from batch_rerank.store.shapes import Mover, Shape, from_text
 
 log = logging.getLogger("batch_rerank")
 
@@ -45,14 +45,14 @@ def movers(
     plan: Plan,
     config: JobConfig | None,
     found: Scan,
-    committed: Sequence[Receipt],
+    shapes: Sequence[tuple[Receipt, Shape]],
     seconds: float | None = None,
 ) -> Json:
     """Some twenty that have gained or lost most places. seconds: that reading their texts may take, None for any; the
     rest is named by its ids. Never raises for what cannot be read: it says so."""
-    listed = choose(plan, committed)
+    listed = choose(plan, shapes)
     texts, note = _texts(plan, config, listed, seconds)
-    receipts = {receipt.unit: receipt for receipt in committed}
+    receipts = {receipt.unit: receipt for receipt, _ in shapes}
     rows = []
     for one in listed:
         known = texts.get((one.unit.id, one.mover.row)) or _ids(manifest, found, receipts[one.unit.id], one.mover.row)
@@ -69,15 +69,19 @@ def movers(
     return {"rows": rows, "note": note}
 
 
-def choose(plan: Plan, receipts: Sequence[Receipt]) -> list[Chosen]:
+def choose(plan: Plan, shapes: Sequence[tuple[Receipt, Shape]]) -> list[Chosen]:
     """Those that have gained most places, then those that have lost most, the largest moves first."""
     units = {unit.id: unit for unit in plan.units}
-    shapes = [(receipt.unit, shape) for receipt in receipts if (shape := from_text(receipt.shape)) is not None]
     listed: list[Chosen] = []
     for way in ("up", "down"):
-        moved = (Chosen(units[unit], one) for unit, shape in shapes for one in getattr(shape, way))
+        moved = (Chosen(units[receipt.unit], one) for receipt, shape in shapes for one in getattr(shape, way))
         listed += sorted(moved, key=_by_distance)[:EACH_WAY]
     return listed
+
+
+def shapes_of(receipts: Sequence[Receipt]) -> list[tuple[Receipt, Shape]]:
+    """Receipts with their shapes, those that have one."""
+    return [(receipt, shape) for receipt in receipts if (shape := from_text(receipt.shape)) is not None]
 
 
 def _by_distance(one: Chosen) -> tuple[int, str, int]:

@@ -28,7 +28,7 @@ log = logging.getLogger("batch_rerank")
 MOST_BYTES = 2**20
 """Of a page: what would make it larger is a fault of ours."""
 
-SHARE, LEAST_SECONDS = 0.004, 0.25
+SHARE, LEAST_SECONDS = 0.004, 1.0
 """Of a run's time that reading texts for its report may take, and what it may take in any case."""
 
 TRIES = 3

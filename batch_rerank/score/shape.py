@@ -36,7 +36,7 @@ DEPTH = 10
 NAMED = 5
 """Queries of a unit of which the candidate that has moved most is named, in each direction."""
 
-TAU_QUERIES, TAU_CANDIDATES = 8, 256
+TAU_QUERIES, TAU_CANDIDATES = 4, 256
 """Of a unit whose Kendall's tau is counted, and of each of them: pairs of candidates grow with the square."""
 
 
@@ -76,14 +76,17 @@ def _counts(bins: Int64) -> Counts:
 
 
 def _add_places(shape: Shape, query: Int64, rank: Int64, scores: Float32, rows: Int64 | None) -> None:
-    starts = np.flatnonzero(np.diff(query, prepend=-1))
-    lengths = np.diff(np.append(starts, len(query)))
+    new = query[1:] != query[:-1]
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+    lengths = np.diff(starts, append=len(query))
     first = np.repeat(starts, lengths)
-    row, before = _before(query, rank, first)
-    before_of_row = np.empty_like(before)
-    before_of_row[row] = before
     place = np.arange(len(query)) - first  # of the sorted: queries stay where they are
-    was = _by_score(query, scores, before_of_row, int(lengths.max()))
+    row, before = None, place
+    if not (new | (rank[1:] > rank[:-1])).all():  # the rows are not in the first stage's order
+        row = np.lexsort((np.arange(len(query)), rank, query))
+        before = np.empty_like(place)
+        before[row] = place
+    was = _by_score(query, scores, before, int(lengths.max()))
     gained = was - place
     shape.places = _counts(PLACES.of(gained))
     shape.up = _movers(gained, starts, lengths, was, place, row, first, scores, rows)
@@ -102,19 +105,10 @@ def _add_places(shape: Shape, query: Int64, rank: Int64, scores: Float32, rows: 
         rbo = np.minimum((1 - P) / P * (n * weights[n] - reached) + P**n, 1.0)
         shape.rbo, shape.rbo_total = _counts(equal_bins(rbo, RBO_BINS)), float(rbo.sum())
         chosen = np.flatnonzero(several)
-        chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, TAU_QUERIES).astype(np.int64))]
+        chosen = chosen[:: -(-len(chosen) // TAU_QUERIES)]
         for start, length in zip(starts[chosen].tolist(), lengths[chosen].tolist(), strict=True):
             shape.taus += 1
             shape.tau_total += _tau(was[start : start + length])
-
-
-def _before(query: Int64, rank: Int64, first: Int64) -> tuple[Int64, Int64]:
-    """The rows in the order of the first stage, query by query, and the place of each there, from 0."""
-    rows = np.arange(len(query))
-    new = np.diff(query, prepend=-1) > 0
-    if not np.all((np.diff(rank, prepend=0) > 0) | new):
-        rows = np.lexsort((rows, rank, query))
-    return rows, np.arange(len(query)) - first
 
 
 def _by_score(query: Int64, scores: Float32, before: Int64, longest: int) -> Int64:
@@ -135,7 +129,7 @@ def _movers(
     lengths: Int64,
     was: Int64,
     place: Int64,
-    row: Int64,
+    row: Int64 | None,
     first: Int64,
     scores: Float32,
     rows: Int64 | None,
@@ -147,7 +141,8 @@ def _movers(
         if largest[query] <= 0:
             break
         at = int(starts[query]) + int(moved[starts[query] : starts[query] + lengths[query]].argmax())
-        one = int(row[first[at] + was[at]])
+        one = int(first[at] + was[at])
+        one = one if row is None else int(row[one])
         of_unit = one if rows is None else int(rows[one])
         found.append(Mover(of_unit, int(was[at]) + 1, int(place[at]) + 1, float(scores[one])))
     return tuple(found)

@@ -195,8 +195,10 @@ def _unrun(text: str) -> Counts:
         for bin_, count in enumerate(listed.split(","), int(first)):
             if count:
                 counts[bin_] = int(count)
-    if any(abs(bin_) > SCORES.last for bin_ in counts) or any(not 0 <= count < 2**48 for count in counts.values()):
-        raise ValueError("no counts of ours")
+    if counts:
+        farthest = max(max(counts), -min(counts))
+        if farthest > SCORES.last or min(counts.values()) < 0 or max(counts.values()) >= 2**48:
+            raise ValueError("no counts of ours")
     return counts
 
 
