@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-import batch_rerank.cli_outputs  # noqa: F401  (its verbs)
+import batch_rerank.cli_labels
+import batch_rerank.cli_outputs  # noqa: F401  (their verbs)
 from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb, verdict_told
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals

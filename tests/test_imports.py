@@ -147,7 +147,7 @@ def test_one_file_imports_ray() -> None:
     assert importers(".", "ray") == {"job/run_ray.py"}
 
 
-ROOMS = ("engine", "store", "input", "score", "publish", "judge", "job")
+ROOMS = ("engine", "store", "input", "score", "publish", "judge", "labels", "job")
 TABLE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 ALLOWED = {
@@ -157,20 +157,22 @@ ALLOWED = {
     "score": {"engine", "input", "store"},
     "publish": {"engine", "input", "store"},
     "judge": {"engine", "input", "store", "publish"},
+    "labels": {"engine", "input", "store", "publish", "judge"},
     "job": {"engine", "input", "store", "score", "publish", "judge"},
 }
 """Which rooms a room may import."""
 
 BESIDE = {name: {"errors", "calls", "schema", "config", "conditions", "sections"} for name in ROOMS}
-BESIDE |= {"engine": {"errors"}, "store": {"errors"}}
+BESIDE |= {"engine": {"errors"}, "store": {"errors"}, "labels": BESIDE["labels"] | {"label_settings"}}
 """Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
 
-ABOVE = {"cli.py", "cli_base.py", "cli_outputs.py", "demo.py", "__init__.py"}
+ABOVE = {"cli.py", "cli_base.py", "cli_labels.py", "cli_outputs.py", "demo.py", "distill.py", "__init__.py"}
 WITHOUT_JOB = {"cli_base.py"}
 
 OF_THE_JOB_FILE = {
-    "config.py": {"engine", "errors", "schema", "conditions", "sections"},
+    "config.py": {"engine", "errors", "schema", "conditions", "label_settings", "sections"},
     "conditions.py": {"errors", "sections"},
+    "label_settings.py": {"sections"},
 }
 
 
@@ -195,8 +197,9 @@ def off_the_way(path: str, source: str) -> set[str]:
     if path in ABOVE:
         return {"job"} & reached(path, source) if path in WITHOUT_JOB else set()
     own = {
-        "config.py": {"engine", "errors", "schema", "conditions", "sections"},
+        "config.py": {"engine", "errors", "schema", "conditions", "label_settings", "sections"},
         "conditions.py": {"errors", "sections"},
+        "label_settings.py": {"sections"},
     }
     return reached(path, source) - own.get(path, set())
 
