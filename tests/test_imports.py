@@ -23,7 +23,9 @@ from importlib.machinery import PathFinder
 
 absent = {absent!r}
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *where: None if name.partition(".")[0] in absent else find(name, *where)
+PathFinder.find_spec = staticmethod(  # of an instance too: dill asks one
+    lambda name, *where: None if name.partition(".")[0] in absent else find(name, *where)
+)
 """
 
 

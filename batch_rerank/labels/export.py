@@ -139,8 +139,8 @@ def _refuse_missing(prepared: Prepared, counts: Mapping[str, int]) -> None:
     if teachers is not None and missing > teachers.max_missing * scored:
         raise InputError(
             f"labels.teachers: {missing:,} of {scored:,} candidates of {prepared.output.manifest.root} have no score "
-            f"of another teacher ({counts.get('teachers_extra', 0):,} of theirs are no candidates here); expected outputs "
-            "over the same candidates; set labels.teachers.max_missing to leave out a share of them"
+            f"of another teacher ({counts.get('teachers_extra', 0):,} of theirs are no candidates here); expected "
+            "outputs over the same candidates; set labels.teachers.max_missing to leave out a share of them"
         )
 
 

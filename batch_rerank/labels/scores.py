@@ -97,7 +97,8 @@ def open_scores(place: OutputPlace, depth: int | None) -> Opened:
     if absent:
         raise InputError(
             f"{manifest.root}: {len(absent)} of {len(plan.units)} units are not as their receipts say, e.g. "
-            f"{absent[0]} ({found.broken.get(absent[0], 'no receipt')}); expected a whole output; see batch-rerank verify --repair"
+            f"{absent[0]} ({found.broken.get(absent[0], 'no receipt')}); expected a whole output; "
+            "see batch-rerank verify --repair"
         )
     whole = all(found.available(manifest, receipt) for receipt in found.committed)
     cut: int | None = None

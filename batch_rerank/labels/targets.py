@@ -150,7 +150,8 @@ def _run(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
 
 
 def _lists(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
-    """FlagEmbedding's. `prompt` where any query has an instruction: a reader wants it in all lines or in none."""
+    """FlagEmbedding's. An instruction is the `query_prompt` of its rerankers, in all lines or none; not `prompt`, with
+    which a line replaces what its LLM rerankers ask."""
     lines = []
     prompted = lists.rows["instruction"].null_count < len(lists.rows)
     for best, others in _examples(lists):
@@ -161,7 +162,7 @@ def _lists(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
             "pos_scores": [one["label"] for one in best],
             "neg_scores": [one["label"] for one in others],
         }
-        lines.append(_json(line | ({"prompt": best[0]["instruction"] or ""} if prompted else {})))
+        lines.append(_json(line | ({"query_prompt": best[0]["instruction"] or ""} if prompted else {})))
     return {"jsonl": lines}
 
 
