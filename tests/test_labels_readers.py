@@ -148,8 +148,7 @@ def bi_encoder(checkpoint: str) -> Any:
 def test_a_bi_encoder_trains_on_tuples(output: Path, checkpoint: str, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     pytest.importorskip("datasets", reason="sentence-transformers' trainer needs datasets")
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
     root = exported(output, "sentence-transformers", tmp_path, layout="n-tuple")
     data = parquet(root, "train", tmp_path)
@@ -170,8 +169,7 @@ def test_three_tables_resolve_without_a_missing_id(output: Path, checkpoint: str
     util = pytest.importorskip("sentence_transformers.util", reason="sentence-transformers is not installed")
     if not hasattr(util, "resolve_ids"):
         pytest.skip("this sentence-transformers is older than 6.2, whose resolve_ids reads three tables")
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
     root = exported(output, "sentence-transformers", tmp_path, layout="tables")
     data, queries, documents = (parquet(root, name, tmp_path) for name in ("train", "queries", "documents"))
@@ -196,7 +194,6 @@ def test_three_tables_resolve_without_a_missing_id(output: Path, checkpoint: str
 
 def test_flagembedding_reads_groups_and_distills(output: Path, checkpoint: str, tmp_path: Path) -> None:
     pytest.importorskip("FlagEmbedding", reason="FlagEmbedding is not installed; see make labels-check")
-    import torch
     from FlagEmbedding.abc.finetune.reranker import (
         AbsRerankerCollator,
         AbsRerankerDataArguments,
@@ -222,11 +219,7 @@ def test_flagembedding_reads_groups_and_distills(output: Path, checkpoint: str, 
         tokenizer=tokenizer,
         train_batch_size=len(items),
     ).train()
-    optimizer = torch.optim.SGD(model.model.parameters(), lr=0.1)
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    assert math.isfinite(float(loss.detach()))
+    step(model.model, model(**batch).loss)
 
 
 # ---- PyLate
@@ -258,38 +251,44 @@ def test_pylate_finds_every_document_and_distills(output: Path, checkpoint: str,
 
 
 def test_lightning_ir_reads_targets_of_one_column_and_trains(output: Path, checkpoint: str, tmp_path: Path) -> None:
+    """Its dataset, batches and loss; the scores are of a plain BERT, because the tokenizers of lightning-ir 0.0.6 want
+    transformers 4."""
     pytest.importorskip("lightning_ir", reason="lightning-ir is not installed; see make labels-check")
-    import torch
     from lightning_ir import LightningIRDataModule, RunDataset
-    from lightning_ir.cross_encoder import CrossEncoderModule
     from lightning_ir.loss import KLDivergence
-    from lightning_ir.models import MonoConfig
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     root = exported(output, "lightning-ir", tmp_path)
     size = 1 + NEGATIVES
-    read: list[Any] = []
+    given = {"depth": size, "sample_size": size, "sampling_strategy": "random"}
     for target in ("score", "rank"):
-        data = RunDataset(
-            Path(files(root, "train")[0]), depth=size, sample_size=size, sampling_strategy="random", targets=target
-        )
-        for number in range(len(data)):
-            sample = data[number]
-            assert sample.targets is not None and sample.targets.shape == (size, 1), "one column, not all alike named"
+        data = RunDataset(Path(files(root, "train")[0]), targets=target, **given)
+        samples = [data[number] for number in range(len(data))]
+        assert samples
+        for sample in samples:
+            assert sample.targets is not None and sample.targets.numel() == size, "one column has the target's name"
             assert all(sample.docs)
-            read.append(sample)
-    module = CrossEncoderModule(
-        model_name_or_path=checkpoint, config=MonoConfig(pooling_strategy="first"), loss_functions=[KLDivergence()]
-    )
-    data = RunDataset(Path(files(root, "train")[0]), depth=size, sample_size=size, targets="score")
+    data = RunDataset(Path(files(root, "train")[0]), targets="score", **given)
     source = LightningIRDataModule(train_dataset=data, train_batch_size=2)
     source.setup("fit")
     batch = next(iter(source.train_dataloader()))
-    module.train()
-    module.optimizer = None
-    loss = module.training_step(batch, 0)
+    queries = [query for query in batch.queries for _ in range(size)]
+    texts = [text for documents in batch.docs for text in documents]
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(queries, texts, return_tensors="pt", padding=True)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    scores = model(**tokens).logits.view(2, size)
+    batch.targets = batch.targets.view(2, size)  # as its module does before it asks the loss
+    step(model, KLDivergence().compute_loss(SimpleNamespace(scores=scores), batch))
+
+
+def step(model: Any, loss: Any) -> None:
+    """Take a training step on a loss that must be finite."""
+    import torch
+
     loss.backward()
-    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert math.isfinite(float(loss.detach()))
+    assert all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
 
 
 # ---- ms-swift
@@ -320,32 +319,38 @@ def test_ms_swift_encodes_lists_of_positives_and_negatives(output: Path, tmp_pat
     kept = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "position_ids")}
     last = batch["attention_mask"].sum(dim=1) - 1
     logits = model(**kept).logits[torch.arange(len(last)), last, :1]
-    loss = ListwiseRerankerLoss(None, None)(SimpleNamespace(logits=logits), labels)
-    loss.backward()
-    assert math.isfinite(float(loss.detach()))
+    step(model, ListwiseRerankerLoss(None, None)(SimpleNamespace(logits=logits), labels))
 
 
 # ---- Tevatron
 
 
-def test_tevatron_tokenizes_passages_with_their_titles(output: Path, checkpoint: str, tmp_path: Path) -> None:
+def test_tevatron_tokenizes_passages_with_their_titles_and_trains(
+    output: Path, checkpoint: str, tmp_path: Path
+) -> None:
+    """The preprocessing of Tevatron 0.1.0, the one that PyPI has; its collator wants transformers 4."""
     pytest.importorskip("tevatron", reason="Tevatron is not installed; see make labels-check")
+    import torch
     from datasets import load_dataset
-    from transformers import AutoTokenizer
+    from tevatron.datasets.preprocessor import TrainPreProcessor
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     root = exported(output, "tevatron", tmp_path)
     data = load_dataset(
         "json", data_files=files(root, "train", "jsonl"), split="train", cache_dir=str(tmp_path / "cache")
     )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    from tevatron.datasets.preprocessor import TrainPreProcessor
-
-    read = data.map(TrainPreProcessor(tokenizer), remove_columns=data.column_names)
-    assert all(one["query"] and len(one["positives"]) == 1 and len(one["negatives"]) == NEGATIVES for one in read)
-    assert all(passage for one in read for passage in (*one["positives"], *one["negatives"]))
     for line in data:
         scores = [one["score"] for one in (*line["positive_passages"], *line["negative_passages"])]
         assert all(map(math.isfinite, scores)), "a missing score is appended as an exception, not raised"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    read = data.map(TrainPreProcessor(tokenizer), remove_columns=data.column_names)
+    assert all(one["query"] and len(one["positives"]) == 1 and len(one["negatives"]) == NEGATIVES for one in read)
+    assert all(passage for one in read for passage in (*one["positives"], *one["negatives"]))
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    pairs = [one["query"] + passage for one in read for passage in (*one["positives"], *one["negatives"])]
+    batch = tokenizer.pad({"input_ids": pairs}, return_tensors="pt")
+    logits = model(**batch).logits.view(len(read), -1)
+    step(model, torch.nn.functional.cross_entropy(logits, torch.zeros(len(read), dtype=torch.long)))
 
 
 # ---- what needs no package
