@@ -111,7 +111,8 @@ def choose(rows: Scored, labels: Labels) -> Choice:
     good = query_reason[rows.query] == 0
     sample = order[(fair & good)[order]]
     chosen, place = _strata(rows, sample, eligible, taken)
-    best = order[(positive & good)[order]]
+    best = np.flatnonzero(positive & good)
+    best = best[np.lexsort((rows.rank[best], ~relevant[best], rows.query[best]))]
     role = np.zeros(len(rows.query), np.int8)
     role[best], role[chosen] = POSITIVE, NEGATIVE
     both = np.concatenate([best, chosen])

@@ -20,7 +20,7 @@ from batch_rerank.label_settings import Labels
 from batch_rerank.labels.census import Census, take_census
 from batch_rerank.labels.documents import BUCKET_ROWS, Gather, gather
 from batch_rerank.labels.part import Order, commit, create, export_part, receipts_of
-from batch_rerank.labels.plan import Prepared, about, by_size, check_matches, prepare
+from batch_rerank.labels.plan import Prepared, about, by_size, check_matches, prepare, prompted
 from batch_rerank.labels.records import (
     PLAN,
     LabelFile,
@@ -240,6 +240,7 @@ def _finish(root: Location, plan: LabelPlan, prepared: Prepared, lease: Lease, e
         scale=prepared.scale,
         fingerprint=plan.fingerprint,
         buckets=plan.buckets,
+        prompted=prompted(prepared.output),
         epoch=lease.epoch,
     )
     done = _receipts(root, plan, "_manifest/parts")

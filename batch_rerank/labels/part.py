@@ -33,8 +33,8 @@ from batch_rerank.store.records import parse
 
 @dataclass(frozen=True)
 class Order:
-    """What is the same for all parts. root: of the export; scale: decided; buckets: files of documents; epoch: the
-    lease under which it was begun."""
+    """What is the same for all parts. root: of the export; scale: decided; buckets: files of documents; prompted:
+    whether queries have instructions; epoch: the lease under which it was begun."""
 
     root: str
     labels: Labels
@@ -42,6 +42,7 @@ class Order:
     scale: str
     fingerprint: str
     buckets: int
+    prompted: bool
     epoch: int
 
 
@@ -50,7 +51,7 @@ def export_part(work: Work, order: Order, qrels: Qrels) -> LabelReceipt:
     was scored, or has what the target cannot hold; StorageError; and ConflictError where another has taken over."""
     root = locate(order.root, order.labels.storage_options, reached=True)
     chosen, dropped, counts = _choose(work, order, qrels)
-    files = list(files_of(chosen, order.labels, work.number, work.source.path))
+    files = list(files_of(chosen, order.labels, work.number, work.source.path, order.prompted))
     if order.buckets and len(chosen):
         files.append(split_documents(chosen, work.number, order.buckets))
     for folder, table in (("_labels", _sources(chosen)), ("_dropped", dropped)):

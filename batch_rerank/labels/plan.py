@@ -4,10 +4,13 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import pyarrow.parquet as pq
+
 import batch_rerank
-from batch_rerank.calls import Each, in_turn
+from batch_rerank.calls import Each, ahead, in_turn
 from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.judge.evaluate import Qrels, read_qrels
 from batch_rerank.label_settings import SCALES, Labels
@@ -110,6 +113,20 @@ def decided(labels: Labels, output: Opened) -> str:
         return labels.scale
     found = SCALES.get(labels.form, "logit")
     return "minmax" if found == "probability" and not mapped else found
+
+
+def prompted(output: Opened) -> bool:
+    """Whether queries have instructions, of their own or the job's. A reader of lines wants a key in all of them."""
+    given = output.config.input
+    name = given.columns.get("instruction", "instruction")
+
+    def has_column(url: str) -> bool:
+        location = locate(url, given.storage_options)
+        with input_errors(location), location.open() as file:
+            return name in pq.read_schema(file).names
+
+    calls = [partial(has_column, shard.url) for shard in output.plan.shards]
+    return output.config.model.instruction is not None or any(ahead(calls))
 
 
 def _fields(labels: Labels, output: Opened, others: list[Opened], scale: str, judged: str | None) -> dict[str, Any]:

@@ -30,11 +30,13 @@ LINE_ENDS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\u0085\u2028\u2029"}
 @dataclass(frozen=True)
 class Lists:
     """Where the lists are in chosen rows: first int64[q + 1], where each query begins, and its last end; positives
-    int64[q], how many of them come first."""
+    int64[q], how many of them come first; prompted: whether any query of the export may have an
+    instruction."""
 
     rows: pa.Table
     first: Int64
     positives: Int64
+    prompted: bool = False
 
     @property
     def negatives(self) -> Int64:
@@ -53,16 +55,18 @@ class Lists:
         return of, offsets, np.where(place == 0, head, behind)
 
 
-def lists_of(rows: pa.Table) -> Lists:
+def lists_of(rows: pa.Table, prompted: bool = False) -> Lists:
     """The lists of chosen rows."""
     number = pc.run_end_encode(rows["query_id"].combine_chunks()) if len(rows) else None
     ends = np.asarray(number.run_ends) if number is not None else np.empty(0, np.int64)
     first = np.append(0, ends).astype(np.int64)
     best = np.append(0, np.cumsum(rows["role"].to_numpy() == POSITIVE))
-    return Lists(rows, first, np.diff(best[first]))
+    return Lists(rows, first, np.diff(best[first]), prompted)
 
 
-def files_of(rows: pa.Table, labels: Labels, number: int, where: str) -> Iterator[tuple[str, bytes, int]]:
+def files_of(
+    rows: pa.Table, labels: Labels, number: int, where: str, prompted: bool
+) -> Iterator[tuple[str, bytes, int]]:
     """The files of a part of an export: name, content, and how many examples it has; none without rows. Raises
     InputError where the target cannot hold what the rows have."""
     target, layout = labels.form
@@ -70,7 +74,7 @@ def files_of(rows: pa.Table, labels: Labels, number: int, where: str) -> Iterato
         mine = rows.filter(pc.equal(rows["held_out"], held_out)).combine_chunks()
         if not len(mine):
             continue
-        for ending, content in WRITERS[target, layout](lists_of(mine), labels, where).items():
+        for ending, content in WRITERS[target, layout](lists_of(mine, prompted), labels, where).items():
             yield f"{folder}/part-{number:05d}.{ending}", to_bytes(content), len(content)
     if layout == "tables" and len(rows):
         lists = lists_of(rows)
@@ -153,7 +157,6 @@ def _lists(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
     """FlagEmbedding's. An instruction is the `query_prompt` of its rerankers, in all lines or none; not `prompt`, with
     which a line replaces what its LLM rerankers ask."""
     lines = []
-    prompted = lists.rows["instruction"].null_count < len(lists.rows)
     for best, others in _examples(lists):
         line = {
             "query": best[0]["query"],
@@ -162,7 +165,7 @@ def _lists(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
             "pos_scores": [one["label"] for one in best],
             "neg_scores": [one["label"] for one in others],
         }
-        lines.append(_json(line | ({"query_prompt": best[0]["instruction"] or ""} if prompted else {})))
+        lines.append(_json(line | ({"query_prompt": best[0]["instruction"] or ""} if lists.prompted else {})))
     return {"jsonl": lines}
 
 
