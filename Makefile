@@ -1,16 +1,24 @@
 # make demo: a real job with real weights. make test: everything quick; make chaos: the rest. Each makes .venv with the tested versions first.
+# make distill: a teacher's labels, a student trained on them, and both measured. make labels-check: exports through the
+# other trainers' own readers, in .venv-labels: they pin versions of transformers that exclude each other and ours.
 # make gpu: proof and figures on a GPU box, with its own torch and transformers ($(PYTHON)); nothing is installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos gpu check format clean
+.PHONY: demo distill test labels-check chaos gpu check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/batch-rerank demo $(if $(MODEL),--model $(MODEL)) $(if $(QUERIES),--queries $(QUERIES))
 
+distill: $(VENV)/.installed
+	$(BIN)/python -m batch_rerank.distill
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+labels-check: .venv-labels/.installed
+	PYTHONPATH=. .venv-labels/bin/python -m pytest -p no:cacheprovider tests/test_labels_readers.py $(ARGS)
 
 chaos: $(VENV)/.installed
 	$(BIN)/python -m pytest -m chaos $(ARGS)
@@ -33,5 +41,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
+.venv-labels/.installed: tests/labels-check.txt
+	$(PYTHON) -m venv .venv-labels
+	.venv-labels/bin/python -m pip install --quiet torch==2.13.0
+	.venv-labels/bin/python -m pip install --quiet --no-deps --requirement tests/labels-check.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-data build *.egg-info
+	rm -rf $(VENV) .venv-labels demo-data build *.egg-info

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+import batch_rerank.cli_labels
 import batch_rerank.cli_outputs
 import batch_rerank.cli_plan
 import batch_rerank.cli_report  # noqa: F401  (their verbs)

@@ -15,6 +15,7 @@ from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.job_file import parse_yaml, read_yaml
+from batch_rerank.label_settings import Labels
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
 from batch_rerank.sections import Cost, Name, Place, Places, Reuse, Section, StorageOptions, as_list
@@ -244,6 +245,7 @@ class JobConfig(Section):
     cluster: Cluster = Cluster()
     reuse: Reuse | None = Field(default=None, exclude=True)  # of a run, not of its output: receipts say what served
     gate: Gate | None = None
+    labels: Labels | None = Field(default=None, exclude=True)  # of an export, not of the output
     cost: Cost | None = Field(default=None, exclude=True)  # of a run too: a resumed one may have another budget
     limit: Whole | None = None
 
@@ -277,15 +279,33 @@ def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
     try:
         config = JobConfig.model_validate(raw)
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
-        for one in error.errors():
-            found.setdefault(_place(one), []).append(_explain(one))
-        lines = [f"  {place}: {' or: '.join(dict.fromkeys(reasons))}" for place, reasons in found.items()]
-        raise ConfigError(f"{where}: {len(lines)} error(s) in the job file\n" + "\n".join(lines)) from None
+        raise ConfigError(_told(error, f"{where}: {{}} error(s) in the job file")) from None
     if config.limit is None:
         return config
     sample = f"{config.output.path.rstrip('/')}-limit-{config.limit}"
     return config.model_copy(update={"output": config.output.model_copy(update={"path": sample})})
+
+
+def parse_labels(overrides: Sequence[str], where: str) -> Labels:
+    """The section `labels` alone, of `labels.key=value`: for an output without a job file. Raises ConfigError."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _apply(raw, override)
+    other = sorted(set(raw) - {"labels"})
+    if other:
+        raise ConfigError(f"{where}: --set {other[0]}.…: not of a job file; expected labels.key=value alone")
+    try:
+        return Labels.model_validate(raw.get("labels", {}))
+    except ValidationError as error:
+        raise ConfigError(_told(error, f"{where}: {{}} error(s) in the labels", "labels.")) from None
+
+
+def _told(error: ValidationError, first: str, prefix: str = "") -> str:
+    found: dict[str, list[str]] = {}
+    for one in error.errors():
+        found.setdefault(_place(one), []).append(_explain(one))
+    lines = [f"  {prefix}{place}: {' or: '.join(dict.fromkeys(reasons))}" for place, reasons in found.items()]
+    return "\n".join([first.format(len(lines)), *lines])
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

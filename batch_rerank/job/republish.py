@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from batch_rerank.calls import ahead, in_turn
 from batch_rerank.config import JobConfig
-from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ConflictError, StorageError, UnfinishedError
 from batch_rerank.input.places import matches, patterns_of
 from batch_rerank.input.shards import check_planned
@@ -20,7 +19,7 @@ from batch_rerank.job.finish import finish
 from batch_rerank.job.gate import pass_gate
 from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.staging import on_ray
-from batch_rerank.publish.output import Place, config_of, open_output
+from batch_rerank.publish.output import Place, config_of, model_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
 from batch_rerank.publish.publish import unavailable
 from batch_rerank.publish.withdraw import withdraw
@@ -238,14 +237,3 @@ def _columns(manifest: Manifest, found: Scan) -> list[list[str]]:
         return found
 
     return list(ahead([partial(columns, name) for name in sorted(names)]))
-
-
-def model_of(plan: Plan) -> ModelSpec:
-    """What a plan knows of its model, for publishing. Raises StorageError where this version does not understand it."""
-    try:
-        return ModelSpec(**{**plan.model, "causal": None})
-    except TypeError as error:
-        raise StorageError(
-            f"_manifest/plan.json: written by batch_rerank {plan.version}, whose model this version does not "
-            f"understand ({error}); use that version"
-        ) from None

@@ -9,6 +9,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from batch_rerank.config import Cluster, JobConfig, load_config
+from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, StorageError
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.outside import problem_of
@@ -88,6 +89,17 @@ def _parsed(kind: type[T], value: object, plan: Plan) -> T:
         raise StorageError(
             f"_manifest/plan.json: written by batch_rerank {plan.version or '?'}, whose job this version does not "
             f"understand ({where}: {first['msg']}); use that version"
+        ) from None
+
+
+def model_of(plan: Plan) -> ModelSpec:
+    """What a plan knows of its model, for publishing. Raises StorageError where this version does not understand it."""
+    try:
+        return ModelSpec(**{**plan.model, "causal": None})
+    except TypeError as error:
+        raise StorageError(
+            f"_manifest/plan.json: written by batch_rerank {plan.version}, whose model this version does not "
+            f"understand ({error}); use that version"
         ) from None
 
 
