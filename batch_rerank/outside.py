@@ -8,7 +8,7 @@ PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "
 """Where files may be: disks, and stores of objects, most of which need a package of their own. None that asks any host
 or opens what is inside another file."""
 
-_PASSWORD = re.compile(r"//[^/@\s:]*:[^@\s]*@")
+_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^/@\s:]*:[^@]*@")
 _USER = re.compile(r"//(?:[^/@\s:]*:[^\s'\"]*|[^/@\s]+)@")
 _SIGNATURE = re.compile(r"(?i)\b((?:x-amz-[a-z-]+|x-goog-[a-z-]+|sig|signature|token|sas_token)=)[^&\s'\"]+")
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?=://)")
@@ -28,7 +28,7 @@ def problem_of(place: str) -> str:
     """Why no job may have a place: what is wrong with it and what was expected, without the place; empty if nothing."""
     if not place or "\0" in place:
         return f"found {place!r}; expected a path or a URL"
-    if _PASSWORD.search(place):
+    if _PASSWORD.match(place):
         return (
             "found a URL with a password in it (not shown); expected one without: credentials come from the "
             "environment or from storage_options"

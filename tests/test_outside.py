@@ -328,7 +328,7 @@ def test_a_place_of_another_kind_is_refused(key: str, place: str, tmp_path: Path
     assert problem_of(place)
 
 
-@pytest.mark.parametrize("folder", ["a::b", "simplecache::x", "data:,x", "x@y:z", "c:"])
+@pytest.mark.parametrize("folder", ["a::b", "simplecache::x", "data:,x", "x@y:z", "c:", "x//a:b@c"])
 def test_a_name_stays_a_name(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / folder / "in/a::b.parquet", candidate_rows(2, 3))
     monkeypatch.chdir(tmp_path)

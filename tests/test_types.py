@@ -102,3 +102,43 @@ def test_an_optional_column_that_comes_and_goes_is_said(column: str, tmp_path: P
     run(job(tmp_path / "in", tmp_path / "out"), local=True)
     assert f"column {column!r} is in 1 of 2 shards, e.g. not in {tmp_path}/in/0.parquet: read without it" in logged
     assert verify(str(tmp_path / "out")).problems == []
+
+
+ODD = {
+    "string_view": pa.array(["a", None] * 3, pa.string_view()),
+    "binary_view": pa.array([b"a", None] * 3, pa.binary_view()),
+    "decimals": pa.array([Decimal("1.5"), None] * 3, pa.decimal256(50, 2)),
+    "dictionary": pa.array(["a", "b"] * 3, pa.large_string()).dictionary_encode(),
+    "empty_dictionary": pa.array([None] * 6, pa.dictionary(pa.int8(), pa.string())),
+    "structs": pa.array([{"a": None, "b": [None, {"c": None}]}, None] * 3),
+    "struct_of_dictionary": pa.StructArray.from_arrays([pa.array(["x", "y"] * 3).dictionary_encode()], ["d"]),
+    "lists_of_nulls": pa.array([[None], None] * 3, pa.list_(pa.null())),
+    "list_view": pa.array([[1], None] * 3, pa.list_view(pa.int8())),
+    "map": pa.array([[("a", 1)], None] * 3, pa.map_(pa.string(), pa.int32())),
+    "nulls": pa.nulls(6),
+    "half": pa.array([1.0, None] * 3, pa.float16()),
+    "duration": pa.array([1, None] * 3, pa.duration("ns")),
+    "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16] * 6, pa.binary(16))),
+}
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_every_type_is_passed_through(layout: str, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(candidate_rows(2, 3))
+    for name, values in ODD.items():
+        table = table.append_column(name, values)
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/a.parquet")
+    run(job(tmp_path / "in", tmp_path / "out", output__passthrough=list(ODD), output__layout=layout), local=True)
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+@pytest.mark.parametrize("column", ["text", "doc_id", "score", "title"])
+def test_what_cannot_be_read_is_refused_by_name(column: str, tmp_path: Path) -> None:
+    kinds = ["binary_view", "decimals", "structs", "lists_of_nulls", "list_view", "map", "duration", "uuid"]
+    for name in kinds:
+        table = pa.Table.from_pylist(candidate_rows(2, 3))
+        table = table.drop_columns([column] if column in table.column_names else []).append_column(column, ODD[name])
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=column):
+            run(job(tmp_path / "a.parquet", tmp_path / "out"), local=True)

@@ -43,4 +43,6 @@ def flat(rows: pa.Table) -> pa.Table:
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    # pyarrow 26 writes lists of extension types (uuid) and cannot read them: "ArrowNotImplementedError: extension"
+    return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
