@@ -43,7 +43,10 @@ def reported(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, to
 
 
 def _make(manifest: Manifest, plan: Plan, config: JobConfig, lease: Lease, told: Reported, earlier: str | None) -> None:
-    if lease.lost:
+    try:
+        lease.check()  # a successor's report stays
+    except BatchRerankError as error:
+        log.warning("no report is made: %s", error)
         return
     made = report_run(manifest, plan, config, against=earlier)
     told.place = made.html if made else None
