@@ -240,3 +240,24 @@ def test_a_rate_that_cannot_be_read_is_named(tmp_path: Path, given: Path, cli: C
     file = as_file(job(given, tmp_path / "out"), tmp_path / "job.yaml", cost={"rates": [f"{tmp_path}/b*.json"]})
     code, _, said = cli("plan", file, "--local")
     assert code == 0 and said.count("no rate can be read from it") == 2 and "time        unknown" in said
+
+
+def test_a_unit_that_cannot_be_encoded_is_set_aside_as_ever(
+    tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    """What a plan stumbles over is the run's to deal with."""
+    from batch_rerank.engine.encoded import Encoded, Group
+    from batch_rerank.engine.encoding import ByteEncoder
+
+    plain = ByteEncoder.encode
+
+    def encode(self: ByteEncoder, groups: list[Group]) -> Encoded:
+        if any(group.query.endswith(" 3") for group in groups):
+            raise RuntimeError("cannot encode this")
+        return plain(self, groups)
+
+    monkeypatch.setattr(ByteEncoder, "encode", encode)
+    file = as_file(job(given, tmp_path / "out"), tmp_path / "job.yaml")
+    code, _, said = cli("run", file, "--local")
+    assert code == 1 and "could not be estimated: cannot encode this" in said and "1 of 10 units did not finish" in said
+    assert json.loads((tmp_path / "out/_manifest/status.json").read_text())["totals"]["units"] == 9

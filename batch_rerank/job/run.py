@@ -11,6 +11,7 @@ from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import AuditError, UnfinishedError
+from batch_rerank.estimate.forecast import Forecast
 from batch_rerank.estimate.sample import SAMPLED
 from batch_rerank.job import actual
 from batch_rerank.job.ahead import describe, ready, settled
@@ -151,7 +152,11 @@ def _planned(
     limited = config.cost is not None and config.cost.most_gpu_hours is not None
     reuse = earlier.reuse if earlier and earlier.served else None
     rest = replace(plan, units=left)
-    return estimate(config, rest, model, budget=SAMPLED if limited else QUICK, reuse=reuse, local=local)
+    try:
+        return estimate(config, rest, model, budget=SAMPLED if limited else QUICK, reuse=reuse, local=local)
+    except Exception as error:  # any: a unit that cannot be read or encoded is the run's to set aside, or to end with
+        log.warning("what this run takes could not be estimated: %s", error)
+        return Estimate(config, None, Forecast(1 if local else config.cluster.max_actors, config.cluster.gpus), [])
 
 
 def _units_waiting() -> dict[str, int]:
