@@ -96,7 +96,8 @@ def coverage(root: Path, tokenizer: str, options: argparse.Namespace) -> dict[st
     truth = estimate(ahead.config, ahead.plan, ahead.model, budget=ALL, local=True).tally
     names = ("tokens", "truncated", "computed_tokens")
     within = dict.fromkeys(names, 0)
-    few = Budget(text=1, read=float("inf"), least=40, most=60)
+    size = sum(size for shard in ahead.plan.shards for _, size in shard.row_groups)
+    few = Budget(text=0.9 * size, read=float("inf"), least=40, most=40)
     for seed in range(100):
         one = estimate(ahead.config, ahead.plan, ahead.model, budget=few, seed=seed, local=True).tally
         assert one is not None and truth is not None and not one.exact

@@ -127,7 +127,7 @@ def sampled(
     """A tally of a sample whose units were counted before."""
     config, plan, model, known = counted
 
-    def looked_up(config: Any, model: Any, plan: Any, units: Sequence[Unit], reuse: Any) -> Iterator[Counted]:
+    def looked_up(config: Any, model: Any, plan: Any, units: Sequence[Unit], *_: Any) -> Iterator[Counted]:
         return (known[unit.id] for unit in units)
 
     monkeypatch.setattr(tally_module, "count_units", looked_up)
@@ -171,6 +171,31 @@ def test_large_row_groups_are_sampled_as_they_are_read(
         covered += found.tokens.low <= truth <= found.tokens.high
     assert covered >= 17
     assert choose(plan, 0, Budget(text=1, read=1, least=4, most=8)) is None
+
+
+def test_large_units_are_counted_in_part(counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, model, _ = counted
+    large = config.model_copy(update={"input": config.input.model_copy(update={"unit_pairs": 500})})
+    plan, _ = make_plan(large)
+    truth = tally(large, model, plan, choose(plan, 0, ALL), 1)  # type: ignore[arg-type]
+    size = sum(size for _, size in plan.shards[0].row_groups)
+    covered = 0
+    for seed in range(20):
+        sample = choose(plan, seed, Budget(text=size / 4, read=float("inf"), least=40, most=60))
+        assert sample is not None and len(sample.units) == len(plan.units) and 0.2 < sample.share < 0.3
+        found = tally(large, model, plan, sample, 1, seed=seed)
+        assert not found.exact and found.pairs == truth.pairs
+        covered += found.tokens.low <= truth.tokens.p50 <= found.tokens.high
+    assert covered >= 17
+
+
+def test_a_sample_of_a_free_scorer_has_no_arithmetic(counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = sampled(counted, 0, Budget(text=1, read=float("inf"), least=40, most=60), monkeypatch)
+    assert found.flop == Range.exact(0) and found.computed_tokens.p50 > 0
+    rate = Known(Rate("s", "float32", "cuda", 100.0), "here")
+    one = forecast(gpu_job(), found, [rate], 1)
+    assert one.actor_seconds is not None
+    assert one.actor_seconds.p50 == pytest.approx(found.computed_tokens.p50 / 100)
 
 
 def test_the_same_seed_draws_the_same_units(counted: Any) -> None:

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
@@ -27,11 +28,12 @@ UInt64 = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Counted:
-    """What a unit's receipt will say, and more. computed: of a bi-encoder as if nothing were remembered from other
-    units; texts: uint64[n], hashes of its documents' texts; cached: of a bi-encoder, hash and tokens of each distinct
-    text that it reads."""
+    """What a unit's receipt will say, and more; of a part of it where `pairs` are fewer than the unit's. computed: of a
+    bi-encoder as if nothing were remembered from other units; texts: uint64[n], hashes of its documents' texts; cached:
+    of a bi-encoder, hash and tokens of each distinct text that it reads."""
 
     unit: Unit
+    pairs: int
     scored: int
     failed: int
     tokens: int
@@ -43,13 +45,20 @@ class Counted:
 
 
 def count_units(
-    config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Unit], reuse: Reuse | None = None
+    config: JobConfig,
+    model: ModelSpec,
+    plan: Plan,
+    units: Sequence[Unit],
+    reuse: Reuse | None = None,
+    share: float = 1.0,
+    seed: int = 0,
 ) -> Iterator[Counted]:
-    """Count some units of a plan, in its order. Raises InputError and StorageError."""
+    """Count some units of a plan, in its order; of each `share` of its queries, drawn by the seed, one at least. Raises
+    InputError and StorageError."""
     counter = _Counter(model, reuse)
     for shard, of_shard in groupby(units, key=lambda unit: unit.shard):
         for read in read_range(ReadRange(plan.shards[shard], list(of_shard)), config, model):
-            yield counter.count(read)
+            yield counter.count(_some(read, share, seed))
 
 
 class _Counter:
@@ -69,6 +78,7 @@ class _Counter:
         lengths = np.fromiter(cached.values(), np.int64)
         return Counted(
             unit=read.unit,
+            pairs=len(read.rows),
             scored=int(scored.sum()),
             failed=len(read.rows) - int(scored.sum()),
             tokens=int(found.n_tokens[scored].sum()),
@@ -84,6 +94,19 @@ class _Counter:
         scores = np.zeros(len(encoded.document), np.float32)
         scores[unreadable(encoded, self._by_text)] = np.nan
         return best_chunks(encoded, scores)
+
+
+def _some(read: ReadUnit, share: float, seed: int) -> ReadUnit:
+    """A part of a unit: whole queries."""
+    if share >= 1:
+        return read
+    of_row = read.rows["query_index"].to_numpy()
+    queries = np.unique(of_row)
+    rng = np.random.default_rng([seed, read.unit.shard, read.unit.start])
+    kept = rng.choice(queries, max(1, round(share * len(queries))), replace=False)
+    good = read.rows["error"].is_null().to_numpy()
+    groups = [group for group, query in zip(read.groups, np.unique(of_row[good]), strict=True) if query in kept]
+    return replace(read, rows=read.rows.filter(pa.array(np.isin(of_row, kept))), groups=groups)
 
 
 def _hashed(texts: Sequence[Ids]) -> dict[int, int]:

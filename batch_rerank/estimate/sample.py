@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -13,10 +13,10 @@ from batch_rerank.store.plans import Plan, Unit
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is read. text: bytes that are tokenised, about; read: bytes that are decoded to come to them, at most;
-    least and most: units."""
+    """How much is read. text: bytes that are tokenised, about, of which units have parts where they are large; read:
+    bytes that are decoded to come to them, at most; least and most: units."""
 
-    text: float = 48 * 2**20
+    text: float = 24 * 2**20
     read: float = 6 * 2**30
     least: int = 40
     most: int = 400
@@ -36,11 +36,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Sample:
-    """Clusters of a plan, drawn at random without replacement from `population` of them. whole: nothing is left."""
+    """Clusters of a plan, drawn at random without replacement from `population` of them. whole: nothing is left; share:
+    of each unit's queries that is counted."""
 
     clusters: tuple[Cluster, ...]
     population: int
     whole: bool = False
+    share: float = 1.0
 
     @property
     def units(self) -> list[Unit]:
@@ -57,16 +59,17 @@ def choose(plan: Plan, seed: int, budget: Budget) -> Sample | None:
     units = plan.units
     groups = _row_groups(plan)
     sizes = [_bytes_of(unit, groups) for unit in units]
-    few = len(units) <= budget.least or sum(sizes) <= budget.text
-    if few and _reading(units, groups) <= budget.read:
+    if sum(sizes) <= budget.text and _reading(units, groups) <= budget.read:
         return Sample(tuple(Cluster((unit,), 1) for unit in units), len(units), whole=True)
     rng = np.random.default_rng(seed)
     wanted = int(budget.text / max(1.0, sum(sizes) / max(1, len(units))))
     n = min(len(units), max(budget.least, min(budget.most, wanted)))
     drawn = [units[at] for at in sorted(rng.choice(len(units), n, replace=False).tolist())]
+    share = min(1.0, budget.text / max(1.0, n * sum(sizes) / max(1, len(units))))
     if _reading(drawn, groups) <= budget.read:
-        return Sample(tuple(Cluster((unit,), 1) for unit in drawn), len(units), whole=n == len(units))
-    return _by_row_group(plan, groups, rng, n, budget)
+        return Sample(tuple(Cluster((unit,), 1) for unit in drawn), len(units), share=share)
+    found = _by_row_group(plan, groups, rng, n, budget)
+    return found and replace(found, share=share)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,13 @@ class Tally:
 
 
 def tally(
-    config: JobConfig, model: ModelSpec, plan: Plan, sample: Sample, actors: int, reuse: Reuse | None = None
+    config: JobConfig,
+    model: ModelSpec,
+    plan: Plan,
+    sample: Sample,
+    actors: int,
+    reuse: Reuse | None = None,
+    seed: int = 0,
 ) -> Tally:
     """Count a sample and say what the plan comes to. Raises what `count_units` raises."""
     rows: dict[str, list[float]] = {}
@@ -67,7 +73,7 @@ def tally(
     remembered = [Work(), Work()]
     if model.kind == "bi_encoder" and sample.whole:
         remembering = [Remembering(model, 1), Remembering(model, actors)]
-    for one in count_units(config, model, plan, sample.units, reuse):
+    for one in count_units(config, model, plan, sample.units, reuse, sample.share, seed):
         rows[one.unit.id] = _row(one)
         texts[one.unit.id] = one.texts if sample.whole else np.unique(one.texts)
         for at, memory in enumerate(remembering or ()):
@@ -84,11 +90,13 @@ def tally(
         found = [Range.exact(value) for value in y.sum(0).tolist()]
         documents = Range.exact(len(np.unique(np.concatenate(list(texts.values()))))) if texts else Range.exact(0)
     else:
-        found = totals(y, x.astype(np.float64), plan.pairs, sample.population, all(w == 1 for w in weights))
+        certain = sample.share == 1 and all(weight == 1 for weight in weights)
+        found = totals(y, x.astype(np.float64), plan.pairs, sample.population, certain)
         seen = [texts[unit.id] for cluster in sample.clusters for unit in cluster.units]
         documents = distinct(seen, found[-1].p50)  # of a unit each text once
     named = dict(zip(MEASURES, found, strict=True))
     unit_texts = named.pop("unit_texts")
+    named["flop"] = named["flop"] if named["flop"].p50 else Range.exact(0)  # a free scorer has none, however many units
     if remembering is not None:
         alone, dealt = remembered
         named["computed_tokens"] = _between(alone.tokens, dealt.tokens, named["computed_tokens"].p50, actors)
@@ -110,12 +118,20 @@ def tally(
 
 
 def _row(one: Counted) -> list[float]:
-    computed = one.computed
-    distinct_texts = len(np.unique(one.texts))
-    return [
-        float(value)
-        for value in (one.scored, one.failed, one.tokens, one.truncated, one.reused, computed.tokens, computed.flop)
-    ] + [float(distinct_texts)]
+    """A unit's measures; what was counted of a part of it stands for the whole."""
+    times = one.unit.pairs / max(1, one.pairs)
+    texts = len(np.unique(one.texts))
+    counts = (
+        one.scored,
+        one.failed,
+        one.tokens,
+        one.truncated,
+        one.reused,
+        one.computed.tokens,
+        one.computed.flop,
+        texts,
+    )
+    return [value * times for value in counts]
 
 
 def _between(one: float, dealt: float, apart: float, actors: int) -> Range:

@@ -101,7 +101,7 @@ def estimate(
     if sample is None or not plan.units:
         empty = None if plan.units else _nothing()
         return Estimate(config, empty, Forecast(actors, config.cluster.gpus), rates)
-    found = tally(config, model, plan, sample, actors, reuse)
+    found = tally(config, model, plan, sample, actors, reuse, seed)
     return Estimate(config, found, forecast(config, found, rates, actors), rates)
 
 
