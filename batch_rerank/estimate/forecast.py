@@ -75,9 +75,10 @@ class Forecast:
         return {
             "actors": self.actors,
             "actor_seconds": None if self.actor_seconds is None else self.actor_seconds.json(),
-            "startup_seconds": round(self.startup, 2),
-            "tail_seconds": round(self.tail, 2),
-            "publish_seconds": round(self.publishing, 2),
+            "startup_seconds": None if self.seconds is None else round(self.startup, 2),
+            "tail_seconds": None if self.seconds is None else round(self.tail, 2),
+            "publish_seconds": None if self.seconds is None else round(self.publishing, 2),
+            "utilisation": None if self.seconds is None else round(self.utilisation, 4),
         }
 
 

@@ -9,6 +9,24 @@ from batch_rerank.report.text import count, figure, shown
 Json = Mapping[str, Any]
 
 
+PLANNED = {
+    "pairs": "Pairs",
+    "reused": "Scores reused",
+    "tokens": "Tokens read",
+    "truncated": "Pairs cut to the model’s length",
+    "computed_tokens": "Tokens computed, shared prefixes and repeats once",
+    "seconds": "Seconds in all",
+    "startup_seconds": "Seconds until the first unit",
+    "publish_seconds": "Seconds of publishing",
+    "actors": "Actors",
+    "actor_seconds": "Seconds of scoring, all actors",
+    "utilisation": "Share of the actors’ time that scores",
+    "gpu_hours": "GPU hours",
+    "usd": "USD",
+}
+"""What is shown of a plan and of what happened."""
+
+
 def planned(content: Json) -> str:
     """What was foreseen beside what happened; unknown where no plan was kept."""
     told = content.get("planned")
@@ -16,10 +34,10 @@ def planned(content: Json) -> str:
         return ""
     if not told:
         return section("Planned and actual", "<p>Unknown: no plan’s estimate was kept for this output.</p>")
-    names = list(dict.fromkeys([*told["planned"], *told["actual"]]))
     rows = [
-        [shown(name), _value(told["planned"].get(name)), _value(told["actual"].get(name)), _off(told, name)]
-        for name in names
+        [label, _value(told["planned"].get(name)), _value(told["actual"].get(name)), _off(told, name)]
+        for name, label in PLANNED.items()
+        if told["planned"].get(name) is not None or told["actual"].get(name) is not None
     ]
     reasons = "".join(f"<li>{shown(reason)}</li>" for reason in told["reasons"])
     made = f"<h3>What made the difference</h3><ul>{reasons}</ul>" if reasons else ""
