@@ -97,6 +97,7 @@ def tally(
     named = dict(zip(MEASURES, found, strict=True))
     unit_texts = named.pop("unit_texts")
     named["flop"] = named["flop"] if named["flop"].p50 else Range.exact(0)  # a free scorer has none, however many units
+    named["reused"] = Range.exact(0) if reuse is None else named["reused"]
     if remembering is not None:
         alone, dealt = remembered
         named["computed_tokens"] = _between(alone.tokens, dealt.tokens, named["computed_tokens"].p50, actors)
