@@ -191,28 +191,30 @@ class _Followed:
         next_status = time.monotonic() + STATUS_SECONDS
         failed: list[SetAside] = []
         with Display(len(self._plan.units), self._plan.pairs, self._totals, self._spend.usd_per_gpu_hour) as display:
-            for receipt in receipts:
-                if isinstance(receipt, SetAside):
-                    failed.append(receipt)
-                    if self._metrics:
-                        self._metrics.set_aside()
-                    _record_failure(self._manifest, receipt)
-                    if len(failed) > max_failed_units:
-                        raise self._too_many(failed, max_failed_units)
-                elif self._expected.take(receipt):
-                    self._totals.add(receipt)
-                    self._rolls.add(receipt)
-                    self._course.add(receipt)
-                    self._spend.check(len(self._expected.left))
-                    display.advance(receipt)
-                    if self._metrics:
-                        self._metrics.count(receipt)
-                if self._lease.lost:
-                    self._lease.check()
-                if time.monotonic() >= next_status:
-                    next_status = time.monotonic() + STATUS_SECONDS
-                    self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
-            self._spend.end()
+            try:
+                for receipt in receipts:
+                    if isinstance(receipt, SetAside):
+                        failed.append(receipt)
+                        if self._metrics:
+                            self._metrics.set_aside()
+                        _record_failure(self._manifest, receipt)
+                        if len(failed) > max_failed_units:
+                            raise self._too_many(failed, max_failed_units)
+                    elif self._expected.take(receipt):
+                        self._totals.add(receipt)
+                        self._rolls.add(receipt)
+                        self._course.add(receipt)
+                        self._spend.check(len(self._expected.left))
+                        display.advance(receipt)
+                        if self._metrics:
+                            self._metrics.count(receipt)
+                    if self._lease.lost:
+                        self._lease.check()
+                    if time.monotonic() >= next_status:
+                        next_status = time.monotonic() + STATUS_SECONDS
+                        self._manifest.write_status(status_of("running", self._plan, self._totals, self._lease))
+            finally:  # what is spent is spent, however it ends
+                self._spend.end()
             if self._metrics:
                 self._metrics.end()
             return display.meter.rates, failed
