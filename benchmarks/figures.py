@@ -51,6 +51,15 @@ def main() -> None:
     )
     again, proof = whole["publish_again"]["publish"], whole["verify"]["seconds"]
     print(f"| the same published again with `top_k: 10`, and verified | {again:.0f} s, {proof:.0f} s |")
+    plans, seen = _read("plan-scale.json"), _read("plan-coverage.json")["covered_of_100"]
+    taken = ", ".join(f"{plans[str(pairs)]['seconds']:.0f}" for pairs in (10**6, 10**7, 10**8))
+    peak = max(plans[str(pairs)]["peak_mib"] for pairs in (10**6, 10**7, 10**8))
+    print(
+        f"| a plan of 1, 10 and 100 million pairs with Qwen3's tokenizer, other work beside it | {taken} s, {peak:,} MiB |"
+    )
+    print(
+        f"| its interval has the truth, tokens and cut pairs, of 100 samples | {seen['tokens']} and {seen['truncated']} |"
+    )
     read = [f"{many[case]['objects_read']:,} in {many[case]['seconds']:.0f} s" for case in ("alone", "rolled")]
     print(
         f"| a resume of {many['units']:,} units: objects read with a receipt each, and rolled up | {', '.join(read)} |"
