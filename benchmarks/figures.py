@@ -54,12 +54,10 @@ def main() -> None:
     plans, seen = _read("plan-scale.json"), _read("plan-coverage.json")["covered_of_100"]
     taken = ", ".join(f"{plans[str(pairs)]['seconds']:.0f}" for pairs in (10**6, 10**7, 10**8))
     peak = max(plans[str(pairs)]["peak_mib"] for pairs in (10**6, 10**7, 10**8))
-    print(
-        f"| a plan of 1, 10 and 100 million pairs with Qwen3's tokenizer, other work beside it | {taken} s, {peak:,} MiB |"
-    )
-    print(
-        f"| its interval has the truth, tokens and cut pairs, of 100 samples | {seen['tokens']} and {seen['truncated']} |"
-    )
+    what = "a plan of 1, 10 and 100 million pairs with Qwen3's tokenizer, other work beside it"
+    print(f"| {what} | {taken} s, {peak:,} MiB |")
+    covered = f"{seen['tokens']} and {seen['truncated']}"
+    print(f"| its interval has the truth, tokens and cut pairs, of 100 samples | {covered} |")
     read = [f"{many[case]['objects_read']:,} in {many[case]['seconds']:.0f} s" for case in ("alone", "rolled")]
     print(
         f"| a resume of {many['units']:,} units: objects read with a receipt each, and rolled up | {', '.join(read)} |"
