@@ -278,8 +278,8 @@ def test_a_number_of_receipts_is_no_set_of_units(
 
     real = reused.run_local
 
-    def stream(*arguments: object) -> object:
-        receipts = list(real(*arguments))  # type: ignore[arg-type]
+    def stream(*arguments: object, **more: object) -> object:
+        receipts = list(real(*arguments, **more))  # type: ignore[arg-type]
         other = receipts[0] if odd == "a duplicate" else replace(receipts[0], unit="00009-00009")
         return iter([*receipts[:-1], other])
 

@@ -273,7 +273,6 @@ class Totals:
         """Count one more unit."""
         self.units += 1
         self.padded_units += bool(receipt.fallback)
-        self.seconds += receipt.seconds
         self.computed_tokens += receipt.computed_tokens
         self.flop += receipt.flop
         self.audit_difference = max(self.audit_difference, receipt.audit_difference)
