@@ -16,7 +16,7 @@ from botocore.exceptions import (
 )
 from s3fs.errors import translate_boto_error
 
-from batch_rerank.errors import InputError, StorageError
+from batch_rerank.errors import StorageError
 from batch_rerank.input.shards import check_unchanged, open_parquet
 from batch_rerank.store import patience
 from batch_rerank.store.filesystem import Location, input_errors
@@ -183,6 +183,6 @@ def test_a_store_that_answered_anybody_here_is_away_and_no_wrong_endpoint(clock:
         Location(store, "second").stat()
     assert clock.now > 250
     clock.now = 0
-    with pytest.raises(InputError, match="storage failed"), input_errors("other"):
+    with pytest.raises(StorageError, match="storage failed"), input_errors("other"):
         Location(Store(0, AWAY[0]), "other").stat()
     assert clock.now == 0, "nothing waits for a store that never answered"

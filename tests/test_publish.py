@@ -378,10 +378,10 @@ def test_killed_while_scores_are_gathered_loses_none(
         patch.setattr(Location, method, killed)
         with pytest.raises(Killed):
             run(config, local=True)
-    assert (out / "_SUCCESS").exists() and list((out / "_work").iterdir())
+    assert (out / "_SUCCESS").exists() and list((out / "_work").glob("*"))
     before = rows_of(out)
     assert run(config, local=True).units == 0
-    assert not list((out / "_work").iterdir())
+    assert not list((out / "_work").glob("*"))
     for name in sorted((out / "_scores").glob("[0-9]*[0-9].parquet")):
         assert (out / f"_manifest/scores/{name.stem}.json").exists()
     assert verify(str(out)).problems == []

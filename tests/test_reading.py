@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batch_rerank import outside
 from batch_rerank.config import JobConfig
 from batch_rerank.input.shards import STREAM_BYTES
 from batch_rerank.score.plan import make_plan
@@ -24,6 +25,9 @@ from batch_rerank.store.filesystem import File
 from batch_rerank.store.plans import Plan, Shard, Unit
 
 MIB = 2**20
+
+
+PROTOCOLS = outside.PROTOCOLS
 
 
 class Counted(MemoryFileSystem):
@@ -49,9 +53,11 @@ class Counted(MemoryFileSystem):
 @pytest.fixture
 def counted() -> Iterator[type[Counted]]:
     fsspec.register_implementation("counted", Counted, clobber=True)
+    outside.PROTOCOLS = (*PROTOCOLS, "counted")
     Counted.store.clear()
     Counted.reads.clear()
     yield Counted
+    outside.PROTOCOLS = PROTOCOLS
     Counted.store.clear()
 
 

@@ -111,7 +111,7 @@ def test_a_finished_output_that_lost_a_file_is_mended_with_what_is_there(
 def test_scores_that_were_not_kept_are_made_again_where_their_part_is_lost(flat_shards: Path, tmp_path: Path) -> None:
     config = job(flat_shards, tmp_path / "out", output__file_bytes=1, output__keep_scores=False)
     run(config, local=True)
-    assert not (tmp_path / "out/_scores").exists() and not list((tmp_path / "out/_work").iterdir())
+    assert not (tmp_path / "out/_scores").exists() and not list((tmp_path / "out/_work").glob("*"))
     assert run(config, local=True).units == 0
     before = rows_of(tmp_path / "out")
     (tmp_path / "out/part-00002.parquet").unlink()

@@ -383,8 +383,12 @@ def test_scores_that_go_while_they_are_read_are_scored(
             shutil.rmtree(first)
         return read(self, start, stop)
 
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError("an estimate would read them before")
+
     given = shards(tmp_path / "again", turned(corpus()))
     with monkeypatch.context() as patch:
+        patch.setattr("batch_rerank.job.run.estimate", none)
         patch.setattr(Location, "read_range", then_gone)
         totals = night(given, tmp_path / "second", first).totals
     assert 0 < totals.reused < 120 and totals.unreadable == 120 - totals.reused

@@ -164,7 +164,7 @@ def test_a_missing_output_bucket_is_a_storage_error(bucket: str) -> None:
 def test_a_wrong_endpoint_fails_with_the_reason(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
         run(s3_job(bucket), local=True)
 
 

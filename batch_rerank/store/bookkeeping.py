@@ -79,8 +79,12 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
 def _note_again(manifest: Manifest, found: Scan, again: Iterable[str], lease: Lease) -> None:
     """Note of units that they are made again, before anything of them is removed: who takes over from a driver that is
     paused behind this finds them undone, and publishes nothing of what that removes when it wakes. Raises
-    ConflictError where the lease is lost; no note stays then."""
-    notes = {note_name(unit): evidence(found.files, unit_files(manifest, unit)) for unit in again}
+    ConflictError where the lease is lost; no note stays then.
+
+    A unit without a file has no note: nothing of it can be removed, and later, gathered, it has none again."""
+    files = {unit: unit_files(manifest, unit) for unit in again}
+    there = [unit for unit, names in files.items() if any(name in found.files.found for name in names)]
+    notes = {note_name(unit): evidence(found.files, files[unit]) for unit in there}
 
     def write(name: str) -> None:
         location = manifest.root / name
