@@ -569,6 +569,15 @@ def test_an_id_that_no_trec_file_can_hold_is_named(tmp_path: Path) -> None:
         exported(tmp_path / "out", tmp_path / "x", "trec")
 
 
+def test_an_empty_query_has_no_labels(tmp_path: Path) -> None:
+    rows = [{**row, "query": {"q1": "", "q2": " \t"}.get(row["query_id"], row["query"])} for row in corpus_rows(3)]
+    write(tmp_path / "in" / "0.parquet", rows)
+    run(job(tmp_path / "in", tmp_path / "out"), local=True)
+    done = exported(tmp_path / "out", tmp_path / "x", max_dropped_queries=0.9)
+    assert set(chosen(tmp_path / "x")) == {"q0"}
+    assert (done.counts["left out: no scores"], done.counts["dropped: empty text"]) == (2, 2 * CANDIDATES)
+
+
 @pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2028", "\x85", "\x0b", "\x1f"])
 def test_an_id_with_space_of_any_kind_is_in_no_trec_file(space: str, tmp_path: Path) -> None:
     """Readers cut lines with str.split, which takes all of these for space."""
