@@ -476,6 +476,26 @@ def test_the_same_output_twice_is_no_second_teacher(output: Path, tmp_path: Path
         exported(output, tmp_path, teachers={"outputs": str(output)})
 
 
+def test_a_teacher_that_is_given_twice_has_no_second_voice(output: Path, second: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(second)
+    with pytest.raises(ConfigError, match=r"link has the same scores as .*second; expected each once"):
+        exported(output, tmp_path / "x", teachers={"outputs": [str(second), str(tmp_path / "link")]})
+
+
+def test_labels_lie_in_no_teachers_output(output: Path, second: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(output)
+    for inside in (second / "labels", tmp_path / "link" / "labels"):
+        with pytest.raises(ConfigError, match=r"is inside the (exported output|output of a teacher)"):
+            exported(output, inside, teachers={"outputs": str(second)})
+        assert not inside.exists()
+
+
+def test_judged_documents_that_are_no_candidates_are_counted_from_the_least_grade(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "qrels").write_text("q0 0 d3 2\nq0 0 gone 2\nq0 0 lost 1\n")
+    given = {"positives": {"from": "both", "qrels": str(tmp_path / "qrels"), "least": 2}}
+    assert dry_run(Place(str(output)), labels(tmp_path / "x", **given), in_turn).counts["judged_absent"] == 1
+
+
 # ---- bad input
 
 
@@ -546,6 +566,27 @@ def test_an_id_that_no_trec_file_can_hold_is_named(tmp_path: Path) -> None:
     write(tmp_path / "in" / "0.parquet", [{**row, "doc_id": f"a {row['doc_id']}"} for row in corpus_rows(3)])
     run(job(tmp_path / "in", tmp_path / "out"), local=True)
     with pytest.raises(InputError, match=r"doc_id 'a d\d+' is empty or has space"):
+        exported(tmp_path / "out", tmp_path / "x", "trec")
+
+
+def test_an_empty_query_has_no_labels(tmp_path: Path) -> None:
+    rows = [{**row, "query": {"q1": "", "q2": " \t"}.get(row["query_id"], row["query"])} for row in corpus_rows(3)]
+    write(tmp_path / "in" / "0.parquet", rows)
+    run(job(tmp_path / "in", tmp_path / "out"), local=True)
+    done = exported(tmp_path / "out", tmp_path / "x", max_dropped_queries=0.9)
+    assert set(chosen(tmp_path / "x")) == {"q0"}
+    assert (done.counts["left out: no scores"], done.counts["dropped: empty text"]) == (2, 2 * CANDIDATES)
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2028", "\x85", "\x0b", "\x1f"])
+def test_an_id_with_space_of_any_kind_is_in_no_trec_file(space: str, tmp_path: Path) -> None:
+    """Readers cut lines with str.split, which takes all of these for space."""
+    assert len(f"a{space}b".split()) == 2
+    write(tmp_path / "in" / "0.parquet", [{**row, "doc_id": f"a{space}{row['doc_id']}"} for row in corpus_rows(2)])
+    with pytest.raises(InputError, match=r"is empty or has space"):
+        run(job(tmp_path / "in", tmp_path / "refused", output__trec_run=True), local=True)
+    run(job(tmp_path / "in", tmp_path / "out"), local=True)
+    with pytest.raises(InputError, match=r"is empty or has space"):
         exported(tmp_path / "out", tmp_path / "x", "trec")
 
 

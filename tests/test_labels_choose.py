@@ -161,6 +161,16 @@ def test_a_negative_with_the_text_of_a_positive_is_dropped() -> None:
     assert negatives(choice) == [2, *sorted(negatives(choice)[1:], key=lambda row: negatives(choice).index(row))]
 
 
+@pytest.mark.parametrize("second", [2.0, math.nan])
+def test_a_negative_with_the_text_of_a_relevant_document_that_is_not_chosen_is_dropped(second: float) -> None:
+    """Two are judged to be relevant and one may be chosen; the other one's text is relevant as well, scored or not."""
+    rows = scored([[3.0, second, 1.0, 0.0]], grades=[[1, 1, -1, -1]])
+    rows.text[:] = [5, 7, 7, 8]  # type: ignore[index]
+    choice = choose(rows, labels(positives={"from": "qrels", "qrels": "x", "per_query": 1}))
+    assert choice.reason.tolist() == [0, NO_SCORE if math.isnan(second) else 0, SAME_TEXT, 0]
+    assert negatives(choice) == [3]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_the_scores_lists_are_whole(seed: int) -> None:
     draw = np.random.default_rng(seed)

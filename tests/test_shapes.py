@@ -13,6 +13,7 @@ from conftest import candidate_rows, job, rows_of, write
 
 from batch_rerank.job.run import run
 from batch_rerank.judge.agreement import kendall, overlap, rbo
+from batch_rerank.report.histograms import moments
 from batch_rerank.score.shape import shape_of
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.shapes import PLACES, SCORES, TOKENS, Mover, Shape, from_text, together
@@ -112,6 +113,28 @@ def test_moments_and_bins_are_exact_counts() -> None:
         inside = (one.scores >= low) & (one.scores < high) if bin_ > 0 else (one.scores > low) & (one.scores <= high)
         assert int(inside.sum()) == count
     assert sum(found.relevance.values()) == 100
+
+
+@pytest.mark.parametrize(
+    "scores", [np.linspace(0.98, 0.981, 1000), np.linspace(20, 20.01, 1000), np.full(9, 12.345678)]
+)
+def test_a_narrow_distribution_keeps_its_deviation(scores: np.typing.NDArray[np.float64]) -> None:
+    """Cosines are: of moments with few digits the difference of squares is nothing but rounding."""
+    plain = scores.astype(np.float32)
+    wide = plain.astype(np.float64)
+    made = Shape(
+        scores={SCORES.of(plain)[0].item(): len(plain)},
+        count=len(plain),
+        total=float(wide.sum()),
+        squares=float(np.square(wide).sum()),
+        least=float(plain.min()),
+        most=float(plain.max()),
+    )
+    read = from_text(made.to_text())
+    assert read is not None and np.float32(read.least) == plain.min() and np.float32(read.most) == plain.max()
+    told = moments(together([read] * 3))
+    assert told["deviation"] == pytest.approx(wide.std(), rel=1e-4, abs=1e-6)
+    assert told["mean"] == pytest.approx(wide.mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-3, 1.0, 12.0, 1e4, 1e30])

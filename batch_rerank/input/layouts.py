@@ -17,6 +17,9 @@ OPTIONAL = ("instruction", "title", "score", "rank")
 OF_QUERY = ("query_id", "query", "instruction")
 TEXTS = ("query", "instruction", "text", "title")
 
+NO_TREC_ID = r"^$|[\s\x0b\x1c-\x1f\x{85}\pZ]"
+"""An id that no TREC file can hold. Readers cut lines with str.split, to which more is space than to RE2's \\s."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -215,7 +218,7 @@ def _refuse_null(ids: pa.Array, name: str, where: str, rows: Int64) -> None:
 
 
 def _refuse_spaced(ids: pa.Array, name: str, where: str) -> None:
-    spaced = ids.filter(pc.match_substring_regex(ids, r"^$|\s"))
+    spaced = ids.filter(pc.match_substring_regex(ids, NO_TREC_ID))
     if len(spaced):
         raise InputError(
             f"{where}: {name} {spaced[0].as_py()!r} is empty or has space in it ({len(spaced)} such), which no TREC "

@@ -98,7 +98,7 @@ def choose(rows: Scored, labels: Labels) -> Choice:
     pool = usable & within & ~positive & ~relevant
     reason[pool & too_good(rows, labels, least, share)] = FALSE_NEGATIVE
     if rows.text is not None:
-        reason[pool & (reason == 0) & _texts_of_positives(rows, positive)] = SAME_TEXT
+        reason[pool & (reason == 0) & _texts_of(rows, positive | relevant)] = SAME_TEXT
     fair = pool & (reason == 0)
     eligible = np.bincount(rows.query[fair], minlength=queries)
     taken = np.minimum(eligible, labels.negatives.per_query)
@@ -171,10 +171,12 @@ def _of_positives(rows: Scored, positive: Bool, queries: int) -> tuple[Float64, 
     return least, share
 
 
-def _texts_of_positives(rows: Scored, positive: Bool) -> Bool:
+def _texts_of(rows: Scored, good: Bool) -> Bool:
+    """bool[n]: rows with the text of a positive or of a relevant document of their query, be it chosen, scored or
+    not."""
     assert rows.text is not None
     keys = rows.query * (int(rows.text.max(initial=0)) + 2) + rows.text
-    return np.isin(keys, keys[positive])
+    return np.isin(keys, keys[good])
 
 
 def _within_query(query: Int64) -> Int64:

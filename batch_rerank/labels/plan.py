@@ -19,6 +19,7 @@ from batch_rerank.labels.scores import Opened, open_scores
 from batch_rerank.labels.teachers import QueryIndex, index_queries, sources_of
 from batch_rerank.publish.output import Place
 from batch_rerank.store.filesystem import Location, Options, input_errors, locate
+from batch_rerank.store.latest import real_path
 from batch_rerank.store.manifest import fingerprint
 
 LABELS_VERSION = 1
@@ -67,14 +68,22 @@ def prepare(place: Place, labels: Labels, each: Each) -> Prepared:
     """Open what an export reads, and check what needs no rows of it. Raises ConfigError, InputError, StorageError."""
     last = labels.negatives.ranks[1]
     output = open_scores(place, None if labels.teachers else last)
-    _refuse_inside(output, locate(labels.path, labels.storage_options))
-    others = []
+    root = locate(labels.path, labels.storage_options)
+    _refuse_inside(output.manifest.root, root, "exported output")
+    others: list[Opened] = []
     for path in labels.teachers.places if labels.teachers else ():
         other = open_scores(Place(path, place.options), None)
         if other.plan.fingerprint == output.plan.fingerprint:
             raise ConfigError(
                 f"labels.teachers.outputs: {path} has the exported output's own scores; expected another model's"
             )
+        for earlier in others:
+            if other.plan.fingerprint == earlier.plan.fingerprint:
+                raise ConfigError(
+                    f"labels.teachers.outputs: {path} has the same scores as {earlier.manifest.root}; expected each "
+                    "once; labels.teachers.weights gives one more weight"
+                )
+        _refuse_inside(other.manifest.root, root, "output of a teacher")
         others.append(other)
     scale = decided(labels, output)
     qrels, judged = {}, None
@@ -188,15 +197,16 @@ def cut(output: Opened, labels: Labels) -> list[tuple[int, int]]:
     return parts
 
 
-def _refuse_inside(output: Opened, root: Location) -> None:
-    own = output.manifest.root
-    if own.is_local == root.is_local and f"{root.path.rstrip('/')}/".startswith(f"{own.path.rstrip('/')}/"):
+def _refuse_inside(own: Location, root: Location, what: str) -> None:
+    if own.is_local != root.is_local:
+        return
+    there, here = (f"{real_path(one).rstrip('/')}/" for one in (own, root))
+    if here.startswith(there):
         raise ConfigError(
-            f"labels.path: {root} is inside the exported output {own}, whose readers would meet it; expected a place "
-            "of its own"
+            f"labels.path: {root} is inside the {what} {own}, whose readers would meet it; expected a place of its own"
         )
-    if own.is_local == root.is_local and f"{own.path.rstrip('/')}/".startswith(f"{root.path.rstrip('/')}/"):
-        raise ConfigError(f"labels.path: {root} holds the exported output {own}; expected a place of its own")
+    if there.startswith(here):
+        raise ConfigError(f"labels.path: {root} holds the {what} {own}; expected a place of its own")
 
 
 def _sha256(path: str, options: Options) -> str:

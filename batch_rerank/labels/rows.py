@@ -95,7 +95,7 @@ def _unit(
         if limit is not None:
             reason[(reason == 0) & (combined.disagreement > limit)] = DISAGREE
         counts["teachers_missing"] = int(combined.lacking.sum())
-    grade, absent = _grades(table["doc_id"].combine_chunks(), ids, starts, lengths, qrels)
+    grade, absent = _grades(table["doc_id"].combine_chunks(), ids, starts, lengths, qrels, labels.positives.least)
     counts["judged_absent"] = absent
     counts["judged_queries"] = sum(name in qrels for name in ids)
     scored = Scored(
@@ -111,8 +111,11 @@ def _unit(
     return UnitRows(unit, table, ids, scored, None if combined is None else combined.disagreement, counts)
 
 
-def _grades(documents: pa.Array, ids: Sequence[str], starts: Int64, lengths: Int64, qrels: Qrels) -> tuple[Int64, int]:
-    """int64[n], -1 where not judged; and how many judged documents of these queries are no candidates."""
+def _grades(
+    documents: pa.Array, ids: Sequence[str], starts: Int64, lengths: Int64, qrels: Qrels, least: int
+) -> tuple[Int64, int]:
+    """int64[n], -1 where not judged; and how many relevant documents of these queries, judged `least` or more, are no
+    candidates."""
     grades, absent = np.full(len(documents), -1, np.int64), 0
     for name, start, length in zip(ids, starts.tolist(), lengths.tolist(), strict=True):
         judged = qrels.get(name)
@@ -121,7 +124,7 @@ def _grades(documents: pa.Array, ids: Sequence[str], starts: Int64, lengths: Int
         at = pc.index_in(pa.array(list(judged), documents.type), documents.slice(start, length))
         for place, value in zip(at.to_pylist(), judged.values(), strict=True):
             if place is None:
-                absent += value > 0
+                absent += value >= least
             else:
                 grades[start + place] = max(0, value)
     return grades, absent

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.layouts import NO_TREC_ID
 from batch_rerank.label_settings import Labels
 from batch_rerank.labels.choose import POSITIVE
 
@@ -209,7 +210,7 @@ def _trec(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
     """A run, and qrels with the teacher's order (the last has 1) or with how many of the bounds a label reaches."""
     rows = lists.rows
     for name in ("query_id", "doc_id"):
-        spaced = rows[name].filter(pc.match_substring_regex(rows[name], r"^$|\s"))
+        spaced = rows[name].filter(pc.match_substring_regex(rows[name], NO_TREC_ID))
         if len(spaced):
             raise InputError(
                 f"{where}: {name} {spaced[0].as_py()!r} is empty or has space in it, which no TREC file can hold; "

@@ -62,13 +62,18 @@ def at_rows(rows: UnitRows, given: pa.Table, where: object) -> Int64:
 
 
 def with_texts(rows: UnitRows, given: pa.Table, at: Int64) -> UnitRows:
-    """Rows with their texts as numbers, equal where texts are; an empty text is no label's."""
-    text = given["text"].combine_chunks()
+    """Rows with their texts as numbers, equal where texts are; an empty text is no label's, nor is an empty query."""
+    numbers, blank = _numbered(given["text"].combine_chunks())
+    _, blank_query = _numbered(given["query"].combine_chunks())
+    reason = np.where((blank | blank_query)[at], EMPTY_TEXT, 0).astype(np.int8)
+    return rows.with_texts(numbers[at], reason)
+
+
+def _numbered(text: pa.DictionaryArray) -> tuple[Int64, np.typing.NDArray[np.bool_]]:
+    """int64[n], equal where texts are; bool[n], where they are empty or null."""
     numbers = pc.fill_null(text.indices, len(text.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text.dictionary)), 0)
-    blank = np.append(empty.to_numpy(zero_copy_only=False).astype(np.bool_), True)[numbers]
-    reason = np.where(blank[at], EMPTY_TEXT, 0).astype(np.int8)
-    return rows.with_texts(numbers[at], reason)
+    return numbers, np.append(empty.to_numpy(zero_copy_only=False).astype(np.bool_), True)[numbers]
 
 
 def taken(rows: UnitRows, choice: Choice, given: pa.Table, at: Int64, takes_instruction: str | None) -> pa.Table:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
-from batch_rerank.input.layouts import run_starts
+from batch_rerank.input.layouts import NO_TREC_ID, run_starts
 from batch_rerank.publish.read_parts import read_part
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.manifest import Manifest
@@ -46,10 +46,10 @@ def trec_lines(rows: pa.Table) -> bytes:
     rows = rows.combine_chunks()
     ids = rows["query_id"].combine_chunks()
     for name in ("query_id", "doc_id"):
-        spaced = rows.filter(pc.match_substring_regex(rows[name], r"\s"))
+        spaced = rows.filter(pc.match_substring_regex(rows[name], NO_TREC_ID))
         if len(spaced):
             raise InputError(
-                f"{name} {spaced[name][0].as_py()!r} has white space, which ends a field of a TREC run; "
+                f"{name} {spaced[name][0].as_py()!r} is empty or has white space, which ends a field of a TREC run; "
                 "rename it, or leave output.trec_run out"
             )
     scores = pa.array(falling(rows["score"].to_numpy(), run_starts(ids)), pa.float32())

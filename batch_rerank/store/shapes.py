@@ -117,7 +117,9 @@ class Shape:
         """As it lies in a receipt: `name=value` a field, those with nothing left out."""
         parts = [f"{name}={_runs(counts)}" for name in HISTOGRAMS if (counts := getattr(self, name))]
         if self.count:
-            parts.append(f"moments={self.count},{_g(self.total)},{_g(self.squares)},{_g(self.least)},{_g(self.most)}")
+            # with all digits: a narrow distribution's deviation is a small difference of them
+            exact = f"{self.total:.17g},{self.squares:.17g}"
+            parts.append(f"moments={self.count},{exact},{self.least:.9g},{self.most:.9g}")
         sums = (("overlaps", self.overlap, self.overlap_total), ("rbos", self.rbo, self.rbo_total))
         parts += [f"{name}={_g(total)}" for name, counts, total in sums if counts]
         if self.taus:
