@@ -54,7 +54,6 @@ class Spend:
         hours = self._totals.gpu_seconds / 3600
         if cost is None or most is None or not left or hours < most or not self._gpus_of_one:
             return
-        self._before, self._since = self._totals.gpu_seconds, None  # the run ends here
         price = cost.usd_per_gpu_hour
         money = "" if price is None else f", {hours * price:,.2f} USD"
         raise BudgetError(
