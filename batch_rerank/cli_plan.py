@@ -37,7 +37,7 @@ def plan(
     from batch_rerank.job.estimate import deadline_seconds, estimate, for_deadline, said, unknown
 
     config = load_config(job, overrides or (), limit)
-    now = datetime.datetime.now().astimezone()
+    now = datetime.datetime.now()  # no zone: an offset would not know when clocks change
     left = None if deadline is None else deadline_seconds(deadline, now)
     ahead = plan_job(config, local=local)
     value: dict[str, Any] = json.loads(ahead.plan.to_json())

@@ -87,6 +87,9 @@ class Arithmetic:
         return Work(int(n.sum()), self._flop(n.sum(), keys))
 
     def _flop(self, tokens: float, keys: float) -> float:
+        """0 where the matrices are not known: attention alone would be a small part of it."""
+        if not self.per_token:
+            return 0.0
         return float(self.per_token * tokens + self.per_key * keys)
 
 

@@ -98,7 +98,7 @@ class _Counter:
 
 def _some(read: ReadUnit, share: float, seed: int) -> ReadUnit:
     """A part of a unit: whole queries."""
-    if share >= 1:
+    if share >= 1 or not len(read.rows):
         return read
     of_row = read.rows["query_index"].to_numpy()
     queries = np.unique(of_row)

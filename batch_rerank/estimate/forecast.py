@@ -20,7 +20,8 @@ HISTORY = 8
 @dataclass(frozen=True)
 class Forecast:
     """Seconds of a whole run; None where no rate is known. actor_seconds: that all actors score, in sum; startup, tail,
-    publishing: seconds that are within `seconds`, for nobody scores in them, or not everybody does; actors: at once."""
+    publishing: seconds that are within `seconds`, for nobody scores in them, or not everybody does; actors: at once;
+    half_unit: seconds of half a unit, the tail of several actors."""
 
     actors: int
     gpus: float
@@ -30,6 +31,7 @@ class Forecast:
     tail: float = 0.0
     publishing: float = 0.0
     utilisation: float = 1.0
+    half_unit: float = 0.0
 
     @property
     def gpu_hours(self) -> Range | None:
@@ -49,7 +51,9 @@ class Forecast:
         """With another number of them."""
         if self.actor_seconds is None:
             return Forecast(actors, self.gpus)
-        return _of(self.actor_seconds, actors, self.gpus, self.startup, self.publishing, self.utilisation, self.tail)
+        return _of(
+            self.actor_seconds, actors, self.gpus, self.startup, self.publishing, self.utilisation, self.half_unit
+        )
 
     def actors_for(self, seconds: float, most: int, ninety: bool) -> int | None:
         """The fewest actors that end within so many seconds, half of the time, or 90 % of it; None where no number up
@@ -82,8 +86,11 @@ class Forecast:
         }
 
 
-def forecast(config: JobConfig, tally: Tally, rates: list[Known], actors: int) -> Forecast:
-    """By the newest of some rates; unknown without any."""
+def forecast(
+    config: JobConfig, tally: Tally, rates: list[Known], actors: int, published: int | None = None
+) -> Forecast:
+    """By the newest of some rates; unknown without any. published: rows of the whole output, where they are more than
+    what is left to score."""
     gpus = config.cluster.gpus
     if not rates:
         return Forecast(actors, gpus)
@@ -93,18 +100,19 @@ def forecast(config: JobConfig, tally: Tally, rates: list[Known], actors: int) -
     # what predictions were off by; until there are some, what repeats differ by
     tried = hypot(pstdev(errors), sum(errors) / len(errors)) if len(errors) >= 3 else UNTRIED
     busy = work.times(1 / rate.work_per_second).spread(max(tried, rate.spread / max(1, tally.units) ** 0.5))
-    publishing = tally.pairs / (rate.publish_rows_per_second or PUBLISH_ROWS)
+    publishing = (tally.pairs if published is None else published) / (rate.publish_rows_per_second or PUBLISH_ROWS)
     # all actors but the last one wait for it: half a unit of its time, on average
-    tail = busy.p50 / max(1, tally.units) / 2 if actors > 1 else 0.0
+    half_unit = busy.p50 / max(1, tally.units) / 2
     startup = rate.startup_seconds if busy.p50 else 0.0
-    return _of(busy, actors, gpus, startup, publishing, rate.utilisation or 1.0, tail)
+    return _of(busy, actors, gpus, startup, publishing, rate.utilisation or 1.0, half_unit)
 
 
 def _of(
-    busy: Range, actors: int, gpus: float, startup: float, publishing: float, utilisation: float, tail: float
+    busy: Range, actors: int, gpus: float, startup: float, publishing: float, utilisation: float, half_unit: float
 ) -> Forecast:
+    tail = half_unit if actors > 1 else 0.0
     seconds = busy.times(1 / (actors * min(1.0, utilisation))).plus(startup + tail + publishing)
-    return Forecast(actors, gpus, seconds, busy, startup, tail, publishing, utilisation)
+    return Forecast(actors, gpus, seconds, busy, startup, tail, publishing, utilisation, half_unit)
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,9 @@ import numpy.typing as npt
 NOMINAL = 0.985
 """Quantile whose interval covers the truth 95 times of 100 on skewed lengths: the variance is an estimate too."""
 
+UNSURE = 1.0
+"""Standard deviation of the logarithm of a total that rests on one cluster."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -84,9 +87,14 @@ def totals(y: Floats, x: Floats, pairs: float, population: int, corrected: bool)
     corrected: every cluster was read whole, so that the share of `population` that was read is certain. The interval is
     one of the logarithm, for what texts come to is skewed; its degrees of freedom are Satterthwaite's (1946), few where
     few clusters make the variance. A symmetric one with n - 1 missed the truth 9 to 19 times of 100 on lognormal
-    lengths. Of what no cluster has, up to 3 in n clusters may consist.
+    lengths. Of what no cluster has, up to 3 in n clusters may consist. Clusters without pairs say nothing; where fewer
+    than two have any, how far they vary is not known, and UNSURE stands for it.
     """
+    y, x = y[x > 0], x[x > 0]
     n = len(x)
+    if n < 2:
+        shares = (y.sum(0) / x.sum()).tolist() if n else [0.0] * y.shape[1]
+        return [lognormal(one * pairs, UNSURE) if one else Range(0.0, 0.0, 0.0, pairs) for one in shares]
     ratio = y.sum(0) / x.sum()
     left_out = (y.sum(0) - y) / (x.sum() - x)[:, None]
     squares = (left_out - left_out.mean(0)) ** 2

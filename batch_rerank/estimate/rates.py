@@ -81,9 +81,16 @@ def shape_of(model: ModelSpec) -> str:
     return f"{model.kind} {arithmetic.per_token:.0f} FLOP a token, {arithmetic.per_key:.0f} a key"
 
 
+def knows_flop(model: ModelSpec) -> bool:
+    """Whether work can be told in FLOP here: without the weights' headers it is told in tokens, also of those who have
+    them."""
+    return Arithmetic.of(model).per_token > 0
+
+
 def bench_location(config: JobConfig) -> Location:
-    """Where a job's bench is written."""
-    return locate(f"{config.output.path.rstrip('/')}-bench.json", config.output.storage_options)
+    """Where a job's bench is written: the same place for a sample as for the whole."""
+    whole = config.output.path.rstrip("/").removesuffix(f"-limit-{config.limit}")
+    return locate(f"{whole}-bench.json", config.output.storage_options)
 
 
 def write_bench(config: JobConfig, rate: Rate, more: dict[str, object]) -> Location:
@@ -97,14 +104,20 @@ def write_bench(config: JobConfig, rate: Rate, more: dict[str, object]) -> Locat
 def find_rates(config: JobConfig, model: ModelSpec, local: bool) -> list[Known]:
     """The rates of this model's shape, dtype and kind of device that a job knows of; those of jobs that ran as this one
     does, with Ray or without, first, and the newest first among them. What cannot be read is named and passed over."""
-    shape = shape_of(model)
+    shape, own = shape_of(model), config.cluster.cpus_per_actor
     found = []
     for location in _places(config):
         rate = _read(location)
         if rate is None or not rate.work_per_second:
             continue
-        if (rate.shape, rate.dtype, rate.device) == (shape, model.dtype, config.cluster.device):
-            found.append(Known(rate, str(location)))
+        if (rate.shape, rate.dtype, rate.device) != (shape, model.dtype, config.cluster.device):
+            continue
+        if rate.device == "cpu" and rate.threads and own not in ("auto", rate.threads):
+            log.info(
+                "%s: its rate is of actors with %d threads, these have %s; passed over", location, rate.threads, own
+            )
+            continue
+        found.append(Known(rate, str(location)))
     return sorted(found, key=lambda one: (one.rate.local == local, one.rate.at), reverse=True)
 
 

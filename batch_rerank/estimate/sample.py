@@ -59,7 +59,7 @@ def choose(plan: Plan, seed: int, budget: Budget) -> Sample | None:
     units = plan.units
     groups = _row_groups(plan)
     sizes = [_bytes_of(unit, groups) for unit in units]
-    if sum(sizes) <= budget.text and _reading(units, groups) <= budget.read:
+    if (sum(sizes) <= budget.text or len(units) == 1) and _reading(units, groups) <= budget.read:
         return Sample(tuple(Cluster((unit,), 1) for unit in units), len(units), whole=True)
     rng = np.random.default_rng(seed)
     wanted = int(budget.text / max(1.0, sum(sizes) / max(1, len(units))))

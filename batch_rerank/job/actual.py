@@ -20,7 +20,8 @@ WORTH_SAYING = 0.02
 
 @dataclass
 class Course:
-    """How a run goes, noted as it goes. Seconds are of time.monotonic()."""
+    """How a run goes, noted as it goes. Seconds are of time.monotonic(). published_rows: of all runs of the job;
+    by_flop: whether work is FLOP, or tokens."""
 
     started: float = field(default_factory=lambda: time.monotonic())
     actors: int = 1
@@ -28,6 +29,8 @@ class Course:
     first: float | None = None
     last: float | None = None
     published: float | None = None
+    published_rows: int = 0
+    by_flop: bool = True
     load: float = 0.0
     busy: float = 0.0
     work: float = 0.0
@@ -51,7 +54,7 @@ class Course:
         elif self.first is None:
             self.first = max(self.matched or self.started, now - receipt.seconds - receipt.write_seconds)
         self.last = now
-        work = receipt.flop or float(receipt.computed_tokens)
+        work = receipt.flop if self.by_flop and receipt.flop else float(receipt.computed_tokens)
         self.pairs += receipt.rows_in
         self.tokens += receipt.tokens
         self.truncated += receipt.truncated
@@ -127,7 +130,7 @@ def compare(planned: Estimate, course: Course, model: ModelSpec, gpu_seconds: fl
             work_per_second=course.work / course.busy,
             utilisation=course.utilisation,
             startup_seconds=course.startup,
-            publish_rows_per_second=course.pairs / course.publishing if course.publishing > 0 else 0.0,
+            publish_rows_per_second=course.published_rows / course.publishing if course.publishing > 0 else 0.0,
             spread=course.spread,
             predicted_seconds=0.0 if took is None else took.p50,
             actual_seconds=course.seconds,
@@ -187,7 +190,8 @@ def said(value: dict[str, Any]) -> str:
     """Planned against actual in a line."""
     planned, actual = value["planned"]["seconds"], value["actual"]["seconds"]
     p50 = planned["p50"] if isinstance(planned, dict) else planned
-    against = "planned: unknown" if p50 is None else f"planned {duration(p50)} ({actual / p50 - 1:+.0%})"
+    against = "planned: unknown" if p50 is None else f"planned {duration(p50)}"
+    against += f" ({actual / p50 - 1:+.0%})" if p50 else ""
     return f"took {duration(actual)}, {against}{''.join(f'; {reason}' for reason in value['reasons'])}"
 
 

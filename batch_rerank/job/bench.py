@@ -17,7 +17,7 @@ from batch_rerank.engine.encoded import lengths_of
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.work import Arithmetic, distinct_texts
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.estimate.rates import Rate, shape_of, write_bench
+from batch_rerank.estimate.rates import Rate, knows_flop, shape_of, write_bench
 from batch_rerank.estimate.sample import Budget, choose
 from batch_rerank.job.actual import processor
 from batch_rerank.job.ahead import plan_job
@@ -105,7 +105,7 @@ def bench(config: JobConfig, *, local: bool = False, seconds: float = SECONDS) -
         device=settled.cluster.device,
         card=found.card,
         threads=settled.cluster.threads,
-        work_per_second=(found.flop or found.computed_tokens) / found.busy,
+        work_per_second=(found.flop if knows_flop(ahead.model) else found.computed_tokens) / found.busy,
         utilisation=min(1.0, found.busy / found.seconds),
         startup_seconds=round(max(0.0, startup), 3),
         spread=found.spread,
@@ -132,6 +132,7 @@ def measure(config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Uni
     budgets = _budgets(scorer, model, first)
     with scorer.sheet.unit():
         score_unit(first, scorer)  # what a process does once is the start's, not the rate's
+    scorer.forget()
     scorer.computed()
     started = time.monotonic()
     abouts, pairs, tokens, paces = [], 0, 0, []

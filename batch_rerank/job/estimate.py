@@ -93,8 +93,10 @@ def estimate(
     seed: int = 0,
     reuse: Reuse | None = None,
     local: bool = False,
+    published: int | None = None,
 ) -> Estimate:
-    """What a settled job comes to. budget: of reading; ALL for all. Raises InputError and StorageError."""
+    """What a settled job comes to. budget: of reading; ALL for all; published: rows, where they are not the plan's.
+    Raises InputError and StorageError."""
     actors = 1 if local else max(1, min(config.cluster.max_actors, len(plan.units)))
     sample = choose(plan, seed, budget)
     rates = find_rates(config, model, local)
@@ -102,7 +104,7 @@ def estimate(
         empty = None if plan.units else _nothing()
         return Estimate(config, empty, Forecast(actors, config.cluster.gpus), rates)
     found = tally(config, model, plan, sample, actors, reuse, seed)
-    return Estimate(config, found, forecast(config, found, rates, actors), rates)
+    return Estimate(config, found, forecast(config, found, rates, actors, published), rates)
 
 
 def unknown() -> dict[str, None]:
@@ -118,7 +120,8 @@ def _nothing() -> Tally:
 
 def deadline_seconds(text: str, now: datetime.datetime) -> float:
     """Seconds until a deadline: `6h`, `90m`, `1h30m`, `45s`; a clock time (`06:00`: the next one); or a date and a time
-    (`2026-12-24T06:00`), local where it names no zone. now: with a zone. Raises ConfigError, also where it is past."""
+    (`2026-12-24T06:00`), where it names no zone in that of `now`, or this machine's where that has none. Zones have
+    rules, offsets have none, and clocks change. Raises ConfigError, also where it is past."""
     parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
     if parts and any(parts.groups()):
         hours, minutes, seconds = (float(part or 0) for part in parts.groups())
@@ -127,17 +130,17 @@ def deadline_seconds(text: str, now: datetime.datetime) -> float:
             return total
         raise ConfigError(f"--deadline {text!r}: no time at all; expected more than 0, e.g. 6h")
     if clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip()):
-        then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
-        return ((then if then > now else then + datetime.timedelta(days=1)) - now).total_seconds()
+        then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0, fold=0)
+        left = then.timestamp() - now.timestamp()
+        return left if left > 0 else (then + datetime.timedelta(days=1)).timestamp() - now.timestamp()
     try:
         then = datetime.datetime.fromisoformat(text.strip())
-    except ValueError:
+        left = (then if then.tzinfo else then.replace(tzinfo=now.tzinfo)).timestamp() - now.timestamp()
+    except (ValueError, OverflowError):
         raise ConfigError(
             f"--deadline {text[:80]!r}: not a time; expected how long (6h, 90m), a clock time (06:00), or a date and a "
             "time (2026-12-24T06:00)"
         ) from None
-    then = then if then.tzinfo else then.replace(tzinfo=now.tzinfo)
-    left = (then - now).total_seconds()
     if left <= 0:
         raise ConfigError(f"--deadline {text}: is past, by {duration(-left)}; expected a time to come")
     return left

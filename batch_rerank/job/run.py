@@ -12,6 +12,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import AuditError, UnfinishedError
 from batch_rerank.estimate.forecast import Forecast
+from batch_rerank.estimate.rates import knows_flop
 from batch_rerank.estimate.sample import SAMPLED
 from batch_rerank.job import actual
 from batch_rerank.job.ahead import describe, ready, settled
@@ -98,7 +99,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             done, found = resume(manifest, plan, totals, lease)
             resumed, pairs_before = totals.units, totals.rows_in
             planned = _planned(config, plan, model, earlier, done, local)
-            spend, course = Spend(config, totals), actual.Course()
+            spend, course = Spend(config, totals), actual.Course(by_flop=knows_flop(model))
             spend.check(len(plan.units) - len(done))
             planned.check_budget(totals.gpu_seconds / 3600)
 
@@ -123,8 +124,9 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             verdict = pass_gate(manifest, plan, totals, config, model, lease)
             finish(manifest, plan, totals, config, model, lease, each)
             course.published = time.monotonic()
-            held = actual.compare(planned, course, model, spend.of_this_run, local)
-            if not lease.lost:
+            course.published_rows = totals.rows_in
+            held = _held(planned, course, model, spend.of_this_run, local)
+            if held is not None and not lease.lost:
                 write_held(manifest, held)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
@@ -153,10 +155,22 @@ def _planned(
     reuse = earlier.reuse if earlier and earlier.served else None
     rest = replace(plan, units=left)
     try:
-        return estimate(config, rest, model, budget=SAMPLED if limited else QUICK, reuse=reuse, local=local)
+        budget = SAMPLED if limited else QUICK
+        return estimate(config, rest, model, budget=budget, reuse=reuse, local=local, published=plan.pairs)
     except Exception as error:  # any: a unit that cannot be read or encoded is the run's to set aside, or to end with
         log.warning("what this run takes could not be estimated: %s", error)
         return Estimate(config, None, Forecast(1 if local else config.cluster.max_actors, config.cluster.gpus), [])
+
+
+def _held(
+    planned: Estimate, course: actual.Course, model: ModelSpec, gpu_seconds: float, local: bool
+) -> dict[str, Any] | None:
+    """Planned against actual, of an output that is finished by then: nothing may cost it that."""
+    try:
+        return actual.compare(planned, course, model, gpu_seconds, local)
+    except Exception as error:  # any
+        log.warning("the run could not be held against its plan: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _units_waiting() -> dict[str, int]:

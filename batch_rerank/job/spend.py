@@ -10,8 +10,8 @@ from batch_rerank.store.receipts import Totals
 
 class Spend:
     """Counts GPU seconds into `totals.gpu_seconds`, which a status keeps for the next run: actors that are asked for,
-    from then on until scoring ends, whether they score or not. A run that is killed has counted up to its last status
-    (10 s)."""
+    from then on until scoring ends, whether they score or not. A run that is killed has counted up to the last status
+    after a unit."""
 
     def __init__(self, config: JobConfig, totals: Totals) -> None:
         self._config, self._totals, self._before = config, totals, totals.gpu_seconds
@@ -22,7 +22,8 @@ class Spend:
         self._gpus = 0.0
 
     def begin(self, actors: int) -> None:
-        """So many actors are asked for now."""
+        """So many actors are asked for now, in the place of those before."""
+        self.end()
         self._since, self._gpus = time.monotonic(), actors * self._gpus_of_one
 
     @property

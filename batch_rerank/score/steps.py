@@ -257,6 +257,10 @@ class LoadedScorer:
         """Tokens of one batch as they are now; None for a scorer without batches."""
         return self._scorer.token_budget
 
+    def forget(self) -> None:
+        """Drop what is remembered of texts."""
+        self._scorer.forget()
+
     def under(self, token_budget: int) -> Callable[[Encoded], Float32]:
         """Scores of the same model with batches of at most so many tokens."""
         return self._scorer.under(token_budget).score
