@@ -32,7 +32,7 @@ from batch_rerank.engine.tokens import load_tokenizer
 from batch_rerank.engine.work import Arithmetic, Work
 from batch_rerank.job.run import run
 from batch_rerank.score.poison import MOST_POISON
-from batch_rerank.score.steps import NO_TOKENS, EncodedUnit, LoadedScorer, score_unit
+from batch_rerank.score.steps import NO_TOKENS, Done, EncodedUnit, LoadedScorer, score_unit
 from batch_rerank.score.timesheet import Timesheet
 
 DOCUMENT_FIRST = {"middle": "{document}\nQuery: {query}", "suffix": "<|im_end|>", "true_token": "yes"}
@@ -327,7 +327,7 @@ def test_texts_without_a_token_are_rows_with_an_error(tmp_path: Path) -> None:
         )
         loaded.fallback = ""
         loaded._turn, loaded.sheet = threading.Lock(), Timesheet()
-        loaded._arithmetic, loaded._done = Arithmetic.of(spec), threading.local()
+        loaded._arithmetic, loaded._done = Arithmetic.of(spec), Done()
         errors = score_unit(EncodedUnit(None, rows, encoded, 0), loaded).rows["error"].to_pylist()
         alone = [0] if spec.kind == "sequence_classification" else [0, 1, 2, 4]
         assert [i for i, error in enumerate(errors) if error == NO_TOKENS] == alone

@@ -226,7 +226,7 @@ def test_quantiles_of_students_t(freedom: int, value: float) -> None:
 def whole(tokens: float, units: int = 10) -> Tally:
     exact, zero = Range.exact, Range.exact(0)
     counts = exact(1000), zero, exact(tokens), zero, zero, exact(tokens), zero, zero
-    return Tally(1000, units, units, 1000, True, *counts)
+    return Tally(1000, units, units, True, *counts)
 
 
 def gpu_job(**keys: Any) -> JobConfig:

@@ -28,7 +28,7 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 from batch_rerank.score.attempts import MOST_DEATHS, MOST_LOADS, Attempts
 from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnitError, Trial, score_around
-from batch_rerank.score.steps import LoadedScorer
+from batch_rerank.score.steps import Done, LoadedScorer
 from batch_rerank.score.timesheet import Timesheet
 from batch_rerank.store.filesystem import locate
 
@@ -187,7 +187,7 @@ def test_a_unit_is_begun_while_another_is_awaited_and_no_second_is_counted_twice
     loaded: Any = object.__new__(LoadedScorer)
     loaded._scorer, loaded._turn, loaded.sheet = Device(), threading.Lock(), Timesheet()
     loaded.sheet.loaded()
-    loaded._arithmetic, loaded._done = Arithmetic(0.0, 0.0, shared=True, causal=True), threading.local()
+    loaded._arithmetic, loaded._done = Arithmetic(0.0, 0.0, shared=True, causal=True), Done()
     encoded = encoded_of(2, 3, set())
 
     def unit() -> dict[str, float]:

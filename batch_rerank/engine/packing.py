@@ -37,6 +37,12 @@ def unreadable(encoded: Encoded, texts: bool) -> npt.NDArray[np.bool_]:
     return np.logical_or(empty[encoded.prefix[encoded.group_of_pair()]], empty[encoded.document])
 
 
+def read_segments(encoded: Encoded) -> Index:
+    """int64[n]: the segments that a bi-encoder reads of the readable pairs, queries and documents, each once."""
+    pairs = np.flatnonzero(~unreadable(encoded, texts=True))
+    return np.unique(np.concatenate([prefix_of(encoded, pairs), encoded.document[pairs]]))
+
+
 @dataclass(frozen=True)
 class Scored:
     """What is known of each document: float32 score (NaN: none), int32 tokens read, whether it was cut, and int32 first

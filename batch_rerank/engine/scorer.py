@@ -16,7 +16,7 @@ import numpy as np
 
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded, Int32, lengths_of
-from batch_rerank.engine.packing import Float32, Ids, Index, distinct_pairs, unreadable
+from batch_rerank.engine.packing import Float32, Ids, Index, distinct_pairs, read_segments, unreadable
 from batch_rerank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -216,11 +216,10 @@ class BiEncoderScorer:
         """See Scorer."""
         queries = encoded.prefix[encoded.group_of_pair()]
         readable = np.flatnonzero(~unreadable(encoded, texts=True))
-        used = np.unique(np.concatenate([queries[readable], encoded.document[readable]]))
         keys: dict[int, bytes] = {}
         known: dict[bytes, Float32] = {}
         new: dict[bytes, Ids] = {}
-        for index in used.tolist():
+        for index in read_segments(encoded).tolist():
             ids = encoded.segment(index)
             key = keys[index] = hashlib.blake2b(np.ascontiguousarray(ids).data, digest_size=16).digest()
             vector = self._cache.get(key)

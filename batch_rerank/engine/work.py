@@ -12,7 +12,7 @@ from batch_rerank.engine.architecture import looks_both_ways
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.checkpoint_files import matrix_parameters, read_json
 from batch_rerank.engine.encoded import Encoded
-from batch_rerank.engine.packing import Ids, distinct_pairs, unreadable
+from batch_rerank.engine.packing import distinct_pairs, prefix_of, unreadable
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,6 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.tokens + other.tokens, self.flop + other.flop)
-
-    def __sub__(self, other: "Work") -> "Work":
-        return Work(self.tokens - other.tokens, self.flop - other.flop)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Arithmetic:
         n_pairs = len(encoded.document)
         pairs = np.unique(distinct_pairs(encoded)) if self.distinct else np.arange(n_pairs)
         pairs = pairs[~unreadable(encoded, texts=False)[pairs]]
-        prefixes = encoded.prefix[encoded.group_of_pair()[pairs]]
+        prefixes = prefix_of(encoded, pairs)
         total = encoded.n_tokens[pairs].astype(np.float64)
         head = np.diff(encoded.offsets)[prefixes].astype(np.float64)
         if not self.shared:
@@ -81,7 +78,7 @@ class Arithmetic:
         return Work(int(tokens), self._flop(tokens, keys))
 
     def of_texts(self, lengths: npt.NDArray[np.integer]) -> Work:
-        """Of a bi-encoder: `lengths` are those of the texts that it reads."""
+        """Of a bi-encoder: `lengths` are those of the texts that it reads (packing.read_segments)."""
         n = lengths.astype(np.float64)
         keys = (n * n).sum() / (2 if self.causal else 1)
         return Work(int(n.sum()), self._flop(n.sum(), keys))
@@ -91,14 +88,6 @@ class Arithmetic:
         if not self.per_token:
             return 0.0
         return float(self.per_token * tokens + self.per_key * keys)
-
-
-def distinct_texts(encoded: Encoded) -> list[Ids]:
-    """The texts that a bi-encoder reads of some pairs, each segment once."""
-    queries = encoded.prefix[encoded.group_of_pair()]
-    readable = np.flatnonzero(~unreadable(encoded, texts=True))
-    used = np.unique(np.concatenate([queries[readable], encoded.document[readable]]))
-    return [encoded.segment(index) for index in used.tolist()]
 
 
 def _per_key(config: dict[str, Any]) -> float:

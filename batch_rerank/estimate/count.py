@@ -15,9 +15,9 @@ from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.checkpoint_files import read_json
 from batch_rerank.engine.encoded import Encoded, lengths_of
 from batch_rerank.engine.encoding import make_encoder
-from batch_rerank.engine.packing import Ids, Scored, best_chunks, unreadable
+from batch_rerank.engine.packing import Ids, Scored, best_chunks, read_segments, unreadable
 from batch_rerank.engine.scorer import VECTOR_CACHE_BYTES
-from batch_rerank.engine.work import Arithmetic, Work, distinct_texts
+from batch_rerank.engine.work import Arithmetic, Work
 from batch_rerank.schema import TEXT_HASH
 from batch_rerank.score.read_unit import ReadRange, ReadUnit, read_range
 from batch_rerank.score.reuse import Reuse, asked_groups, recall
@@ -74,7 +74,7 @@ class _Counter:
         if known is not None:
             found = known.merge(found, chunked=self._chunked)
         scored = ~np.isnan(found.scores)
-        cached = _hashed(distinct_texts(encoded)) if self._by_text else {}
+        cached = _hashed([encoded.segment(one) for one in read_segments(encoded).tolist()]) if self._by_text else {}
         lengths = np.fromiter(cached.values(), np.int64)
         return Counted(
             unit=read.unit,

@@ -6,7 +6,7 @@ times the known total of x, here the pairs; leaving out one cluster at a time sh
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -56,7 +56,7 @@ class Range:
             return self
         own = (self.high - self.low) / (2 * 1.96 * self.p50)
         wider = math.hypot(own, relative)
-        return replace(lognormal(self.p50, wider))
+        return lognormal(self.p50, wider)
 
     def within(self, low: float, high: float) -> "Range":
         """Cut where it cannot be."""

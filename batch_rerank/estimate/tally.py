@@ -26,7 +26,6 @@ class Tally:
     pairs: int
     units: int
     units_read: int
-    pairs_read: int
     exact: bool
     scored: Range
     failed: Range
@@ -111,7 +110,6 @@ def tally(
         pairs=plan.pairs,
         units=len(plan.units),
         units_read=len(rows),
-        pairs_read=sum(unit.pairs for unit in sample.units),
         exact=sample.whole,
         documents=documents,
         **named,

@@ -13,9 +13,9 @@ import numpy as np
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.encoded import lengths_of
 from batch_rerank.engine.encoding import make_encoder
-from batch_rerank.engine.work import Arithmetic, distinct_texts
+from batch_rerank.engine.packing import read_segments
+from batch_rerank.engine.work import Arithmetic
 from batch_rerank.errors import ConfigError, InputError
 from batch_rerank.estimate.rates import Rate, knows_flop, shape_of, write_bench
 from batch_rerank.estimate.sample import Budget, choose
@@ -180,18 +180,16 @@ def _budgets(scorer: LoadedScorer, model: ModelSpec, unit: EncodedUnit) -> dict[
     own = scorer.token_budget
     if own is None:
         return {}
-    work = Arithmetic.of(model)
+    work, encoded = Arithmetic.of(model), unit.encoded
+    by_text = model.kind == "bi_encoder"
+    done = work.of_texts(np.diff(encoded.offsets)[read_segments(encoded)]) if by_text else work.of_pairs(encoded)
     found = {}
     for factor in TRIED:
         tokens = max(SMALLEST, int(own * factor))
         score = scorer.under(tokens)
         started = time.monotonic()
-        score(unit.encoded)
-        taken = time.monotonic() - started
-        done = work.of_pairs(unit.encoded)
-        if model.kind == "bi_encoder":
-            done = work.of_texts(lengths_of(distinct_texts(unit.encoded)))
-        found[tokens] = done.flop / max(1e-9, taken)
+        score(encoded)
+        found[tokens] = done.flop / max(1e-9, time.monotonic() - started)
     return found
 
 

@@ -115,7 +115,7 @@ def unknown() -> dict[str, None]:
 
 def _nothing() -> Tally:
     zero = Range.exact(0)
-    return Tally(0, 0, 0, 0, True, zero, zero, zero, zero, zero, zero, zero, zero)
+    return Tally(0, 0, 0, True, zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 def deadline_seconds(text: str, now: datetime.datetime) -> float:

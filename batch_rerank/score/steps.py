@@ -199,6 +199,12 @@ def _with_errors(
     return rows.set_column(rows.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
 
 
+class Done(threading.local):
+    """What the calling thread has scored since it was asked last."""
+
+    work = Work()
+
+
 class LoadedScorer:
     """A model copy that has passed its self-test. Raises ModelError where it does not load or pass.
 
@@ -215,7 +221,7 @@ class LoadedScorer:
         tested = tested_scorer(self.model, device, token_budget(config), config.model.forward)
         self._scorer, self.fallback = tested.scorer, tested.fallback
         self._turn = threading.Lock()
-        self._arithmetic, self._done = Arithmetic.of(self.model), threading.local()
+        self._arithmetic, self._done = Arithmetic.of(self.model), Done()
         self.test_seconds, self.load_seconds = tested.seconds, time.monotonic() - started - tested.seconds
         load = f"{self.load_seconds:.1f}s {os.urandom(3).hex()}"
         self.tag = f"{socket.gethostname()}:{os.getpid()} {device} threads={_threads(model)} load={load}"
@@ -243,13 +249,12 @@ class LoadedScorer:
             self.sheet.enter("hand")
         texts = result.texts
         done = self._arithmetic.of_pairs(encoded) if texts is None else self._arithmetic.of_texts(texts)
-        self._done.work = getattr(self._done, "work", Work()) + done
+        self._done.work += done
         return scores
 
     def computed(self) -> Work:
         """What this thread has scored since it was asked last."""
-        work: Work = getattr(self._done, "work", Work())
-        self._done.work = Work()
+        work, self._done.work = self._done.work, Work()
         return work
 
     @property
