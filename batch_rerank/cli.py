@@ -14,7 +14,7 @@ import batch_rerank.cli_labels
 import batch_rerank.cli_outputs
 import batch_rerank.cli_plan
 import batch_rerank.cli_report  # noqa: F401  (their verbs)
-from batch_rerank.cli_base import Job, Json, Limit, Set, app, interrupt, leave, print_json, verb, verdict_told
+from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, interrupt, leave, print_json, verb, verdict_told
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 @verb
 def run(
     job: Job,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Local = False,
     limit: Limit = None,
     overrides: Set = None,
     as_json: Json = False,
@@ -103,7 +103,7 @@ def _list(odd: dict[str, int]) -> str:
 @verb
 def stage(
     job: Job,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Local = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:

@@ -43,6 +43,7 @@ SetOfJob = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key, where given a job file.")
 ]
 LimitOfJob = Annotated[int | None, typer.Option("--limit", min=1, help="The sample run of N queries of a job file.")]
+Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

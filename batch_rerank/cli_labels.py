@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batch_rerank.cli_base import Json, LimitOfJob, app, print_json, verb
+from batch_rerank.cli_base import Json, LimitOfJob, Local, app, print_json, verb
 from batch_rerank.label_settings import LAYOUTS
 
 log = logging.getLogger("batch_rerank")
@@ -29,7 +29,7 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what each threshold would drop; write nothing.")
     ] = False,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Local = False,
     limit: LimitOfJob = None,
     overrides: Annotated[
         list[str] | None,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, leave, print_json, verb, verdict_told
+from batch_rerank.cli_base import Json, LimitOfJob, Local, Output, SetOfJob, app, leave, print_json, verb, verdict_told
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.outside import shown_id
 
@@ -20,7 +20,7 @@ log = logging.getLogger("batch_rerank")
 @verb
 def publish(
     output: Output,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Local = False,
     despite_gate: Annotated[
         str | None, typer.Option("--despite-gate", metavar="REASON", help="Though the job's gate refuses; recorded.")
     ] = None,

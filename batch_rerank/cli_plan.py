@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from batch_rerank.cli_base import Job, Json, Limit, Set, app, print_json, verb
+from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, print_json, verb
 from batch_rerank.config import load_config
 
 log = logging.getLogger("batch_rerank")
-
-Local = Annotated[bool, typer.Option("--local", help="As run --local would do it: in one process, without Ray.")]
 
 
 @app.command()
@@ -40,32 +38,32 @@ def plan(
     now = datetime.datetime.now()  # no zone: an offset would not know when clocks change
     left = None if deadline is None else deadline_seconds(deadline, now)
     ahead = plan_job(config, local=local)
-    value: dict[str, Any] = json.loads(ahead.plan.to_json())
+    value: dict[str, Any] = {**json.loads(ahead.plan.to_json()), "estimate": unknown(), "deadline": None}
+    found = None
     if ahead.model is None:
         log.info("what it takes is unknown until the input is staged: batch-rerank stage, then plan again")
-        value |= {"estimate": unknown(), "deadline": None}
     else:
         describe(ahead.plan, ahead.model)
         reuse = ahead.earlier.reuse if ahead.earlier and ahead.earlier.served else None
         budget = ALL if exact else SAMPLED
         found = estimate(ahead.config, ahead.plan, ahead.model, budget=budget, seed=seed, reuse=reuse, local=local)
+        value["estimate"] = found.json()
         for line in said(found):
             log.info("%s", line)
-        value |= {"estimate": found.json(), "deadline": None}
         if left is not None:
             value["deadline"] = met = for_deadline(found, left)
             log.info("deadline    in %s: %s", duration(left), _actors(met))
     log.info("fingerprint %s", ahead.plan.fingerprint)
-    refused: BudgetError | None = None
-    if ahead.model is not None:
-        try:
+    code = 0
+    try:
+        if found is not None:
             found.check_budget()
-        except BudgetError as error:
-            refused = error
-    if as_json:
-        print_json({**value, "exit_code": 0 if refused is None else refused.exit_code})
-    if refused is not None:
-        raise refused
+    except BudgetError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if as_json:
+            print_json({**value, "exit_code": code})
 
 
 def _actors(met: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def score(
     """Score and commit the units that are not done, reusing what earlier outputs have. `begin` is told how many actors
     are asked for, when they are. Raises the errors of every step."""
     if earlier is None or not earlier.served or len(done) == len(plan.units):
-        yield from (run_local if local else _on_ray)(config, model, plan, done, begin=begin)
+        yield from _runner(local)(config, model, plan, done, begin=begin)
         return
     with nullcontext() if local else _cluster(config):
         misses: dict[str, int] = {}
@@ -49,7 +49,7 @@ def score(
             len(misses),
         )
         bundling = Bundling(earlier.reuse, misses, enough=max(1, plan.pairs // len(plan.units)))  # a unit's pairs
-        run, failed = run_local if local else _on_ray, []
+        run, failed = _runner(local), []
         for one in run(config, model, plan, frozenset(finished), bundling, begin):
             if isinstance(one, SetAside):
                 failed.append(one.unit)
@@ -61,17 +61,13 @@ def score(
             yield from run(config, model, plan, others, replace(bundling, enough=1))
 
 
-def _on_ray(
-    config: JobConfig,
-    model: ModelSpec,
-    plan: Plan,
-    done: frozenset[str],
-    bundling: Bundling | None = None,
-    begin: Callable[[int], None] = lambda actors: None,
-) -> Iterator[Receipt | SetAside]:
+def _runner(local: bool) -> Callable[..., Iterator[Receipt | SetAside]]:
+    """`run_local`, or `run_ray`, which takes the same."""
+    if local:
+        return run_local
     from batch_rerank.job.run_ray import run_ray  # not at the top: --local does without ray
 
-    return run_ray(config, model, plan, done, bundling, begin)
+    return run_ray
 
 
 def _cluster(config: JobConfig) -> AbstractContextManager[object]:
