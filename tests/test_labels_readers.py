@@ -91,6 +91,19 @@ def parquet(root: Path, folder: str, tmp_path: Path) -> Any:
     return load_dataset("parquet", data_files=files(root, folder), split="train", cache_dir=str(tmp_path / "cache"))
 
 
+def distilled(model: Any, data: Any, tmp_path: Path) -> float:
+    """The loss of a step on lists with a teacher's scores."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
+
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(SentenceTransformerTrainingArguments, tmp_path),
+        train_dataset=data,
+        loss=losses.DistillKLDivLoss(model),
+    )
+    return trained(trainer)
+
+
 def trained(trainer: Any) -> float:
     """The loss of one step."""
     return float(trainer.train().training_loss)
@@ -148,20 +161,11 @@ def bi_encoder(checkpoint: str) -> Any:
 def test_a_bi_encoder_trains_on_tuples(output: Path, checkpoint: str, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     pytest.importorskip("datasets", reason="sentence-transformers' trainer needs datasets")
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
-
     root = exported(output, "sentence-transformers", tmp_path, layout="n-tuple")
     data = parquet(root, "train", tmp_path)
     assert data.column_names == ["query", "positive", *(f"negative_{n + 1}" for n in range(NEGATIVES)), "label"]
     assert {len(one) for one in data["label"]} == {1 + NEGATIVES}
-    model = bi_encoder(checkpoint)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments(SentenceTransformerTrainingArguments, tmp_path),
-        train_dataset=data,
-        loss=losses.DistillKLDivLoss(model),
-    )
-    assert math.isfinite(trained(trainer))
+    assert math.isfinite(distilled(bi_encoder(checkpoint), data, tmp_path))
 
 
 def test_three_tables_resolve_without_a_missing_id(output: Path, checkpoint: str, tmp_path: Path) -> None:
@@ -169,8 +173,6 @@ def test_three_tables_resolve_without_a_missing_id(output: Path, checkpoint: str
     util = pytest.importorskip("sentence_transformers.util", reason="sentence-transformers is not installed")
     if not hasattr(util, "resolve_ids"):
         pytest.skip("this sentence-transformers is older than 6.2, whose resolve_ids reads three tables")
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
-
     root = exported(output, "sentence-transformers", tmp_path, layout="tables")
     data, queries, documents = (parquet(root, name, tmp_path) for name in ("train", "queries", "documents"))
     held_out = parquet(root, "heldout", tmp_path)
@@ -179,14 +181,7 @@ def test_three_tables_resolve_without_a_missing_id(output: Path, checkpoint: str
         read = part[:]  # an id that is missing raises here
         assert list(read) == ["query", *(f"document_{n + 1}" for n in range(1 + NEGATIVES)), "scores"]
         assert all(text for name, texts in read.items() if name != "scores" for text in texts)
-    model = bi_encoder(checkpoint)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments(SentenceTransformerTrainingArguments, tmp_path),
-        train_dataset=data,
-        loss=losses.DistillKLDivLoss(model),
-    )
-    assert math.isfinite(trained(trainer))
+    assert math.isfinite(distilled(bi_encoder(checkpoint), data, tmp_path))
 
 
 # ---- FlagEmbedding

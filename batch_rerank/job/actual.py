@@ -149,24 +149,23 @@ def _reasons(planned: Estimate, course: Course) -> list[str]:
         return ["no time was planned: no rate of this model on this device was known; the next plan has this run's"]
     if not planned.rates:
         return []
-    rate, found = planned.rates[0].rate, planned.tally
-    planned_work = (found.flop if found.flop.high else found.computed_tokens).p50
-    pace, use = rate.work_per_second, one.utilisation or 1.0
+    found = planned.tally
+    work = (found.flop if found.flop.high else found.computed_tokens).p50
+    pace, use = planned.rates[0].rate.work_per_second, one.utilisation or 1.0
     actual_pace = course.work / course.busy if course.busy else pace
     shares = {
-        _more("work", course.work, planned_work): (course.work - planned_work) / (pace * one.actors * use),
-        _more("the rate of scoring", actual_pace, pace): course.work
-        / (one.actors * use)
-        * (1 / actual_pace - 1 / pace if actual_pace else 0.0),
-        f"actors scored {course.utilisation:.0%} of their time, planned {use:.0%}": course.work
-        / (one.actors * actual_pace)
-        * (1 / course.utilisation - 1 / use)
-        if actual_pace
-        else 0.0,
+        # what the planned actors would have taken for it: more work, then the work at another pace, then with other use
+        _more("work", course.work, work): (course.work - work) / pace / use / one.actors,
         f"start {duration(course.startup)}, planned {duration(one.startup)}": course.startup - one.startup,
-        f"publishing {duration(course.publishing)}, planned {duration(one.publishing)}": course.publishing
-        - one.publishing,
+        f"publishing {duration(course.publishing)}, planned {duration(one.publishing)}": (
+            course.publishing - one.publishing
+        ),
     }
+    if actual_pace:
+        slower = course.work / actual_pace - course.work / pace
+        shares[_more("the rate of scoring", actual_pace, pace)] = slower / use / one.actors
+        idle = f"actors scored {course.utilisation:.0%} of their time, planned {use:.0%}"
+        shares[idle] = course.work / actual_pace * (1 / course.utilisation - 1 / use) / one.actors
     if course.actors != one.actors:
         own = course.busy / max(1e-9, course.utilisation)
         shares[f"{course.actors} actors, planned {one.actors}"] = own / course.actors - own / one.actors

@@ -209,19 +209,11 @@ class _Followed:
                 for receipt in receipts:
                     if isinstance(receipt, SetAside):
                         failed.append(receipt)
-                        if self._metrics:
-                            self._metrics.set_aside()
-                        _record_failure(self._manifest, receipt)
+                        self._note(receipt)
                         if len(failed) > max_failed_units:
                             raise self._too_many(failed, max_failed_units)
                     elif self._expected.take(receipt):
-                        self._totals.add(receipt)
-                        self._rolls.add(receipt)
-                        self._course.add(receipt)
-                        self._spend.check(len(self._expected.left))
-                        display.advance(receipt)
-                        if self._metrics:
-                            self._metrics.count(receipt)
+                        self._count(receipt, display)
                     if self._lease.lost:
                         self._lease.check()
                     if time.monotonic() >= next_status:
@@ -232,6 +224,20 @@ class _Followed:
             if self._metrics:
                 self._metrics.end()
             return display.meter.rates, failed
+
+    def _count(self, receipt: Receipt, display: Display) -> None:
+        self._totals.add(receipt)
+        self._rolls.add(receipt)
+        self._course.add(receipt)
+        self._spend.check(len(self._expected.left))
+        display.advance(receipt)
+        if self._metrics:
+            self._metrics.count(receipt)
+
+    def _note(self, failed: SetAside) -> None:
+        if self._metrics:
+            self._metrics.set_aside()
+        _record_failure(self._manifest, failed)
 
     def _too_many(self, failed: list[SetAside], most: int) -> UnfinishedError:
         return UnfinishedError(

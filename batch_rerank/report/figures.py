@@ -64,11 +64,8 @@ def relevance(content: Json) -> Figure | None:
     if not counts:
         return None
     svg = Svg("relevance", "Distribution of relevance", f"{sum(counts):,} pairs in 20 bins from 0 to 1.", 150)
-    values = _shares(counts)
-    most = ceiling(max(values))
-    grid(svg, most, " % of pairs")
     tips = [f"{at / 20:.2f} to {(at + 1) / 20:.2f}: {count:,} pairs" for at, count in enumerate(counts)]
-    bars(svg, [(a, b, value) for (a, b), value in zip(_even(20), values, strict=True)], most, tips, "soft")
+    _soft_bars(svg, 20, counts, " % of pairs", tips)
     for part in (0, 0.25, 0.5, 0.75, 1):
         svg.label(part, 144, f"{part:g}")
     rows = [[f"{at / 20:.2f}", f"{(at + 1) / 20:.2f}", f"{count:,}"] for at, count in enumerate(counts)]
@@ -116,11 +113,8 @@ def overlap(content: Json) -> Figure | None:
     if not counts:
         return None
     svg = Svg("overlap", "Of the top 10, how many were in the first stage's top 10", f"{sum(counts):,} queries.", 190)
-    values = _shares(counts)
-    most = ceiling(max(values))
-    grid(svg, most, " % of queries")
     tips = [f"{at} of 10: {count:,} queries" for at, count in enumerate(counts)]
-    bars(svg, [(a, b, value) for (a, b), value in zip(_even(11), values, strict=True)], most, tips, "soft")
+    _soft_bars(svg, 11, counts, " % of queries", tips)
     for at in range(0, 11, 2):
         svg.label((at + 0.5) / 11, 184, str(at), anchor="middle")
     return Figure(svg, ["of 10", "queries"], [[str(at), f"{count:,}"] for at, count in enumerate(counts)])
@@ -222,6 +216,14 @@ def steps(content: Json) -> Figure | None:
     rows = [[shown(name), f"{value:,.1f}", f"{value / total:.1%}"] for name, value in told.items()]
     keys = [(STEPS[number % len(STEPS)], f"{name} {value:,.1f} s") for number, (name, value) in enumerate(told.items())]
     return Figure(svg, ["step", "seconds", "share"], rows, keys)
+
+
+def _soft_bars(svg: Svg, bins: int, counts: Sequence[float], unit: str, tips: Sequence[str]) -> None:
+    """Shares in so many bins of one width, with their grid."""
+    values = _shares(counts)
+    most = ceiling(max(values))
+    grid(svg, most, unit)
+    bars(svg, [(a, b, value) for (a, b), value in zip(_even(bins), values, strict=True)], most, tips, "soft")
 
 
 def _shares(counts: Sequence[float]) -> list[float]:
