@@ -261,3 +261,28 @@ def test_a_unit_that_cannot_be_encoded_is_set_aside_as_ever(
     code, _, said = cli("run", file, "--local")
     assert code == 1 and "could not be estimated: cannot encode this" in said and "1 of 10 units did not finish" in said
     assert json.loads((tmp_path / "out/_manifest/status.json").read_text())["totals"]["units"] == 9
+
+
+def test_a_publication_forgets_neither_what_was_spent_nor_the_rate(
+    tmp_path: Path, given: Path, cli: Cli, seconds: list[float]
+) -> None:
+    config = job(given, tmp_path / "out", cluster__gpus_per_actor=1, cluster__cpus_per_actor=1)
+    file = as_file(config, tmp_path / "job.yaml")
+    code, out, _ = cli("run", file, "--local", "--json")
+    spent = json.loads(out)["totals"]["gpu_seconds"]
+    record = tmp_path / "out/_manifest/actual.json"
+    said = record.read_bytes()
+    assert code == 0 and spent > 0 and json.loads(said)["rate"]["work_per_second"] > 0
+
+    def kept() -> float:
+        status = json.loads((tmp_path / "out/_manifest/status.json").read_text())
+        return float(status["totals"]["gpu_seconds"])
+
+    assert cli("publish", file, "--local", "--set", "output.top_k=3")[0] == 0
+    assert kept() == spent and record.read_bytes() == said
+    code, out, _ = cli("run", file, "--local", "--json", "--set", "output.top_k=3")
+    assert code == 0 and json.loads(out)["totals"]["gpu_seconds"] == spent, "a finished job"
+    (tmp_path / "out/_SUCCESS").unlink()
+    code, out, _ = cli("run", file, "--local", "--json", "--set", "output.top_k=3")
+    assert code == 0 and json.loads(out)["units"] == 0 and kept() == spent
+    assert record.read_bytes() == said and json.loads(out)["held"] == json.loads(said)

@@ -45,7 +45,8 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     if mark is None:
         return None
     existing = manifest.read_plan()
-    if existing is None or manifest.read_status().state != "done":
+    status = manifest.read_status()
+    if existing is None or status.state != "done":
         return None
     manifest.refuse_other(existing, plan)
     found = scan(manifest, existing)
@@ -53,7 +54,7 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     refuse_other_publication(manifest, None if found.condemned else found.publication, config.output)
     if not Lease(manifest.root, config.cluster.lease_seconds).look():
         return None
-    totals = Totals()
+    totals = Totals(gpu_seconds=status.totals.gpu_seconds)
     for receipt in found.committed:
         totals.add(receipt)
     totals.rows_out = mark.rows

@@ -76,6 +76,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update=own)})
     totals, told = Totals(), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
+        totals.gpu_seconds = manifest.read_status().totals.gpu_seconds
         found = scan(manifest, plan)
         remove_late_parts(manifest, found, plan)
         refuse_strays(manifest, found, plan)

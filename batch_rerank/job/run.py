@@ -84,11 +84,12 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         describe(plan, model)
         seconds = time.monotonic() - started
         return replace(described, seconds=seconds, gate=read_verdict(manifest), held=read_held(manifest))
-    totals = Totals(gpu_seconds=manifest.read_status().totals.gpu_seconds)
+    totals = Totals()
     earlier = find_earlier(config, plan)
     gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged
     each, told = in_turn if local else on_ray(config), Reported()
     with hold(manifest.root, config.cluster.lease_seconds) as lease:
+        totals.gpu_seconds = manifest.read_status().totals.gpu_seconds  # nobody else counts from here on
         # shards as they are now: the same content, but places, times and row groups are this run's
         plan = replace(manifest.write_plan(plan), shards=plan.shards)
         describe(plan, model)
@@ -125,9 +126,12 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             finish(manifest, plan, totals, config, model, lease, each)
             course.published = time.monotonic()
             course.published_rows = totals.rows_in
-            held = _held(planned, course, model, spend.of_this_run, local)
-            if held is not None and not lease.lost:
-                write_held(manifest, held)
+            if totals.units > resumed:
+                held = _held(planned, course, model, spend.of_this_run, local)
+                if held is not None and not lease.lost:
+                    write_held(manifest, held)
+            else:  # published alone: the run that has scored said what it took, and its rate
+                held = read_held(manifest)
     totals.storage_retries += manifest.root.patience.retries
     return Summary(
         output=str(manifest.root),
