@@ -56,7 +56,7 @@ def report(
 
 def _again(place: "Place", as_json: bool) -> None:
     from batch_rerank.job.again import score_movers
-    from batch_rerank.outside import shown
+    from batch_rerank.outside import shown_id
 
     found = score_movers(place)
     if as_json:
@@ -68,6 +68,6 @@ def _again(place: "Place", as_json: bool) -> None:
     table = Table("query_id", "doc_id", "place", "score kept", "computed now", "difference")
     for one in found:
         now, off = ("-", "-") if one.computed is None else (f"{one.computed:.6g}", f"{one.computed - one.kept:+.2g}")
-        ids = (escape(shown(one.query_id)), escape(shown(one.doc_id)))
+        ids = (escape(shown_id(one.query_id)), escape(shown_id(one.doc_id)))
         table.add_row(*ids, f"{one.before} -> {one.after}", f"{one.kept:.6g}", now, off)
     Console().print(table)
