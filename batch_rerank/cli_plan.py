@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, print_json, verb
+from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, lasting, print_json, verb
 from batch_rerank.config import load_config
 
 log = logging.getLogger("batch_rerank")
@@ -77,7 +77,7 @@ def _actors(met: dict[str, Any]) -> str:
 
 
 @app.command()
-@verb
+@lasting
 def bench(
     job: Job,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of scoring, at most.")] = 60,
