@@ -18,7 +18,7 @@ from batch_rerank.job_file import parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
-from batch_rerank.sections import Cost, Name, Place, Places, Reuse, Section, StorageOptions, Written, as_list
+from batch_rerank.sections import Cost, Name, Places, Reuse, Section, StorageOptions, Written, as_list
 
 MOST = 2**53
 """Of whole numbers: what JSON and every library that is handed one can hold."""
