@@ -83,7 +83,7 @@ def test_the_command_line_starts_its_own_ray_and_its_workers_reach_the_store(buc
     path = tmp_path / "job.yaml"
     path.write_text(s3_job(bucket).model_dump_json(exclude={"limit"}))
     command = [sys.executable, "-m", "batch_rerank.cli", "run", str(path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["totals"]["rows_out"] == 300
     assert verify(f"s3://{bucket}/out").problems == []
@@ -141,7 +141,7 @@ def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch:
     def attempt(*arguments: str, **sections: dict[str, Any]) -> int:
         path.write_text(json.dumps({name: {**raw[name], **sections.get(name, {})} for name in raw}))
         command = [sys.executable, "-m", "batch_rerank.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         shown.extend([done.stdout, done.stderr])
         return done.returncode
 
