@@ -275,7 +275,7 @@ def test_an_address_without_a_ray_ends_the_job_with_2(flat_shards: Path, tmp_pat
     raw = job(flat_shards, tmp_path / "out", cluster__address="127.0.0.1:1").model_dump(exclude={"limit"})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
     command = [sys.executable, "-m", "batch_rerank.cli", "run", str(tmp_path / "job.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)  # Ray's own tries go on for longer
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # Ray's own tries go on for longer
     assert done.returncode == 2, done.stderr
     assert "error: cluster.address '127.0.0.1:1': no Ray to join there" in done.stderr
     assert "Traceback" not in done.stderr
