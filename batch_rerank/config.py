@@ -41,8 +41,9 @@ class Input(Section):
     """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}.
 
     Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
-    `stage`, by default <output.path>-stage. `candidates_per_query`: the best of the first stage, all if null.
-    `max_missing`: share of the candidates, 0 to 1, that may lack their query or document and are then left out.
+    `stage`, by default a folder _stage-… beside the sources, or beside the output where they may not be written.
+    `candidates_per_query`: the best of the first stage, all if null. `max_missing`: share of the candidates, 0 to 1,
+    that may lack their query or document and are then left out.
     `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work. `unit_bytes`: of
     text in a unit at most, where a query has less.
     """
@@ -251,12 +252,6 @@ class JobConfig(Section):
     labels: Labels | None = Field(default=None, exclude=True)  # of an export, not of the output
     cost: Cost | None = Field(default=None, exclude=True)  # of a run too: a resumed one may have another budget
     limit: Whole | None = None
-
-    @property
-    def stage(self) -> str:
-        """Where a staged input goes: the same place for a sample as for the whole."""
-        whole = self.output.path.removesuffix(f"-limit-{self.limit}").rstrip("/")
-        return self.input.stage or f"{whole}-stage"
 
 
 def load_config(
