@@ -176,6 +176,17 @@ def test_columns_have_the_names_that_are_given() -> None:
     assert {one["doc_id"] for one in found["candidates"]} == {"1", "2"}
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_texts_and_ids_of_other_arrow_types_are_read(kind: pa.DataType) -> None:
+    rows = pa.Table.from_pylist([query("a", "x", "y"), query("b", "z")])
+    other = rows
+    for index, name in enumerate(("query_id", "query")):
+        other = other.set_column(index, name, rows[name].cast(kind))
+    lists = pa.large_list(pa.struct([("doc_id", pa.large_string()), ("text", pa.large_string())]))
+    other = other.set_column(2, "candidates", rows["candidates"].cast(lists))
+    assert ranked(other) == ranked(rows)
+
+
 def test_many_rows_are_ranked_piece_by_piece() -> None:
     rows = pa.Table.from_pylist(nested(candidate_rows(30, 25)))
     pieces = list(Rerank(FREE)(rows))

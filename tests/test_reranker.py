@@ -96,6 +96,12 @@ def test_documents_without_a_text_are_named(plain: Reranker) -> None:
             plain.rank("q", ["x"], top_k=top_k)
 
 
+def test_pairs_and_documents_may_come_one_by_one(plain: Reranker) -> None:
+    expected = plain.score([("q", "x"), ("q", "y")])
+    assert plain.score(zip(["q", "q"], ["x", "y"], strict=True)).tolist() == expected.tolist()
+    assert plain.rank("q", np.array(["x", "y"])) == plain.rank("q", iter(["x", "y"]))
+
+
 def test_nothing_to_score_gives_nothing(plain: Reranker) -> None:
     assert plain.score([]).tolist() == []
     assert plain.score([], []).tolist() == []

@@ -1,6 +1,6 @@
 """The Python face, in the shape people know from CrossEncoder: one model in this process, no job, no Ray."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -80,12 +80,13 @@ class Reranker:
         loaded = tested_scorer(self.spec, device, token_budget, forward, self_test)
         self._scorer, self.tested, self.fallback = loaded.scorer, loaded.result, loaded.fallback
 
-    def score(self, pairs: Sequence[tuple[str, str]], instruction: Instructions = None) -> Float32:
+    def score(self, pairs: Iterable[tuple[str, str]], instruction: Instructions = None) -> Float32:
         """float32[n_pairs] raw scores of (query, document) pairs, in input order; pairs of equal queries and
         instructions are scored together. NaN where a pair has no token, or is too large for the device's memory.
 
         Raises InputError where a text is none, and ConfigError where the model takes no instruction.
         """
+        pairs = list(pairs)
         instructions = self._instructions(instruction, len(pairs))
         groups: dict[tuple[str, str | None], list[int]] = {}
         for position, (pair, own) in enumerate(zip(pairs, instructions, strict=True)):
@@ -99,7 +100,7 @@ class Reranker:
         )
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, instruction: str | None = None
+        self, query: str, documents: Iterable[str], top_k: int | None = None, instruction: str | None = None
     ) -> list[Ranked]:
         """The documents by score descending, ties in the order given, those without a score (NaN) last; all of them, or
         the best `top_k`. Raises what `score` raises."""
@@ -107,6 +108,7 @@ class Reranker:
             raise InputError("documents: found one text; expected a list of texts: [document]")
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k: found {top_k}; expected 1 or more, or None for all documents")
+        documents = list(documents)
         _refuse_no_text(query, "the query")
         for position, document in enumerate(documents):
             _refuse_no_text(document, f"documents[{position}]")
