@@ -4,8 +4,8 @@
 """
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -23,6 +23,9 @@ from batch_rerank.sections import Cost, Name, Places, Reuse, Section, StorageOpt
 MOST = 2**53
 """Of whole numbers: what JSON and every library that is handed one can hold."""
 
+MOST_DEPTH = 20
+"""Of values within values of a job that is a mapping."""
+
 Whole = Annotated[int, Field(ge=1, le=MOST)]
 
 KEYS = {
@@ -38,8 +41,9 @@ class Input(Section):
     """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}.
 
     Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
-    `stage`, by default <output.path>-stage. `candidates_per_query`: the best of the first stage, all if null.
-    `max_missing`: share of the candidates, 0 to 1, that may lack their query or document and are then left out.
+    `stage`, by default a folder _stage-… beside the sources, or beside the output where they may not be written.
+    `candidates_per_query`: the best of the first stage, all if null. `max_missing`: share of the candidates, 0 to 1,
+    that may lack their query or document and are then left out.
     `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work. `unit_bytes`: of
     text in a unit at most, where a query has less.
     """
@@ -249,29 +253,37 @@ class JobConfig(Section):
     cost: Cost | None = Field(default=None, exclude=True)  # of a run too: a resumed one may have another budget
     limit: Whole | None = None
 
-    @property
-    def stage(self) -> str:
-        """Where a staged input goes: the same place for a sample as for the whole."""
-        whole = self.output.path.removesuffix(f"-limit-{self.limit}").rstrip("/")
-        return self.input.stage or f"{whole}-stage"
 
+def load_config(
+    job: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), limit: int | None = None
+) -> JobConfig:
+    """Read a job file, or take its sections as a mapping, and apply `section.key=value` overrides.
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> JobConfig:
-    """Read a job file and apply `section.key=value` overrides.
-
-    Raises ConfigError with every error of the file. With `limit`, the output is `<output>-limit-<N>`: a sample is
+    Raises ConfigError with every error of the job. With `limit`, the output is `<output>-limit-<N>`: a sample is
     another job than the whole and must not stand in its place.
     """
-    raw = read_yaml(path)
+    where = "job" if isinstance(job, Mapping) else str(job)
+    raw = _copied(job) if isinstance(job, Mapping) else read_yaml(job)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: found {type(raw).__name__}, expected the sections input, output and model")
+        raise ConfigError(f"{where}: found {type(raw).__name__}, expected the sections input, output and model")
     for override in overrides:
         _apply(raw, override)
     for section in raw.values():
         hide(section.get("storage_options") if isinstance(section, dict) else None)
     if limit is not None:
         raw["limit"] = limit
-    return parse_config(raw, str(path))
+    return parse_config(raw, where)
+
+
+def _copied(values: Any, depth: int = 0) -> Any:
+    """A mapping as a job file would have it: plain dicts and lists of its own, and paths as texts."""
+    if depth > MOST_DEPTH:
+        raise ConfigError(f"job: more than {MOST_DEPTH} levels, or within itself; expected sections of keys and values")
+    if isinstance(values, Mapping):
+        return {key: _copied(value, depth + 1) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_copied(value, depth + 1) for value in values]
+    return fspath(values) if isinstance(values, PathLike) else values
 
 
 def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
@@ -279,7 +291,7 @@ def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
     try:
         config = JobConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_told(error, f"{where}: {{}} error(s) in the job file")) from None
+        raise ConfigError(_told(error, f"{where}: {{}} error(s) in the job")) from None
     if config.limit is None:
         return config
     sample = f"{config.output.path.rstrip('/')}-limit-{config.limit}"

@@ -1,6 +1,7 @@
 """A job file's bytes to plain values: YAML, of a bounded size, in which a key stands once. What is wrong is said by
 line, and no line is shown: it may have a secret in it."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ MOST_VALUES = 100_000
 """Of a job file, each counted as often as aliases and merges repeat it."""
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | PathLike[str]) -> Any:
     """The values of a job file. Raises ConfigError."""
     try:
         with Path(path).open("rb") as file:

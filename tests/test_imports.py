@@ -180,6 +180,7 @@ ABOVE = {
     "cli_report.py",
     "demo.py",
     "distill.py",
+    "ray_data.py",
     "__init__.py",
 }
 WITHOUT_JOB = {"cli_base.py"}

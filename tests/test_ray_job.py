@@ -200,6 +200,11 @@ def test_its_log_has_the_summary(head: Head, submitted: Submitted) -> None:
     assert f"output: {submitted.folder}/submitted" in log[-2:]  # a report may follow
 
 
+def test_its_log_has_no_line_of_rays_core(head: Head, submitted: Submitted) -> None:
+    """That of constructor arguments in the object store, which Ray Data's actors always have."""
+    assert [line for line in head.log("whole") if "core_worker" in line or "constructor arg" in line] == []
+
+
 def test_its_log_has_the_progress_in_plain_lines(head: Head, submitted: Submitted) -> None:
     line = r"6/6 units  300/300 pairs  [\d,]+ pairs/s  [\d,]+ tokens/s  computing \d+% of the time  ETA 0:00"
     assert [entry for entry in head.log("whole") if re.fullmatch(line, entry)]

@@ -160,9 +160,10 @@ LAYOUTS = (
 
 
 def job_of(given: dict[str, Any], output: Path, **keys: Any) -> JobConfig:
-    """A job of the free scorer with this input; `keys` are section__key=value."""
+    """A job of the free scorer with this input, staged at OUTPUT-stage; `keys` are section__key=value."""
     others = {key: value for key, value in keys.items() if not key.startswith("input__")}
     made = job("-", output, **others)
+    given = given if given["layout"] == "nested" else {"stage": f"{output}-stage", **given}
     extra = {key.removeprefix("input__"): value for key, value in keys.items() if key not in others}
     return made.model_copy(update={"input": Input.model_validate({"unit_pairs": 40, **given, **extra})})
 

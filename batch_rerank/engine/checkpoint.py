@@ -87,6 +87,10 @@ def resolve_model(
     if kind == "checksum":
         return replace(_checksum_spec(name, instruction, max_length), chunk_overlap=chunk_overlap)
     directory, commit = locate(name, revision, weights=False)
+    if commit is None and revision is not None:
+        raise ConfigError(
+            f"model.revision: found {revision!r}, but {name!r} is a directory here, which has no revisions; remove it"
+        )
     refuse_adapter(directory)
     pickled = allow_pickle and not any(directory.glob("*.safetensors"))
     if commit is None:

@@ -48,6 +48,11 @@ def input_errors(where: object) -> Iterator[None]:
         yield
 
 
+def denied(error: StorageError) -> bool:
+    """Whether it was a refusal: there may be nothing wrong with the place but that it is somebody else's."""
+    return isinstance(error.__context__, PermissionError)
+
+
 def is_local(where: object) -> bool:
     """Whether a place, or the pattern of one, is on a disk of this machine."""
     return protocol_of(str(where)) in ("file", "local")
