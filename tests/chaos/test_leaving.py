@@ -19,7 +19,8 @@ from chaos.harness import FAULTS, REPOSITORY, Chaos, Run, end_session
 
 pytestmark = pytest.mark.chaos
 RAY = Path(sys.executable).parent / "ray"
-SECONDS = 90.0
+SECONDS = 240.0
+"""How long anything here may take on a machine that is busy; nothing waits for it to pass."""
 
 
 def until(what: Callable[[], Any], seconds: float = SECONDS) -> Any:
@@ -36,21 +37,19 @@ class Nodes:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.held, self.workers = folder, folder / "held", list[subprocess.Popen[bytes]]()
+        self.all = list[subprocess.Popen[bytes]]()
+
+    def begin(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
-        self.head = self._start(
+        self._start(
             "head",
-            f"--head --port={port} --node-ip-address=127.0.0.1 --num-cpus=0 --include-dashboard=false "
-            f"--temp-dir={folder}/ray",
+            f"--head --port={port} --num-cpus=0 --include-dashboard=false --temp-dir={self.folder}/ray",
         )
 
     def add(self) -> None:
-        self.workers.append(
-            self._start(
-                f"node{len(self.workers)}", f"--address={self.address} --node-ip-address=127.0.0.1 --num-cpus=2"
-            )
-        )
+        self.workers.append(self._start(f"node{len(self.workers)}", f"--address={self.address} --num-cpus=2"))
 
     def _start(self, name: str, options: str) -> "subprocess.Popen[bytes]":
         hold = {"operation": "score", "when": "before", "match": ".", "action": "hold", "folder": str(self.held)}
@@ -70,7 +69,8 @@ class Nodes:
                 stderr=log,
                 start_new_session=True,
             )
-        until(lambda: "Ray runtime started" in (self.folder / f"{name}.log").read_text())
+        self.all.append(process)
+        until(lambda: process.poll() is not None or "Ray runtime started" in (self.folder / f"{name}.log").read_text())
         return process
 
     def of(self, pid: int) -> "subprocess.Popen[bytes]":
@@ -81,7 +81,7 @@ class Nodes:
         return found[pid]
 
     def close(self) -> None:
-        for process in (*self.workers, self.head):
+        for process in self.all:
             end_session(process.pid)
             process.wait(10)
 
@@ -95,6 +95,7 @@ def nodes() -> Iterator[Nodes]:
     folder = Path(tempfile.mkdtemp(prefix="br", dir="/tmp"))  # short, for Ray's sockets
     found = Nodes(folder)
     try:
+        found.begin()
         yield found
     finally:
         found.close()
@@ -150,7 +151,7 @@ def test_a_pod_that_ends_scores_its_unit_to_the_end_and_begins_none(chaos: Chaos
     until(lambda: diary(chaos, "ended")["leaving"])
     log, moves = finish(chaos, two, run, "ended")
     assert moves == 0, "it was ended"
-    assert "node 127.0.0.1 leaves in " in log
+    assert " leaves in " in log
     pod.wait(SECONDS)
     begun = {path.name: path.read_text() for path in two.held.iterdir()}
     assert begun[str(actor)], begun
