@@ -77,6 +77,7 @@ def run(
         "candidates without their document or query (left out)": summary.counts.get("missing_candidates", 0),
         "repeated storage requests": totals.storage_retries,
         "units begun again after their process had died": totals.retries,
+        "units begun again after their node had left": totals.moves,
         "units scored by the slower padded forward (their receipts say why)": totals.padded_units,
     }
     log.info("%s rows from %s candidates; %s", f"{totals.rows_out:,}", f"{totals.rows_in:,}", _list(odd))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from batch_rerank.conditions import Gate
 from batch_rerank.engine.kinds import KINDS
@@ -18,15 +18,22 @@ from batch_rerank.job_file import parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
-from batch_rerank.sections import Cost, Name, Places, Reuse, Section, StorageOptions, Written, as_list
-
-MOST = 2**53
-"""Of whole numbers: what JSON and every library that is handed one can hold."""
+from batch_rerank.sections import (
+    MOST,
+    Cluster,
+    Cost,
+    Name,
+    Places,
+    Reuse,
+    Section,
+    StorageOptions,
+    Whole,
+    Written,
+    as_list,
+)
 
 MOST_DEPTH = 20
 """Of values within values of a job that is a mapping."""
-
-Whole = Annotated[int, Field(ge=1, le=MOST)]
 
 KEYS = {
     "nested": (("path",), ()),
@@ -178,65 +185,6 @@ class Scoring(Section):
     long_documents: Literal["truncate", "chunk"] = "truncate"
     chunk_overlap: Annotated[int, Field(ge=0, le=MOST)] = 80
     escape_control_tokens: bool = False
-
-
-class ActorRange(Section):
-    """A pool that grows and shrinks."""
-
-    min: Whole
-    max: Whole
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ActorRange":
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}")
-        return self
-
-
-def _countable(gpus: float) -> float:
-    if not (0.0001 <= gpus <= 1 or gpus == int(gpus)):
-        raise ValueError(f"{gpus:g} GPUs; expected 0, a share of one (0.0001 to 1), or a whole number")
-    return gpus
-
-
-class Cluster(Section):
-    """The actors. `gpus_per_actor`: auto is 1 where the cluster has GPUs or brings them, else 0; 0 scores on the CPU,
-    with `cpus_per_actor` threads each: auto divides a node's cores among its actors. `lease_seconds`: how long a job
-    must be silent before another one takes its output over."""
-
-    actors: Whole | ActorRange = 1
-    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1000), AfterValidator(_countable)] = "auto"
-    cpus_per_actor: Literal["auto"] | Whole = "auto"
-    address: str | None = None
-    prefetch_units: Whole = 2
-    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of an actor, once `settle` has replaced auto."""
-        assert self.gpus_per_actor != "auto"
-        return self.gpus_per_actor
-
-    @property
-    def threads(self) -> int:
-        """Threads of an actor, once `settle` has replaced auto."""
-        assert self.cpus_per_actor != "auto"
-        return self.cpus_per_actor
-
-    @property
-    def device(self) -> str:
-        """What an actor scores on, once `settle` has replaced auto."""
-        return "cuda" if self.gpus > 0 else "cpu"
-
-    @property
-    def min_actors(self) -> int:
-        """How many actors there are at least."""
-        return self.actors if isinstance(self.actors, int) else self.actors.min
-
-    @property
-    def max_actors(self) -> int:
-        """How many actors there may be."""
-        return self.actors if isinstance(self.actors, int) else self.actors.max
 
 
 class JobConfig(Section):

@@ -80,6 +80,12 @@ class BudgetError(BatchRerankError):
         self.estimate = estimate
 
 
+class StuckError(BatchRerankError):
+    """Nothing has happened for cluster.max_seconds_without_progress."""
+
+    exit_code = 9
+
+
 def as_value(error: BatchRerankError) -> dict[str, str]:
     """The error as a plain value that can cross a process border."""
     return {"type": type(error).__name__, "message": str(error)}

@@ -1,10 +1,15 @@
 """What the sections of a job file have in common, and those that stand alone."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from batch_rerank.outside import problem_of, protocol_of
+
+MOST = 2**53
+"""Of whole numbers: what JSON and every library that is handed one can hold."""
+
+Whole = Annotated[int, Field(ge=1, le=MOST)]
 
 TYPES: dict[str, type] = {
     **dict.fromkeys(("key", "secret", "token", "username", "password", "endpoint_url", "profile", "project"), str),
@@ -112,3 +117,74 @@ class Cost(Section):
         if self.max_usd is not None and self.usd_per_gpu_hour is None:
             raise ValueError("max_usd: needs a price; set cost.usd_per_gpu_hour too, or use max_gpu_hours")
         return self
+
+
+class ActorRange(Section):
+    """A pool that grows and shrinks."""
+
+    min: Whole
+    max: Whole
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ActorRange":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+def _countable(gpus: float) -> float:
+    if not (0.0001 <= gpus <= 1 or gpus == int(gpus)):
+        raise ValueError(f"{gpus:g} GPUs; expected 0, a share of one (0.0001 to 1), or a whole number")
+    return gpus
+
+
+class Cluster(Section):
+    """The actors. `gpus_per_actor`: auto is 1 where the cluster has GPUs or brings them, else 0; 0 scores on the CPU,
+    with `cpus_per_actor` threads each: auto divides a node's cores among its actors. `accelerator_type`: only GPUs that
+    Ray calls so (L4, A100, H100, …) serve; any if null. `lease_seconds`: how long a job must be silent before another
+    one takes its output over. `max_seconds_without_progress`: on Ray, how long nothing may happen (no unit, part or
+    piece of a stage ends, and no model is loaded) before the job ends with exit 9; it waits for ever if null."""
+
+    actors: Whole | ActorRange = 1
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1000), AfterValidator(_countable)] = "auto"
+    cpus_per_actor: Literal["auto"] | Whole = "auto"
+    address: str | None = None
+    prefetch_units: Whole = 2
+    accelerator_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")] | None = None
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
+    max_seconds_without_progress: Annotated[float, Field(ge=1, le=MOST)] | None = None
+
+    @model_validator(mode="after")
+    def _accelerated(self) -> "Cluster":
+        if self.accelerator_type and self.gpus_per_actor == 0:
+            raise ValueError(
+                f"accelerator_type: found {self.accelerator_type!r}, but gpus_per_actor is 0; remove one of them"
+            )
+        return self
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of an actor, once `settle` has replaced auto."""
+        assert self.gpus_per_actor != "auto"
+        return self.gpus_per_actor
+
+    @property
+    def threads(self) -> int:
+        """Threads of an actor, once `settle` has replaced auto."""
+        assert self.cpus_per_actor != "auto"
+        return self.cpus_per_actor
+
+    @property
+    def device(self) -> str:
+        """What an actor scores on, once `settle` has replaced auto."""
+        return "cuda" if self.gpus > 0 else "cpu"
+
+    @property
+    def min_actors(self) -> int:
+        """How many actors there are at least."""
+        return self.actors if isinstance(self.actors, int) else self.actors.min
+
+    @property
+    def max_actors(self) -> int:
+        """How many actors there may be."""
+        return self.actors if isinstance(self.actors, int) else self.actors.max

@@ -25,10 +25,11 @@ from conftest import Row, candidate_rows, job, nested, rows_of, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch_rerank.config import Cluster, Input, JobConfig, Model, Output, load_config
+from batch_rerank.config import Input, JobConfig, Model, Output, load_config
 from batch_rerank.errors import ConfigError
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
+from batch_rerank.sections import Cluster
 
 Outcome = tuple[int, str]
 Run = Callable[..., Outcome]

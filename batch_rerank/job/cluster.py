@@ -6,7 +6,8 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +18,16 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, ConfigError, UnfinishedError, as_value, from_value
 from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
 from batch_rerank.job.watch import head_answers
+from batch_rerank.score.leaving import Notice
 from batch_rerank.score.tasks import environment
 
+log = logging.getLogger("batch_rerank")
 T = TypeVar("T")
 
 LOCAL_TASK_CPUS = 4
 """CPUs beside the actors' in a Ray of our own: 2, 4 and 6 gave 15,000, 21,000 and 17,000 pairs/s on 2 cores."""
+
+NODES_SECONDS = 2.0
 
 JOIN_SECONDS = 10.0
 """How long a head is looked for."""
@@ -138,14 +143,19 @@ def _start(config: JobConfig) -> Machines:
     # a bare ray.init() would join whatever cluster this host last started
     cpus = cluster.max_actors * cluster.threads + LOCAL_TASK_CPUS
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
-    return Machines("this machine", (Node(cores(), machines().gpus),))
+    (node,) = machines().nodes
+    return Machines("this machine", (Node(cores(), node.gpus, node.accelerator),))
 
 
 def machines() -> Machines:
     """The nodes that live."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes = tuple(Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
+    nodes = tuple(Node(node.get("CPU", 0.0), node.get("GPU", 0.0), _accelerator(node)) for node in alive)
     return Machines("the cluster", nodes, *_growth())
+
+
+def _accelerator(resources: Mapping[str, float]) -> str:
+    return next((name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")), "")
 
 
 def _growth() -> tuple[bool, float | None]:
@@ -175,6 +185,64 @@ def _node_types() -> set[str]:
         return {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)} - {""}
     report = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
     return set(((json.loads(report).get("autoscaler_report") if report else None) or {}).get("active_nodes") or {})
+
+
+def notice(node: str) -> Notice | None:
+    """What Ray knows of a node that leaves: by `ray drain-node`, the SIGTERM of its `ray start`, or an autoscaler."""
+    return _leaving().get(node)
+
+
+def gone(node: str) -> bool:
+    """Whether a node is not there any more, or is leaving."""
+    return node in _leaving() or node not in _names()
+
+
+def _leaving() -> dict[str, Notice]:
+    """The nodes that leave, by their ids; none where the head does not answer."""
+    try:
+        deadlines = ray._private.state.state.get_draining_nodes()
+    except Exception:  # it is asked again
+        return {}
+    return {node: Notice("Ray drains the node", end / 1000 if end else None) for node, end in deadlines.items()}
+
+
+def _names() -> dict[str, str]:
+    """Addresses of the nodes that live, by their ids."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def nodes_followed(poll: float = NODES_SECONDS) -> Iterator[None]:
+    """Say which nodes leave, go and come while a block is at work."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(_names(), ended, poll), name="nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(1)  # no longer: a head that has gone does not answer
+
+
+def _follow(known: dict[str, str], ended: threading.Event, poll: float) -> None:
+    said = set[str]()
+    while not ended.wait(poll):
+        try:
+            names, leaving = _names(), _leaving()
+        except Exception:  # the head is away: `Heartbeat` sees that, and this asks again
+            continue
+        if ended.is_set():
+            return
+        for node in leaving.keys() & names.keys() - said:
+            end = leaving[node].deadline
+            left = "" if end is None else f" in {max(0.0, end - time.time()):.0f} s"
+            log.warning("node %s leaves%s: its actors end their units or drop them, and begin none", names[node], left)
+        said |= leaving.keys()
+        for node in known.keys() - names.keys():
+            log.warning("node %s has gone; there are %d left", known[node], len(names))
+        for node in names.keys() - known.keys():
+            log.info("node %s has come; there are %d", names[node], len(names))
+        known = names
 
 
 def on_actor(config: JobConfig, call: Callable[[JobConfig], T]) -> tuple[T, JobConfig]:

@@ -7,14 +7,15 @@ import ctypes
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from batch_rerank.config import Cluster, JobConfig
+from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError
+from batch_rerank.sections import Cluster
 
 log = logging.getLogger("batch_rerank")
 
@@ -26,10 +27,11 @@ kept starting processes of 1.1 CPU seconds each (10,000 pairs/s of a free scorer
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has, in use or not."""
+    """What a node has, in use or not. accelerator: Ray's name of its GPUs, empty where that is not known."""
 
     cpus: float
     gpus: float = 0
+    accelerator: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Machines:
     def gpus(self) -> float:
         """GPUs that are there now."""
         return sum(node.gpus for node in self.nodes)
+
+    def of(self, accelerator: str | None) -> "Machines":
+        """The same with the GPUs of this type alone; with any where it is None."""
+        if accelerator is None:
+            return self
+        nodes = (node if node.accelerator == accelerator else replace(node, gpus=0) for node in self.nodes)
+        return replace(self, nodes=tuple(nodes))
 
     def places(self, gpus: float) -> int:
         """How many actors of so many GPUs there is room for now: a share of a GPU is one of one GPU."""
@@ -67,7 +76,7 @@ def settle(config: JobConfig, found: Machines, actors: int | None = None) -> Job
     actors = actors or cluster.max_actors
     gpus, cpus = cluster.gpus_per_actor, cluster.cpus_per_actor
     if gpus == "auto":
-        gpus = 1.0 if _brings_gpus(found) else 0.0
+        gpus = 1.0 if cluster.accelerator_type or _brings_gpus(found) else 0.0
     if cpus == "auto":
         cpus = 1 if gpus else threads([node.cpus for node in found.nodes], actors)
     if (gpus, cpus) == (cluster.gpus_per_actor, cluster.cpus_per_actor):
@@ -97,11 +106,19 @@ def room(cluster: Cluster, found: Machines) -> int:
     asked, gpus = cluster.max_actors, cluster.gpus
     if gpus == 0:
         return asked
-    places = found.places(gpus)
+    kind = cluster.accelerator_type
+    places = found.of(kind).places(gpus)
+    each = f"{gpus:g} {kind} GPUs" if kind else f"{gpus:g} GPUs"
     if found.grows and (found.most_gpus is None or found.most_gpus >= gpus):
         if places == 0:
-            log.info("%s has no room for an actor of %g GPUs yet: waiting for the autoscaler", found, gpus)
+            log.info("%s has no room for an actor of %s yet: waiting for the autoscaler", found, each)
         return asked
+    if places == 0 and found.places(gpus):
+        known = sorted({node.accelerator or "of a type that Ray does not know" for node in found.nodes if node.gpus})
+        raise ConfigError(
+            f"cluster.accelerator_type: found {kind!r}, but the GPUs of {found} are {', '.join(known)}, and it does "
+            "not grow; expected one of these, or null for any GPU"
+        )
     if places == 0:
         grows = f" and grows to {found.most_gpus:g} GPUs at most" if found.grows else ", and it does not grow"
         raise ConfigError(
@@ -109,7 +126,7 @@ def room(cluster: Cluster, found: Machines) -> int:
             "score on CPUs or to auto to take what is there, or run on a cluster with GPUs (cluster.address)"
         )
     if places < asked:
-        log.warning("cluster.actors asks for %d: %s has room for %d of %g GPUs", asked, found, places, gpus)
+        log.warning("cluster.actors asks for %d: %s has room for %d of %s", asked, found, places, each)
     return min(asked, places)
 
 

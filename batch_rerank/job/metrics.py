@@ -102,6 +102,7 @@ class Metrics:
         for name, field in COUNTS.items():
             self._add(name, getattr(receipt, field))
         self._add("batch_rerank_retries", receipt.retries, of="unit")
+        self._add("batch_rerank_retries", receipt.moves, of="node")
         self._add("batch_rerank_retries", receipt.storage_retries, of="storage")
         steps = {"commit": receipt.write_seconds}
         if receipt.scorer:  # else all of it was reused, and no actor has met it

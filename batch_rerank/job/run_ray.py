@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pyarrow as pa
@@ -20,13 +21,14 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import UnfinishedError, from_value
-from batch_rerank.job.cluster import machines, on_cluster
+from batch_rerank.errors import StuckError, UnfinishedError, from_value
+from batch_rerank.job.cluster import gone, machines, nodes_followed, notice, on_cluster
 from batch_rerank.job.devices import reservations, room, settle
 from batch_rerank.job.watch import Heartbeat, Watch
 from batch_rerank.score.bundles import Bundling
 from batch_rerank.score.read_unit import read_ranges
-from batch_rerank.score.tasks import Job, Scoring, call, environment, rank_and_write, read_and_encode
+from batch_rerank.score.tasks import Job, Life, Scoring, call, environment, rank_and_write, read_and_encode
+from batch_rerank.sections import Cluster
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Receipt, SetAside
 
@@ -69,7 +71,7 @@ def run_ray(
             job = replace(job, shared=_Shared(ray.put(bundling.reuse)), enough=bundling.enough)
         dataset = _dataset(job, ranges, actors)
         logged = padded = False
-        for payload in _payloads(dataset):
+        for payload in _payloads(dataset, config.cluster):
             if isinstance(payload, SetAside):
                 yield payload
                 continue
@@ -106,7 +108,7 @@ def each_on_ray(config: JobConfig, calls: Sequence[Callable[..., T]], shared: An
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             call, batch_size=1, batch_format="pyarrow", num_cpus=1, fn_kwargs=of
         )
-        for payload in _payloads(dataset):
+        for payload in _payloads(dataset, config.cluster):
             yield pickle.loads(cast(bytes, payload))
 
 
@@ -115,32 +117,43 @@ class Score(Scoring):
 
     def __init__(self, job: Job) -> None:
         context = ray.get_runtime_context()
-        super().__init__(job, context.get_actor_id() or "", context.was_current_actor_reconstructed)
+        node = context.get_node_id()
+        restarted = context.was_current_actor_reconstructed
+        super().__init__(job, Life(context.get_actor_id() or "", restarted, node, gone, partial(notice, node)))
 
 
-def _payloads(dataset: "ray.data.Dataset") -> Iterator[bytes | SetAside]:
-    """The rows of a dataset's blocks as they come. Raises their errors, and UnfinishedError where Ray gives up."""
+def _payloads(dataset: "ray.data.Dataset", cluster: Cluster) -> Iterator[bytes | SetAside]:
+    """The rows of a dataset's blocks as they come. Raises their errors, UnfinishedError where Ray gives up, and
+    StuckError where nothing happens for too long."""
     node: Any = ray._private.worker._global_node
-    with Watch(_waits, Heartbeat(node.raylet_socket_name, node.gcs_address).gone) as watch:
+    heartbeat = Heartbeat(node.raylet_socket_name, node.gcs_address)
+    limit = cluster.max_seconds_without_progress
+    waits = partial(_waits, cluster.accelerator_type)
+    with nodes_followed(), Watch(waits, heartbeat.gone, limit=limit, done=_done) as watch:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in cast(pa.Table, batch).to_pylist():
                     watch.progress()
-                    if row["error"] is None:
-                        yield row["payload"]
-                        continue
-                    problem = pickle.loads(row["error"])
-                    if not isinstance(problem, SetAside):
-                        raise from_value(problem)
-                    yield problem
+                    watch.away = True
+                    yield row["payload"] if row["error"] is None else _set_aside(row["error"])
+                    watch.away = False
         except ray.exceptions.RayError as error:
             raise _given_up(watch.lost or error) from error
         except KeyboardInterrupt:
+            if watch.stuck:
+                raise StuckError(watch.stuck) from None
             if watch.lost:
                 raise _given_up(watch.lost) from None
             raise
         finally:
             Execution.latest = None
+
+
+def _set_aside(error: bytes) -> SetAside:
+    problem = pickle.loads(error)
+    if not isinstance(problem, SetAside):
+        raise from_value(problem)
+    return problem
 
 
 class Execution(ExecutionCallback):
@@ -153,19 +166,31 @@ class Execution(ExecutionCallback):
         Execution.latest = executor
 
 
-def _waits() -> str:
-    """What is at work, stage by stage, and what the cluster has free."""
+def _stages() -> list[Any]:
     executor = Execution.latest
-    stages = list((executor and executor._topology) or {})[1:]  # the first one is the list of ranges
+    return list((executor and executor._topology) or {})[1:]  # the first one is the list of ranges
+
+
+def _done() -> tuple[int, ...]:
+    """Numbers of which one grows where a job goes on: tasks that have ended, and actors that are alive."""
+    stages = _stages()
+    alive = sum(stage.get_actor_info().running for stage in stages)
+    return sum(stage.metrics.num_tasks_finished for stage in stages), alive
+
+
+def _waits(accelerator: str | None = None) -> str:
+    """What is at work, stage by stage, and what the cluster has free."""
     said = []
-    for stage in stages:
+    for stage in _stages():
         actors = stage.get_actor_info()
         pool = f"{actors.running} actors alive, {actors.pending + actors.restarting} waited for, "
         at_work = f"{pool if actors != ActorPoolInfo(0, 0, 0) else ''}{stage.num_active_tasks()} tasks"
         said.append(f"{stage.name.removeprefix('MapBatches(').removesuffix(')')}: {at_work}")
     free = ray.available_resources()  # type: ignore[no-untyped-call]
     unused = f"free: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
-    return "; ".join([*said, f"{machines()}, {unused}"])
+    found = machines()
+    wanted = f"; {accelerator} GPUs: {found.of(accelerator).gpus:g}" if accelerator else ""
+    return "; ".join([*said, f"{found}, {unused}{wanted}"])
 
 
 def units_waiting() -> dict[str, int]:
@@ -207,6 +232,7 @@ def _dataset(job: Job, ranges: list[dict[str, bytes]], actors: int) -> "ray.data
             compute=pool,
             num_cpus=actor_cpus,
             num_gpus=cluster.gpus,
+            accelerator_type=cluster.accelerator_type,
             max_task_retries=UNIT_TRIES,
             **unit,
         )

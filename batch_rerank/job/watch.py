@@ -1,11 +1,13 @@
 """A word on what is waited for, where nothing happens for a while, and an end where that is gone."""
 
 import logging
+import math
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +23,9 @@ class Watch:
     """Logs what `describe` says whenever `seconds` have passed without `progress`, inside a `with`.
 
     `gone` is asked every `poll` seconds whether what the block waits for will never come, and why. Then the main thread
-    is woken by a KeyboardInterrupt, and `lost` has the reason.
+    is woken by a KeyboardInterrupt, and `lost` has the reason. So it is where there is a `limit` in seconds, and for so
+    long there was no `progress` and none of the numbers of `done` was higher than ever: `stuck` has what is waited for.
+    `away`: the block is at something else meanwhile, which does not count.
     """
 
     def __init__(
@@ -30,11 +34,17 @@ class Watch:
         gone: Callable[[], str | None] = lambda: None,
         seconds: float = SILENCE_SECONDS,
         poll: float = 1.0,
+        limit: float | None = None,
+        done: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         self._describe, self._gone, self._seconds, self._poll = describe, gone, seconds, poll
+        self._limit, self._done = limit or math.inf, done
+        self._most: list[int] = []
+        self.away = False
         self._main = threading.current_thread() is threading.main_thread()
         self.lost: str | None = None
-        self._since = time.monotonic()
+        self.stuck: str | None = None
+        self._since = self._grown = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -55,19 +65,45 @@ class Watch:
         while not self._ended.wait(min(self._poll, self._seconds)):
             self.lost = self._gone()
             if self.lost:
-                if self._main and not self._ended.is_set():
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                self._wake()
                 return
             now = time.monotonic()
-            if now < max(said, self._since) + self._seconds:
-                continue
-            said = now
-            try:
-                waits = self._describe()
-            except Exception as error:  # what is asked may be what has gone
-                waits = f"its state cannot be read ({type(error).__name__})"
-            if not self._ended.is_set():
-                log.warning("nothing has finished for %.0f s: %s", now - self._since, waits)
+            if now >= max(said, self._since) + self._seconds:
+                said = now
+                waits = self._waits()
+                if not self._ended.is_set():
+                    log.warning("nothing has finished for %.0f s: %s", now - self._since, waits)
+            if self._stands_still(now):
+                self.stuck = (
+                    f"nothing has happened for {self._limit:g} s (cluster.max_seconds_without_progress): "
+                    f"{self._waits()}; finished units are kept; run it again to resume"
+                )
+                self._wake()
+                return
+
+    def _waits(self) -> str:
+        try:
+            return self._describe()
+        except Exception as error:  # what is asked may be what has gone
+            return f"its state cannot be read ({type(error).__name__})"
+
+    def _stands_still(self, now: float) -> bool:
+        try:
+            found = list(self._done())
+        except Exception:  # the same; then only `progress` counts
+            found = []
+        most = [max(pair) for pair in zip_longest(self._most, found, fillvalue=0)]
+        if most != self._most or self.away:
+            self._most, self._grown = most, now
+        return now - max(self._since, self._grown) >= self._limit
+
+    def _wake(self) -> None:
+        if self._ended.is_set():
+            return
+        if self._main:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        else:
+            log.error("%s; only a job in its process's main thread can be ended from here", self.lost or self.stuck)
 
 
 class Heartbeat:

@@ -8,11 +8,12 @@ from typing import TypeVar
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from batch_rerank.config import Cluster, JobConfig, load_config
+from batch_rerank.config import JobConfig, load_config
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, StorageError
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.outside import problem_of
+from batch_rerank.sections import Cluster
 from batch_rerank.store.filesystem import Options, locate
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Unit

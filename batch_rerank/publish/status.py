@@ -41,6 +41,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
         "pairs_planned": plan.pairs,
         "failed_rows": sum(receipt.failed for receipt in found.committed),
         "units_padded": sum(bool(receipt.fallback) for receipt in found.committed),
+        "units_moved": sum(receipt.moves for receipt in found.committed),
         "gate": None if verdict is None else verdict.summary,
         "success": "_SUCCESS" in found.files.found,
     }

@@ -5,11 +5,13 @@ Ray starts a dead actor again and gives it the same units. A unit that kills the
 
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from threading import Lock
 
 from batch_rerank.errors import BatchRerankError
+from batch_rerank.score.leaving import SIGTERM
 from batch_rerank.score.poison import Trial
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.records import Count, Line, parse
@@ -17,7 +19,11 @@ from batch_rerank.store.records import Count, Line, parse
 log = logging.getLogger("batch_rerank")
 
 MOST_DEATHS = 2
-"""Deaths with one unit after which it is set aside. One may be a node's loss; two with the same unit are not."""
+"""Deaths with one unit after which it is set aside. A node's loss is none."""
+
+MOST_NODES = 5
+"""Nodes that may go without notice while they score a unit, or processes that get SIGTERM on a node that stays, after
+which it is set aside: it may be what takes them."""
 
 MOST_LOADS = 3
 """Deaths while loading, one after the other, after which the model is not loaded again."""
@@ -28,7 +34,8 @@ MOST_TRIES = 30
 
 @dataclass(frozen=True)
 class _State:
-    """The diary as it is written."""
+    """The diary as it is written. node: where; leaving: why the process is going to end, where that is no unit's fault;
+    moves: how often each unit's node has left, nodes: of those, how often without notice."""
 
     loading: bool = False
     lost_loads: Count = 0
@@ -36,20 +43,31 @@ class _State:
     deaths: dict[Line, Count] = field(default_factory=dict)
     tries: dict[Line, Count] = field(default_factory=dict)
     trials: dict[Line, Trial] = field(default_factory=dict)
+    node: Line = ""
+    leaving: Line = ""
+    moves: dict[Line, Count] = field(default_factory=dict)
+    nodes: dict[Line, Count] = field(default_factory=dict)
 
 
 class Attempts:
     """An actor's diary. The first life writes behind the scoring, and may score two units at once: each has a death
-    then. One that has died before writes first and scores one at a time, so that a second death is the unit's own."""
+    then. One that has died before writes first and scores one at a time, so that a second death is the unit's own.
 
-    def __init__(self, location: Location, restarted: bool) -> None:
+    `node`: where this life is; `gone`: whether a node is not there any more, or is leaving."""
+
+    def __init__(
+        self, location: Location, restarted: bool, node: str = "", gone: Callable[[str], bool] = lambda node: False
+    ) -> None:
         self._location, self.careful = location, restarted
+        self._node, self._gone, self._leaving = node, gone, ""
         self._at_work: list[str] = []
         self._list = Lock()
         self._loading, self._lost_loads = False, 0
         self._deaths: dict[str, int] = {}
         self._tries: dict[str, int] = {}
         self._trials: dict[str, Trial] = {}
+        self._moves: dict[str, int] = {}
+        self._nodes: dict[str, int] = {}
         self._writer = ThreadPoolExecutor(max_workers=1)
         if restarted:
             self._recall()
@@ -74,6 +92,8 @@ class Attempts:
             return f"its actor died {deaths} times while scoring it (killed, or a crash in native code)"
         if tries >= MOST_TRIES:
             return f"its device failed {tries} times while scoring it"
+        if self._nodes.get(unit, 0) >= MOST_NODES:
+            return f"{self._nodes[unit]} nodes went without notice, or ended its actor, while scoring it"
         with self._list:
             self._at_work = [*self._at_work, unit]
         self._note()
@@ -85,8 +105,17 @@ class Attempts:
         return known and Trial(list(known.todo), dict(known.errors))
 
     def tries(self, unit: str) -> int:
-        """How often a unit was begun in earlier lives, and now."""
+        """How often a unit was begun in earlier lives that ended by it, and now."""
         return self._deaths.get(unit, 0) + self._tries.get(unit, 0) + 1
+
+    def moves(self, unit: str) -> int:
+        """How often a unit was begun on a node that then left."""
+        return self._moves.get(unit, 0)
+
+    def leaving(self, why: str) -> "Future[None]":
+        """Note that this process is going to end, by no unit's fault."""
+        self._leaving = why
+        return self._writer.submit(self._write)
 
     def end(self, unit: str) -> None:
         """Note that a unit is scored: a death from now on is not its fault. On storage only from the second life on;
@@ -110,7 +139,18 @@ class Attempts:
             done.result()
 
     def _write(self) -> None:
-        state = _State(self._loading, self._lost_loads, self._at_work, self._deaths, self._tries, self._trials)
+        state = _State(
+            self._loading,
+            self._lost_loads,
+            self._at_work,
+            self._deaths,
+            self._tries,
+            self._trials,
+            self._node,
+            self._leaving,
+            self._moves,
+            self._nodes,
+        )
         try:
             with storage_errors(self._location):
                 self._location.write_bytes(json.dumps(asdict(state)).encode())
@@ -125,8 +165,14 @@ class Attempts:
             log.warning("%s: what the actor's earlier life was doing is not known: %s", self._location, error)
             return
         self._deaths, self._tries, self._trials = state.deaths, state.tries, state.trials
-        self._lost_loads = state.lost_loads + state.loading
+        self._moves, self._nodes = state.moves, state.nodes
+        gone = bool(state.node) and self._gone(state.node)
+        lost = state.leaving or ("without notice" if gone else "")
+        told = bool(state.leaving) and (gone or state.leaving != SIGTERM)
+        self._lost_loads = state.lost_loads + (state.loading and not told)
         for unit in [] if state.loading else state.units:
-            self._deaths[unit] = self._deaths.get(unit, 0) + 1
-            log.warning("the actor died while scoring unit %s", unit)
+            for counts in [self._moves] if told else [self._moves, self._nodes] if lost else [self._deaths]:
+                counts[unit] = counts.get(unit, 0) + 1
+            log.warning("%s while scoring unit %s", f"the node left ({lost})" if lost else "the actor died", unit)
+        self.careful = not lost or bool(self._deaths or self._tries or self._nodes)
         self._write()

@@ -22,6 +22,7 @@ from batch_rerank.errors import BatchRerankError, ModelError
 from batch_rerank.score.attempts import Attempts
 from batch_rerank.score.blocks import block, failure, row, unpack
 from batch_rerank.score.bundles import read_bundles
+from batch_rerank.score.leaving import Leaving, Notice
 from batch_rerank.score.poison import DeviceLostError, Trial
 from batch_rerank.score.read_unit import ReadRange, read_range
 from batch_rerank.score.score_file import commit_unit
@@ -75,18 +76,33 @@ def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
         yield failure(error)
 
 
+@dataclass(frozen=True)
+class Life:
+    """One life of an actor, as its cluster knows it. `actor` is the same in all of them; `restarted`: this is not the
+    first; `gone`: whether a node is not there any more, or is leaving; `notice`: that this one is."""
+
+    actor: str
+    restarted: bool
+    node: str
+    gone: Callable[[str], bool]
+    notice: Callable[[], Notice | None]
+
+
 class Scoring:
     """What an actor does: one model copy. An error of the load is kept and returned with every unit.
 
-    `actor` is the same in every life of it; `restarted`: this is not the first. Two units may be scored at once: while
-    the device computes one, the other is unpacked, packed and sent.
+    `life` says where it is. Two units may be scored at once: while the device computes one, the other is unpacked,
+    packed and sent.
     """
 
-    def __init__(self, job: Job, actor: str, restarted: bool) -> None:
+    def __init__(self, job: Job, life: Life) -> None:
         job.enter()
         manifest = Manifest(locate(job.config.output.path, job.config.output.storage_options, reached=True))
-        self._actor, self._attempts = actor, Attempts(manifest.root / f"_manifest/attempts/{actor}.json", restarted)
+        diary = manifest.root / f"_manifest/attempts/{life.actor}.json"
+        self._actor, self._attempts = life.actor, Attempts(diary, life.restarted, life.node, life.gone)
+        self._leaving = Leaving(life.notice, self._attempts.leaving)
         self._scorer = self._load(job)
+        self._leaving.loaded()
         self._alone = threading.Lock()
 
     def _load(self, job: Job) -> LoadedScorer | BatchRerankError:
@@ -106,7 +122,7 @@ class Scoring:
         """An encoded unit to a scored one."""
         if isinstance(self._scorer, BatchRerankError):
             return failure(self._scorer)
-        with self._alone if self._attempts.careful else nullcontext(), self._scorer.sheet.unit():
+        with self._alone if self._attempts.careful else nullcontext(), self._leaving.unit(), self._scorer.sheet.unit():
             return _step(batch, self._score)
 
     def _score(self, unit: EncodedUnit) -> ScoredUnit | list[SetAside]:
@@ -114,11 +130,13 @@ class Scoring:
         name, attempts = unit.unit.id, self._attempts
         refused = attempts.begin(name)
         if refused:
-            return [SetAside(one.id, attempts.tries(name) - 1, refused) for one in unit.units]
+            tries = attempts.tries(name) + attempts.moves(name) - 1
+            return [SetAside(one.id, tries, refused) for one in unit.units]
         trial = attempts.trial(name) or Trial.of(unit.encoded)
         try:
             scored = score_unit(unit, self._scorer, trial, attempts.careful)
-            return replace(scored, about={**scored.about, "actor": self._actor, "retries": attempts.tries(name) - 1})
+            begun = {"retries": attempts.tries(name) - 1, "moves": attempts.moves(name)}
+            return replace(scored, about={**scored.about, "actor": self._actor, **begun})
         except DeviceLostError as error:
             attempts.leave(name, trial)
             log.error("unit %s: the device is lost (%s); this process ends, and Ray starts another", name, error)

@@ -7,9 +7,10 @@ seconds, which are both well.
 
 from pathlib import Path
 
-from batch_rerank.config import Cluster, JobConfig
+from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.checkpoint_files import matrix_parameters
+from batch_rerank.sections import Cluster
 
 UNIT_SECONDS = 20.0
 GPU_FLOPS = 2e14

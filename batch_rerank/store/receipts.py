@@ -57,8 +57,8 @@ class Receipt:
     of by whom, token_budget: of its batches, 0 where there are none; seconds: its part of the actor's time with a unit,
     beside those of the other steps; load_seconds (of the actor's first unit), wait_seconds, pack_seconds,
     compute_seconds, result_seconds and age_seconds: see score/timesheet.py, all 0 for a unit that no actor has met;
-    retries: how often it was begun before, by a process that died with it; reused: pairs with the score of an earlier
-    output, reused_from: of which;
+    retries: how often it was begun before, by a process that died with it, moves: by one whose node left; reused: pairs
+    with the score of an earlier output, reused_from: of which;
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
     audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it, see
@@ -112,6 +112,7 @@ class Receipt:
     actor: Line = ""
     token_budget: Count = 0
     retries: Count = 0
+    moves: Count = 0
     shape: Text = ""
 
     @property
@@ -260,6 +261,7 @@ class Totals:
     resumed_pairs: int = 0
     gpu_seconds: float = 0.0
     retries: int = 0
+    moves: int = 0
     read_seconds: float = 0.0
     encode_seconds: float = 0.0
     write_seconds: float = 0.0
@@ -276,5 +278,5 @@ class Totals:
         self.computed_tokens += receipt.computed_tokens
         self.flop += receipt.flop
         self.audit_difference = max(self.audit_difference, receipt.audit_difference)
-        for name in (*SUMMED, "storage_retries", "retries", *REUSE_COUNTS, *TIMES):
+        for name in (*SUMMED, "storage_retries", "retries", "moves", *REUSE_COUNTS, *TIMES):
             setattr(self, name, getattr(self, name) + getattr(receipt, name))

@@ -12,7 +12,9 @@ BATCH_RERANK_FAULTS is a JSON object:
         match: regular expression of the target: a path, a unit's id, or the model's name
         nth: strike from the nth such step of a process on; 1 if left out
         once: a file that the first strike creates; no process strikes while it is there
-        action: a signal's name (this process gets it), an errno's name (the step raises it), or clock
+        action: a signal's name (this process gets it), an errno's name (the step raises it), clock or hold
+        folder: where a step that is held leaves a file with its process's id as name and the target in it, until there
+            is one named go
         days: how far the clock of this process jumps (time.time, time_ns, gmtime and localtime; not datetime's)
 """
 
@@ -100,11 +102,20 @@ def _strike(fault, target):
     action = fault["action"]
     if action == "clock":
         _shift_clock(fault["days"] * 86400)
+    elif action == "hold":
+        _hold(fault["folder"], target)
     elif action.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, action))
     else:
         number = getattr(errno, action)
         raise OSError(number, os.strerror(number), target)
+
+
+def _hold(folder, target):
+    with open(f"{folder}/{os.getpid()}", "w") as file:
+        file.write(target)
+    while not os.path.exists(f"{folder}/go"):
+        time.sleep(0.05)
 
 
 def _shift_clock(seconds):
