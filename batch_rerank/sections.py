@@ -6,6 +6,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from batch_rerank.outside import problem_of
 
+MOST = 2**53
+"""Of whole numbers: what JSON and every library that is handed one can hold."""
+
+Whole = Annotated[int, Field(ge=1, le=MOST)]
+
 TYPES: dict[str, type] = {
     **dict.fromkeys(("key", "secret", "token", "username", "password", "endpoint_url", "profile", "project"), str),
     **dict.fromkeys(("account_name", "account_key", "sas_token", "connection_string"), str),

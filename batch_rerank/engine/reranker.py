@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from batch_rerank.engine.checkpoint import relocate, resolve_model
+from batch_rerank.engine.checkpoint_files import Stored
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import Float32, best_chunks
@@ -53,6 +54,7 @@ class Reranker:
             kind=kind,
             template=template,
             instruction=instruction,
+            stored=self._stored(name, allow_pickle),
             max_length=max_length,
             dtype=dtype,
             device=device,
@@ -63,6 +65,10 @@ class Reranker:
         self._encoder = make_encoder(self.spec)
         loaded = tested_scorer(self.spec, device, token_budget, forward, self_test)
         self._scorer, self.tested, self.fallback = loaded.scorer, loaded.result, loaded.fallback
+
+    def _stored(self, name: str, allow_pickle: bool) -> Stored | None:
+        """What a store has by this name; the package's own Reranker can reach stores, this one reads hub and disk."""
+        return None
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Float32:
         """float32[n_pairs] raw scores of (query, document) pairs, in input order; equal queries are scored together."""
