@@ -11,18 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from batch_rerank.conditions import Gate
-from batch_rerank.engine.kinds import KINDS
-from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
 from batch_rerank.job_file import parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
+from batch_rerank.model_settings import Model
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
 from batch_rerank.sections import (
     MOST,
     Cluster,
     Cost,
-    Name,
     Places,
     Reuse,
     Section,
@@ -127,46 +125,6 @@ class Output(Section):
             raise ValueError(f"passthrough: {taken} are columns of the output itself (text: set include_text)")
         if len(set(self.passthrough)) < len(self.passthrough):
             raise ValueError(f"passthrough: {self.passthrough} names a column twice")
-        return self
-
-
-class Model(Section):
-    """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's.
-
-    `forward`: auto packs sequences where the model and device allow it and the self-test passes, and pads them else;
-    packed and padded insist. `dtype` float8: of decoders on GPUs only, packed only.
-    """
-
-    name: Name
-    revision: str | None = None
-    kind: str = "auto"
-    template: str | dict[str, Any] = "auto"
-    instruction: str | None = None
-    max_length: Annotated[int, Field(ge=-MOST, le=MOST)] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
-    forward: Literal["auto", "packed", "padded"] = "auto"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-    @model_validator(mode="after")
-    def _whole_template(self) -> "Model":
-        if not isinstance(self.template, str):
-            try:
-                parse_template(self.template)
-            except ConfigError as error:
-                raise ValueError(str(error).removeprefix("model.")) from None
-        return self
-
-    @model_validator(mode="after")
-    def _known_kind(self) -> "Model":
-        if self.kind not in ("auto", *KINDS):
-            raise ValueError(f"kind: found {self.kind!r}; expected one of {['auto', *KINDS]}")
-        return self
-
-    @model_validator(mode="after")
-    def _packed_float8(self) -> "Model":
-        if self.dtype == "float8" and self.forward == "padded":
-            raise ValueError("dtype: found float8, which only the packed forward has; set forward to auto, or bfloat16")
         return self
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_rerank.engine.checkpoint import relocate, resolve_model
+from batch_rerank.engine.checkpoint_files import Stored
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import Float32, best_chunks
@@ -67,6 +68,7 @@ class Reranker:
             kind=kind,
             template=template,
             instruction=instruction,
+            stored=self._stored(name, allow_pickle),
             max_length=max_length,
             dtype=dtype,
             device=device,
@@ -79,6 +81,10 @@ class Reranker:
         self._encoder = make_encoder(self.spec)
         loaded = tested_scorer(self.spec, device, token_budget, forward, self_test)
         self._scorer, self.tested, self.fallback = loaded.scorer, loaded.result, loaded.fallback
+
+    def _stored(self, name: str, allow_pickle: bool) -> Stored | None:
+        """What a store has by this name; the package's own Reranker can reach stores, this one reads hub and disk."""
+        return None
 
     def score(self, pairs: Iterable[tuple[str, str]], instruction: Instructions = None) -> Float32:
         """float32[n_pairs] raw scores of (query, document) pairs, in input order; pairs of equal queries and

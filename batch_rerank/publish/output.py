@@ -71,6 +71,8 @@ def config_of(plan: Plan, place: Place | str = "") -> JobConfig:
     job = place.job if isinstance(place, Place) else None
     if job is None:
         return config
+    opened = config.model.model_copy(update={"storage_options": job.model.storage_options})
+    config = config.model_copy(update={"model": opened})
     staged = job.input.patterns != config.input.patterns  # the stage lies where the output's options reach
     given = job.output.storage_options if staged else job.input.storage_options
     return config.model_copy(update={"input": config.input.model_copy(update={"storage_options": given})})
