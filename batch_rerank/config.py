@@ -18,7 +18,7 @@ from batch_rerank.job_file import parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
-from batch_rerank.sections import Cost, Name, Place, Places, Reuse, Section, StorageOptions, as_list
+from batch_rerank.sections import Cost, Name, Places, Reuse, Section, StorageOptions, Written, as_list
 
 MOST = 2**53
 """Of whole numbers: what JSON and every library that is handed one can hold."""
@@ -49,7 +49,7 @@ class Input(Section):
     run: Places | None = None
     queries: Places | None = None
     corpus: Places | None = None
-    stage: Place | None = None
+    stage: Written | None = None
     candidates_per_query: Whole | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = Field(default={})
@@ -97,7 +97,7 @@ class Output(Section):
     published from without scoring. `latest`: a small file that names the newest finished output. `report`: false leaves
     out what a run otherwise ends with, _report/report.html and .json. `storage_options`: as those of the input."""
 
-    path: Place
+    path: Written
     layout: Literal["flat", "nested"] = "flat"
     top_k: Whole | None = None
     include_text: bool = False
@@ -105,7 +105,7 @@ class Output(Section):
     trec_run: bool = False
     file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
     keep_scores: bool = True
-    latest: Place | None = None
+    latest: Written | None = None
     report: bool = True
     storage_options: StorageOptions = Field(default={}, exclude=True, repr=False)
 

@@ -923,7 +923,7 @@ def test_a_stage_that_is_killed_goes_on_from_there(local: bool, tmp_path: Path) 
     wait_for_silence(exchange_files)  # Ray's workers outlive a killed driver for a moment
     kept = list(exchange_files.glob("*.json"))
     again = start(arguments, tmp_path / "log")
-    assert again.wait(120) == 0, (tmp_path / "log").read_text()
+    assert again.wait(300) == 0, (tmp_path / "log").read_text()
     needed = len({row["doc_id"] for row in run_rows()})
     assert f"of {needed - len(kept)} pieces" in (tmp_path / "log").read_text()
     assert verify(str(tmp_path / "staged")).problems == []
