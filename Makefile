@@ -1,7 +1,7 @@
 # make demo: a real job with real weights. make test: everything quick; make chaos: the rest. Each makes .venv with the tested versions first.
 # make distill: a teacher's labels, a student trained on them, and both measured. make labels-check: exports through the
 # other trainers' own readers, in .venv-labels: they pin versions of transformers that exclude each other and ours.
-# make docs: the site, into build/site; a page without a link to it and a link that leads nowhere are errors.
+# make docs: all pages as a site, into build/site, with a reference made of the code; a link that leads nowhere ends it.
 # make gpu: proof and figures on a GPU box, with its own torch and transformers ($(PYTHON)); nothing is installed.
 PYTHON ?= python3
 VENV := .venv
