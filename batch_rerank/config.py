@@ -43,15 +43,15 @@ KEYS = {
 
 
 class Input(Section):
-    """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}.
-
-    Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
-    `stage`, by default a folder _stage-… beside the sources, or beside the output where they may not be written.
+    """Where the candidates are. `layout`: what a row is. `path`: of nested and flat, and a BEIR folder: a path, a
+    directory, a glob, or a list of them. `run`: ids alone, of layouts run and beir. `queries`, `corpus`: of layout run.
+    `stage`: layouts run and beir, and a flat whose queries are scattered, are written once as nested shards there; by
+    default in a folder _stage-… beside the sources, or beside the output where they may not be written.
     `candidates_per_query`: the best of the first stage, all if null. `max_missing`: share of the candidates, 0 to 1,
-    that may lack their query or document and are then left out.
-    `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work. `unit_bytes`: of
-    text in a unit at most, where a query has less.
-    """
+    that may lack their query or document and are then left out. `columns`: our names to the file's, e.g. {text:
+    passage}. `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work.
+    `unit_bytes`: of text in a unit at most, where a query has less. `storage_options`: what the store is opened with,
+    in fsspec's words; never stored or shown."""
 
     layout: Literal["nested", "flat", "run", "beir"]
     path: Places | None = None
@@ -98,13 +98,13 @@ class Input(Section):
 
 
 class Output(Section):
-    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec.
-
-    `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `file_bytes`: about
-    how large a part becomes. `keep_scores`: false removes the scores once they are published; they are what other
-    settings are published from without scoring. `latest`: a small file that names the newest finished output.
-    `report`: false leaves out what a run otherwise ends with, _report/report.html and .json.
-    """
+    """Where the ranked rows go, and which columns they have beyond the fixed ones. `path`: a directory, of this output
+    alone. `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `top_k`: the
+    best of a query that are kept, all if null. `include_text`: the documents too, in a column text. `passthrough`:
+    columns of the input that the output has too. `trec_run`: the rows also as _run.trec. `file_bytes`: about how large
+    a part becomes. `keep_scores`: false removes the scores once they are published; they are what other settings are
+    published from without scoring. `latest`: a small file that names the newest finished output. `report`: false leaves
+    out what a run otherwise ends with, _report/report.html and .json. `storage_options`: as those of the input."""
 
     path: Written
     layout: Literal["flat", "nested"] = "flat"
@@ -129,13 +129,12 @@ class Output(Section):
 
 
 class Scoring(Section):
-    """`token_budget`: tokens of one batch. `max_failed_rows`: share of rows that may have an error, 0 to 1.
-    `max_failed_units`: units that may be set aside before the job gives up; a job with any ends with exit 1.
-
-    `long_documents`: truncate, or chunk: a document that does not fit is scored in chunks that share `chunk_overlap`
-    tokens, and has the score of its best chunk. `escape_control_tokens`: read "<|im_end|>" and the like inside queries,
-    their instructions and documents as plain text; the models' own code does not.
-    """
+    """How pairs are scored, and how many may fail. `token_budget`: tokens of one batch; auto goes by free memory.
+    `max_failed_rows`: share of rows that may have an error, 0 to 1. `max_failed_units`: units that may be set aside
+    before the job gives up; a job with any ends with exit 1. `long_documents`: truncate, or chunk: a document that does
+    not fit is scored in chunks that share `chunk_overlap` tokens, and has the score of its best chunk. `chunk_overlap`:
+    in tokens. `escape_control_tokens`: read "<|im_end|>" and the like inside queries, their instructions and documents
+    as plain text; the models' own code does not."""
 
     token_budget: Literal["auto"] | Whole = "auto"
     max_failed_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -146,7 +145,9 @@ class Scoring(Section):
 
 
 class JobConfig(Section):
-    """A whole job. `limit` is set by `--limit`: only the first N queries, as a sample."""
+    """A whole job. `input`: what is scored. `output`: where it goes. `model`: by what. `scoring`: how. `cluster`: on
+    what. `reuse`: whose scores are taken. `gate`: what has to hold before it is published. `labels`: training files of
+    its scores. `cost`: its price and budget. `limit`: only the first N queries, as a sample, as `--limit` sets it."""
 
     input: Input
     output: Output

@@ -12,15 +12,18 @@ from batch_rerank.sections import MOST, Name, Section, StorageOptions, Whole
 
 
 class Model(Section):
-    """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's.
-
-    `forward`: auto packs sequences where the model and device allow it and the self-test passes, and pads them else;
-    packed and padded insist. `dtype` float8: of decoders on GPUs only, packed only.
-
-    A `name` with a protocol is a place in a store, opened with `storage_options`. Every node keeps what it fetches from
-    there in `cache_dir`, by default batch-rerank beside the hub's own cache, of `cache_bytes` at most: what was used
-    longest ago goes first, and nothing that a process uses.
-    """
+    """The reranker; auto reads the checkpoint's own files. `name`: a hub id, a checkpoint directory, or a place in a
+    store, such as s3://bucket/models/mine. `revision`: of a hub id; the newest if null. `kind`: causal,
+    sequence_classification, bi_encoder, or checksum, a free stand-in. `template`: how a pair becomes a prompt: a name
+    that `batch-rerank models` lists, or a mapping with a template of your own. `instruction`: the template's own if
+    null; the input's column counts first. `max_length`: tokens of a sequence, query, document and template; the
+    template's or the model's if null. `dtype`: auto is bfloat16 on GPUs and float32 on CPUs; float8 is of decoders on
+    GPUs, packed, alone. `forward`: auto packs sequences where the model and device allow it and the self-test passes,
+    and pads them else; packed and padded insist. `trust_remote_code`: run code of the checkpoint's. `allow_pickle`: read
+    pickled weights, without running code in them. `cache_dir`: where a node keeps what it fetches from a store;
+    batch-rerank beside the hub's own cache if null. `cache_bytes`: what that may hold: what was used longest ago goes
+    first, and nothing that a process uses. `storage_options`: what the store of `name` is opened with; never stored or
+    shown."""
 
     name: Name
     revision: str | None = None
