@@ -19,8 +19,8 @@ class Model(Section):
     null; the input's column counts first. `max_length`: tokens of a sequence, query, document and template; the
     template's or the model's if null. `dtype`: auto is bfloat16 on GPUs and float32 on CPUs; float8 is of decoders on
     GPUs, packed, alone. `forward`: auto packs sequences where the model and device allow it and the self-test passes,
-    and pads them else; packed and padded insist. `trust_remote_code`: run code of the checkpoint's. `allow_pickle`: read
-    pickled weights, without running code in them. `cache_dir`: where a node keeps what it fetches from a store;
+    and pads them else; packed and padded insist. `trust_remote_code`: run code of the checkpoint's. `allow_pickle`:
+    read pickled weights, without running code in them. `cache_dir`: where a node keeps what it fetches from a store;
     batch-rerank beside the hub's own cache if null. `cache_bytes`: what that may hold: what was used longest ago goes
     first, and nothing that a process uses. `storage_options`: what the store of `name` is opened with; never stored or
     shown."""

@@ -144,8 +144,9 @@ class Cluster(Section):
     node's cores among its actors, and is 1 beside a GPU. `address`: HOST:PORT of a Ray to join; RAY_ADDRESS, or else a
     Ray of its own on this machine, if null. `prefetch_units`: units that are given to an actor ahead.
     `accelerator_type`: only GPUs that Ray calls so (L4, A100, H100, …) serve; any if null. `lease_seconds`: how long a
-    job must be silent before another one takes its output over. `max_seconds_without_progress`: on Ray, how long nothing may happen (no unit, part or
-    piece of a stage ends, and no model is loaded) before the job ends with exit 9; it waits for ever if null."""
+    job must be silent before another one takes its output over. `max_seconds_without_progress`: on Ray, how long
+    nothing may happen (no unit, part or piece of a stage ends, and no model is loaded) before the job ends with exit 9;
+    it waits for ever if null."""
 
     actors: Whole | ActorRange = 1
     gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1000), AfterValidator(_countable)] = "auto"
