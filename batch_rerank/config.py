@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -14,17 +14,14 @@ from batch_rerank.conditions import Gate
 from batch_rerank.engine.kinds import KINDS
 from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
-from batch_rerank.job_file import parse_yaml, read_yaml
+from batch_rerank.job_file import copied, parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
-from batch_rerank.sections import Cost, Name, Place, Places, Reuse, Section, StorageOptions, as_list
+from batch_rerank.sections import Cost, Name, Places, Reuse, Section, StorageOptions, Written, as_list
 
 MOST = 2**53
 """Of whole numbers: what JSON and every library that is handed one can hold."""
-
-MOST_DEPTH = 20
-"""Of values within values of a job that is a mapping."""
 
 Whole = Annotated[int, Field(ge=1, le=MOST)]
 
@@ -53,7 +50,7 @@ class Input(Section):
     run: Places | None = None
     queries: Places | None = None
     corpus: Places | None = None
-    stage: Place | None = None
+    stage: Written | None = None
     candidates_per_query: Whole | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = Field(default={})
@@ -101,7 +98,7 @@ class Output(Section):
     `report`: false leaves out what a run otherwise ends with, _report/report.html and .json.
     """
 
-    path: Place
+    path: Written
     layout: Literal["flat", "nested"] = "flat"
     top_k: Whole | None = None
     include_text: bool = False
@@ -109,7 +106,7 @@ class Output(Section):
     trec_run: bool = False
     file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
     keep_scores: bool = True
-    latest: Place | None = None
+    latest: Written | None = None
     report: bool = True
     storage_options: StorageOptions = Field(default={}, exclude=True, repr=False)
 
@@ -263,7 +260,7 @@ def load_config(
     another job than the whole and must not stand in its place.
     """
     where = "job" if isinstance(job, Mapping) else str(job)
-    raw = _copied(job) if isinstance(job, Mapping) else read_yaml(job)
+    raw = copied(job) if isinstance(job, Mapping) else read_yaml(job)
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: found {type(raw).__name__}, expected the sections input, output and model")
     for override in overrides:
@@ -273,17 +270,6 @@ def load_config(
     if limit is not None:
         raw["limit"] = limit
     return parse_config(raw, where)
-
-
-def _copied(values: Any, depth: int = 0) -> Any:
-    """A mapping as a job file would have it: plain dicts and lists of its own, and paths as texts."""
-    if depth > MOST_DEPTH:
-        raise ConfigError(f"job: more than {MOST_DEPTH} levels, or within itself; expected sections of keys and values")
-    if isinstance(values, Mapping):
-        return {key: _copied(value, depth + 1) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_copied(value, depth + 1) for value in values]
-    return fspath(values) if isinstance(values, PathLike) else values
 
 
 def parse_config(raw: dict[str, Any], where: str) -> JobConfig:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from batch_rerank.outside import problem_of
+from batch_rerank.outside import problem_of, protocol_of
 
 TYPES: dict[str, type] = {
     **dict.fromkeys(("key", "secret", "token", "username", "password", "endpoint_url", "profile", "project"), str),
@@ -35,6 +35,12 @@ def _place(place: str) -> str:
     return place
 
 
+def _written(place: str) -> str:
+    if protocol_of(place) == "hf":
+        raise ValueError(f"found {place[:200]!r}; hf:// is for inputs: nothing is created exclusively there")
+    return place
+
+
 def _name(name: str) -> str:
     if not name or "\0" in name:
         raise ValueError(f"found {name!r}; expected a name, a path or a URL")
@@ -43,6 +49,7 @@ def _name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 Place = Annotated[str, AfterValidator(_place)]
+Written = Annotated[Place, AfterValidator(_written)]
 Places = Place | Annotated[list[Place], Field(min_length=1)]
 
 
