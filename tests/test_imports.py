@@ -186,6 +186,7 @@ ABOVE = {
 WITHOUT_JOB = {"cli_base.py"}
 
 OF_THE_JOB_FILE = {
+    "__main__.py": {"cli"},
     "config.py": {"engine", "errors", "outside", "schema", "conditions", "label_settings", "sections", "job_file"},
     "conditions.py": {"errors", "sections"},
     "errors.py": {"outside"},
