@@ -5,14 +5,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from batch_rerank.conditions import Gate
 from batch_rerank.errors import ConfigError
-from batch_rerank.job_file import parse_yaml, read_yaml
+from batch_rerank.job_file import copied, parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
 from batch_rerank.model_settings import Model
 from batch_rerank.outside import hide
@@ -29,9 +29,6 @@ from batch_rerank.sections import (
     Written,
     as_list,
 )
-
-MOST_DEPTH = 20
-"""Of values within values of a job that is a mapping."""
 
 KEYS = {
     "nested": (("path",), ()),
@@ -170,7 +167,7 @@ def load_config(
     another job than the whole and must not stand in its place.
     """
     where = "job" if isinstance(job, Mapping) else str(job)
-    raw = _copied(job) if isinstance(job, Mapping) else read_yaml(job)
+    raw = copied(job) if isinstance(job, Mapping) else read_yaml(job)
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: found {type(raw).__name__}, expected the sections input, output and model")
     for override in overrides:
@@ -180,17 +177,6 @@ def load_config(
     if limit is not None:
         raw["limit"] = limit
     return parse_config(raw, where)
-
-
-def _copied(values: Any, depth: int = 0) -> Any:
-    """A mapping as a job file would have it: plain dicts and lists of its own, and paths as texts."""
-    if depth > MOST_DEPTH:
-        raise ConfigError(f"job: more than {MOST_DEPTH} levels, or within itself; expected sections of keys and values")
-    if isinstance(values, Mapping):
-        return {key: _copied(value, depth + 1) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_copied(value, depth + 1) for value in values]
-    return fspath(values) if isinstance(values, PathLike) else values
 
 
 def parse_config(raw: dict[str, Any], where: str) -> JobConfig:

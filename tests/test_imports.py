@@ -188,6 +188,7 @@ ABOVE = {
 WITHOUT_JOB = {"cli_base.py", "reranker.py"}
 
 OF_THE_JOB_FILE = {
+    "__main__.py": {"cli"},
     "config.py": {"engine", "errors", "outside", "schema", "conditions", "label_settings", "model_settings", "sections"}
     | {"job_file"},
     "conditions.py": {"errors", "sections"},
