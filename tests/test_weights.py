@@ -30,7 +30,7 @@ from batch_rerank.job.run import run
 from batch_rerank.model_settings import Model
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.score.weights import cache_of, find_model, on_this_node
-from batch_rerank.store.filesystem import locate
+from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.manifest import Manifest
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -395,6 +395,22 @@ def test_what_is_missing_is_named(bucket: str, model: Path, tmp_path: Path, flat
     assert ends(url, "only pickled weights (pytorch_model.bin)") == 5
     fs.rm_file(f"{url[5:]}/config.json")
     assert ends(url, "no config.json there") == 5
+
+
+def test_an_index_of_another_form_is_named(bucket: str, model: Path) -> None:
+    url = put(model, bucket)
+    for weight_map, said in (({"a": ["x"]}, r"names \[\"\['x'\]\"\]"), ([], "no weight_map"), (None, "no weight_map")):
+        index = json.dumps({"weight_map": weight_map}).encode()
+        locate(url).fs.pipe_file(f"{url[5:]}/{WEIGHTS}.index.json", index)
+        with pytest.raises(ModelError, match=said):
+            planned(url)
+
+
+def test_a_host_that_no_name_server_knows_is_no_fault_of_the_model() -> None:
+    import aiohttp
+
+    with pytest.raises(StorageError), storage_errors("gs://bucket/m", ModelError):
+        raise aiohttp.ClientOSError(5, "Name or service not known")
 
 
 def test_a_store_that_is_away_is_storage(

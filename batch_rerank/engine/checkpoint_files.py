@@ -195,7 +195,9 @@ def check_listed(where: str, directory: Path, names: Collection[str], pickled: b
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        named = set(weight_map.values()) if isinstance(weight_map, dict) else {f"no weight_map: {weight_map!r}"}
+        named = (
+            set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {f"no weight_map: {weight_map!r}"}
+        )
         if absent := sorted(named - weights):
             raise ModelError(f"{where}: {index.name} names {absent}, which are not there")
 

@@ -31,7 +31,7 @@ def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -
         blame = kind if local else StorageError
         raise blame(f"{where}: not permitted ({str(error) or 'permission denied'}); {advice}") from None
     except OSError as error:
-        away = isinstance(error, ConnectionError) or _is_of_a_library(error.__cause__)
+        away = isinstance(error, ConnectionError) or _is_of_a_library(error) or _is_of_a_library(error.__cause__)
         blame = StorageError if away else kind
         raise blame(f"{where}: storage failed: {error.strerror or error}") from error
     except Exception as error:
