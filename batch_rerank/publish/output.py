@@ -98,7 +98,8 @@ def _parsed(kind: type[T], value: object, plan: Plan) -> T:
 def model_of(plan: Plan) -> ModelSpec:
     """What a plan knows of its model, for publishing. Raises StorageError where this version does not understand it."""
     try:
-        return ModelSpec(**{**plan.model, "causal": None})
+        files = tuple(map(tuple, plan.model.get("files") or ()))
+        return ModelSpec(**{**plan.model, "causal": None, "files": files})
     except TypeError as error:
         raise StorageError(
             f"_manifest/plan.json: written by batch_rerank {plan.version}, whose model this version does not "

@@ -81,7 +81,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
         config=_stored(config),
-        model=asdict(model),
+        model={**asdict(model), "files": [list(file) for file in model.files]},
         version=batch_rerank.__version__,
         counts=counts,
         notes=_notes(model, seen, units, sizes),
