@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 4
 
 .PHONY: demo distill test labels-check chaos gpu check format clean
 
@@ -15,7 +16,7 @@ distill: $(VENV)/.installed
 	$(BIN)/python -m batch_rerank.distill
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
 
 labels-check: .venv-labels/.installed
 	PYTHONPATH=. .venv-labels/bin/python -m pytest -p no:cacheprovider tests/test_labels_readers.py $(ARGS)

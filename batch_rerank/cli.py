@@ -14,7 +14,20 @@ import batch_rerank.cli_labels
 import batch_rerank.cli_outputs
 import batch_rerank.cli_plan
 import batch_rerank.cli_report  # noqa: F401  (their verbs)
-from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, interrupt, leave, print_json, verb, verdict_told
+from batch_rerank.cli_base import (
+    Job,
+    Json,
+    Limit,
+    Local,
+    Set,
+    app,
+    interrupt,
+    lasting,
+    leave,
+    print_json,
+    verb,
+    verdict_told,
+)
 from batch_rerank.config import load_config
 from batch_rerank.store.receipts import Totals
 
@@ -32,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @app.command()
-@verb
+@lasting
 def run(
     job: Job,
     local: Local = False,
@@ -101,7 +114,7 @@ def _list(odd: dict[str, int]) -> str:
 
 
 @app.command()
-@verb
+@lasting
 def stage(
     job: Job,
     local: Local = False,

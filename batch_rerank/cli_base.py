@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -13,6 +14,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
+from batch_rerank import __version__
 from batch_rerank.errors import BatchRerankError, GateError
 from batch_rerank.outside import shown, without_secrets
 
@@ -26,6 +28,9 @@ app = typer.Typer(
 log = logging.getLogger("batch_rerank")
 
 INTERRUPTED = "interrupted: finished units are kept; run the same command again to resume"
+EXIT_CODE = "exit code %d"
+"""The last line of a log, without a time: scripts read it."""
+
 ENDING_SECONDS = 60.0
 """How long the end of an interrupted job may take: a status that storage does not take, a Ray that does not answer."""
 
@@ -49,11 +54,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def verb(function: Callable[P, None]) -> Callable[P, None]:
     """Give a verb its log format and its exit codes; expected errors end without a traceback."""
+    return _verb(function, _Shown())
 
+
+def lasting(function: Callable[P, None]) -> Callable[P, None]:
+    """A verb that may take hours: its lines begin with the time, in UTC as all times in an output are."""
+    return _verb(function, _Timed("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def _verb(function: Callable[P, None], lines: logging.Formatter) -> Callable[P, None]:
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Shown())
+        handler.setFormatter(lines)
         log.addHandler(handler)
         log.propagate = False
         log.setLevel(logging.INFO)
@@ -77,6 +90,14 @@ class _Shown(logging.Formatter):
         return shown(without_secrets(super().format(record)))
 
 
+class _Timed(_Shown):
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return record.getMessage() if record.msg == EXIT_CODE else line
+
+
 @contextmanager
 def verdict_told(as_json: bool) -> Iterator[None]:
     """With --json, print what the gate has found also where it ends the verb."""
@@ -86,6 +107,21 @@ def verdict_told(as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"gate": error.verdict, "exit_code": error.exit_code})
         raise
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"batch-rerank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Score every candidate of a first-stage run with a reranker and write the run back re-sorted."""
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
@@ -113,7 +149,7 @@ def leave(code: int, message: str) -> NoReturn:
     """End with an exit code."""
     # Ray turns every driver's failure into exit code 1, so the last line of the log carries ours
     log.error("%s", message)
-    log.error("exit code %d", code)
+    log.error(EXIT_CODE, code)
     raise typer.Exit(code)
 
 

@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batch_rerank.cli_base import Json, LimitOfJob, Local, app, print_json, verb
+from batch_rerank.cli_base import Json, LimitOfJob, Local, app, lasting, print_json
 from batch_rerank.label_settings import LAYOUTS
 
 log = logging.getLogger("batch_rerank")
 
 
 @app.command()
-@verb
+@lasting
 def export(
     output: Annotated[
         str, typer.Argument(metavar="JOB_OR_OUTPUT", help="A finished output, or its job file, with its labels.")

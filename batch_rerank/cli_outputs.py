@@ -9,7 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batch_rerank.cli_base import Json, LimitOfJob, Local, Output, SetOfJob, app, leave, print_json, verb, verdict_told
+from batch_rerank.cli_base import (
+    Json,
+    LimitOfJob,
+    Local,
+    Output,
+    SetOfJob,
+    app,
+    lasting,
+    leave,
+    print_json,
+    verb,
+    verdict_told,
+)
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.outside import shown_id
 
@@ -17,7 +29,7 @@ log = logging.getLogger("batch_rerank")
 
 
 @app.command()
-@verb
+@lasting
 def publish(
     output: Output,
     local: Local = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, print_json, verb
+from batch_rerank.cli_base import Job, Json, Limit, Local, Set, app, lasting, print_json, verb
 from batch_rerank.config import load_config
 
 log = logging.getLogger("batch_rerank")
@@ -38,7 +38,12 @@ def plan(
     now = datetime.datetime.now()  # no zone: an offset would not know when clocks change
     left = None if deadline is None else deadline_seconds(deadline, now)
     ahead = plan_job(config, local=local)
-    value: dict[str, Any] = {**json.loads(ahead.plan.to_json()), "estimate": unknown(), "deadline": None}
+    value: dict[str, Any] = {
+        **json.loads(ahead.plan.to_json()),
+        "done_units": 0,
+        "estimate": unknown(),
+        "deadline": None,
+    }
     found = None
     if ahead.model is None:
         log.info("what it takes is unknown until the input is staged: batch-rerank stage, then plan again")
@@ -46,7 +51,22 @@ def plan(
         describe(ahead.plan, ahead.model)
         reuse = ahead.earlier.reuse if ahead.earlier and ahead.earlier.served else None
         budget = ALL if exact else SAMPLED
-        found = estimate(ahead.config, ahead.plan, ahead.model, budget=budget, seed=seed, reuse=reuse, local=local)
+        there = ahead.there
+        if there.done:
+            how = " and published" if there.published else ""
+            all_units = len(ahead.plan.units)
+            log.info("%d of %d units are scored already%s; what follows is the rest", len(there.done), all_units, how)
+        found = estimate(
+            ahead.config,
+            ahead.left,
+            ahead.model,
+            budget=budget,
+            seed=seed,
+            reuse=reuse,
+            local=local,
+            published=0 if there.published else ahead.plan.pairs,
+        )
+        value["done_units"] = len(there.done)
         value["estimate"] = found.json()
         for line in said(found):
             log.info("%s", line)
@@ -57,7 +77,7 @@ def plan(
     code = 0
     try:
         if found is not None:
-            found.check_budget()
+            found.check_budget(ahead.there.gpu_hours)
     except BudgetError as error:
         code = error.exit_code
         raise
@@ -77,7 +97,7 @@ def _actors(met: dict[str, Any]) -> str:
 
 
 @app.command()
-@verb
+@lasting
 def bench(
     job: Job,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of scoring, at most.")] = 60,

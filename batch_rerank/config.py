@@ -23,12 +23,12 @@ from batch_rerank.sections import (
     Cluster,
     Cost,
     Name,
-    Place,
     Places,
     Reuse,
     Section,
     StorageOptions,
     Whole,
+    Written,
     as_list,
 )
 
@@ -56,7 +56,7 @@ class Input(Section):
     run: Places | None = None
     queries: Places | None = None
     corpus: Places | None = None
-    stage: Place | None = None
+    stage: Written | None = None
     candidates_per_query: Whole | None = None
     max_missing: Annotated[float, Field(ge=0, le=1)] = 0
     columns: dict[str, str] = Field(default={})
@@ -104,7 +104,7 @@ class Output(Section):
     `report`: false leaves out what a run otherwise ends with, _report/report.html and .json.
     """
 
-    path: Place
+    path: Written
     layout: Literal["flat", "nested"] = "flat"
     top_k: Whole | None = None
     include_text: bool = False
@@ -112,7 +112,7 @@ class Output(Section):
     trec_run: bool = False
     file_bytes: Annotated[int, Field(ge=1, le=2**31)] = 128 * 2**20
     keep_scores: bool = True
-    latest: Place | None = None
+    latest: Written | None = None
     report: bool = True
     storage_options: StorageOptions = Field(default={}, exclude=True, repr=False)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from batch_rerank.sections import Place, Places, Section, StorageOptions, as_list
+from batch_rerank.sections import Place, Places, Section, StorageOptions, Written, as_list
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "sentence-transformers": ("listwise", "pairs", "margin", "n-tuple", "tables"),
@@ -136,7 +136,7 @@ class Labels(Section):
     or rising bounds of labels, each of which adds one. `file_bytes`: about how large a file becomes."""
 
     to: str
-    path: Place
+    path: Written
     layout: str = "auto"
     scale: Scale = "auto"
     positives: Positives = Positives()

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from batch_rerank.outside import problem_of
+from batch_rerank.outside import problem_of, protocol_of
 
 MOST = 2**53
 """Of whole numbers: what JSON and every library that is handed one can hold."""
@@ -40,6 +40,12 @@ def _place(place: str) -> str:
     return place
 
 
+def _written(place: str) -> str:
+    if protocol_of(place) == "hf":
+        raise ValueError(f"found {place[:200]!r}; hf:// is for inputs: nothing is created exclusively there")
+    return place
+
+
 def _name(name: str) -> str:
     if not name or "\0" in name:
         raise ValueError(f"found {name!r}; expected a name, a path or a URL")
@@ -48,6 +54,7 @@ def _name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 Place = Annotated[str, AfterValidator(_place)]
+Written = Annotated[Place, AfterValidator(_written)]
 Places = Place | Annotated[list[Place], Field(min_length=1)]
 
 

@@ -1,6 +1,7 @@
 """Small real inputs, and one Ray for the tests that need one."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 
 from batch_rerank.config import JobConfig, parse_config
+
+# the same examples every time, and as long as a busy machine takes; a test's own settings come before these
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Row = dict[str, Any]
 WORDS = ("alpha", "beta", "gamma", "delta", "größe", "北京", "def f(x):", "return x")

@@ -529,6 +529,16 @@ def test_paths_of_a_gate_are_found_from_any_working_directory(
     assert code == 7 and "overlap@10 >= 0.95: found" in error
 
 
+def test_a_night_that_is_refused_has_its_rate(nights: Nights, cli: Cli) -> None:
+    """A plan goes by it; but no error of a plan is known, for nothing was published."""
+    assert cli("run", nights.file("two", gate={"error": ["reused >= 1"]}), "--local")[0] == 7
+    held = json.loads((nights.directory / "two/_manifest/actual.json").read_text())
+    assert held["rate"]["work_per_second"] > 0 and held["rate"]["predicted_seconds"] == 0
+    assert held["actual"]["pairs"] == 200
+    code, _, said = cli("plan", nights.file("two"), "--local")
+    assert code == 0 and "two/_manifest/actual.json" not in said and "nothing is left to score" in said
+
+
 def test_killed_between_the_verdict_and_publishing_is_judged_again(nights: Nights) -> None:
     good = nights.job("two", gate={"error": ["failed <= 0"]})
     assert nights.recorded(scored_only(good).name)["passed"]

@@ -36,7 +36,7 @@ Run = Callable[..., Outcome]
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")),
-    deadline=10_000,
+    deadline=60_000,
     derandomize="FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

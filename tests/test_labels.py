@@ -553,6 +553,18 @@ def test_a_place_that_holds_something_else_is_refused(output: Path, tmp_path: Pa
             exported(output, inside)
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.parquet"])
+def test_labels_are_not_written_among_the_input(pattern: str, flat_shards: Path, tmp_path: Path) -> None:
+    """The job reads what it has read; its next run would read labels beside it."""
+    inside = flat_shards / "labels"
+    run(job(flat_shards / pattern, tmp_path / "out"), local=True)
+    with pytest.raises(ConfigError, match=r"is among what input\.path .* takes in"):
+        exported(tmp_path / "out", inside)
+    assert not inside.exists()
+    beside = flat_shards.parent / "labels"
+    assert exported(tmp_path / "out", beside).rows
+
+
 def test_a_document_with_two_texts_has_no_place_in_a_table(flat_shards: Path, tmp_path: Path) -> None:
     run(job(flat_shards, tmp_path / "out"), local=True)
     for to in ("pylate", "lightning-ir"):

@@ -5,6 +5,7 @@ import json
 import math
 import time
 import zoneinfo
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
-from conftest import candidate_rows, job, nested, write
+import yaml
+from conftest import candidate_rows, job, nested, scored_only, write
 from test_estimate import gpu_job, whole
 
 from batch_rerank.config import JobConfig
@@ -29,6 +31,7 @@ from batch_rerank.job.run import run
 from batch_rerank.job.spend import Spend
 from batch_rerank.store.receipts import Totals
 
+Cli = Callable[..., tuple[int, str, str]]
 LITTLE = Budget(text=1, read=float("inf"), least=2, most=3)
 
 
@@ -223,6 +226,33 @@ def test_a_resumed_run_publishes_all(tmp_path: Path, given: Path, monkeypatch: p
     assert told["rate"]["publish_rows_per_second"] == 2000
 
 
+def test_a_plan_is_of_what_is_left(tmp_path: Path, given: Path, cli: Cli) -> None:
+    config = job(given, tmp_path / "out", cluster__gpus_per_actor=0)
+    rate_for(config, tmp_path / "out")
+    (file := tmp_path / "job.yaml").write_text(yaml.safe_dump(config.model_dump(exclude={"limit"})))
+
+    def planned() -> tuple[dict[str, Any], str]:
+        code, out, said = cli("plan", file, "--local", "--exact", "--json")
+        assert code == 0, said
+        return json.loads(out), said
+
+    whole, said = planned()
+    assert whole["done_units"] == 0 and "already" not in said
+    scored_only(config)
+    lost = [unit[0] for unit in whole["units"][:2]]
+    for unit in lost:
+        (tmp_path / f"out/_manifest/receipts/{unit}.json").unlink()
+    rest, said = planned()
+    assert rest["done_units"] == len(whole["units"]) - 2 and "scored already; what follows is the rest" in said
+    pairs = sum(unit[5] for unit in whole["units"][:2])
+    assert rest["estimate"]["pairs"] == pairs < whole["estimate"]["pairs"]
+    assert rest["estimate"]["publish_seconds"] == whole["estimate"]["publish_seconds"], "all is published"
+    run(config, local=True)
+    nothing, said = planned()
+    assert "already and published" in said and "nothing is left to score" in said
+    assert nothing["estimate"]["seconds"] == nothing["estimate"]["tokens"] == nothing["estimate"]["pairs"] == 0
+
+
 # ---- clocks
 
 
@@ -249,3 +279,19 @@ def test_a_clock_time_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+# ---- places
+
+
+def test_a_bench_that_cannot_be_written_does_not_begin(
+    tmp_path: Path, given: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from batch_rerank.job import bench as module
+
+    (tmp_path / "out-bench.json").mkdir()
+    config = job(given, tmp_path / "out", cluster__gpus_per_actor=0)
+    (file := tmp_path / "job.yaml").write_text(yaml.safe_dump(config.model_dump(exclude={"limit"})))
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("a minute is spent"))
+    code, _, said = cli("bench", file, "--local")
+    assert code == 6 and "out-bench.json" in said

@@ -15,10 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from chaos.servers import Moto
 from conftest import candidate_rows, job, nested, rows_of
+from test_labels import content, exported, labels
 
+from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.job.run import run
+from batch_rerank.job.staging import on_ray
+from batch_rerank.labels.export import export
+from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import list_files, locate
 
@@ -88,6 +93,28 @@ def test_the_command_line_starts_its_own_ray_and_its_workers_reach_the_store(buc
     for file in written:
         assert SECRET.encode() not in file.read_bytes(), f"{file} holds the secret"
     assert SECRET not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+def test_labels_are_exported_from_s3_to_s3_as_on_a_disk(
+    bucket: str, local: bool, nested_shards: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_shards(bucket)
+    run(s3_job(bucket, output__top_k=3), local=True)
+    run(job(nested_shards, tmp_path / "out", input__layout="nested"), local=True)
+    monkeypatch.setattr("batch_rerank.labels.plan.SMALL_PAIRS", 0)  # on Ray, if it may
+    for to in ("sentence-transformers", "flagembedding"):
+        exported(tmp_path / "out", tmp_path / "disk" / to, to)
+        place = f"s3://{bucket}/labels/{to}"
+        settings = labels(Path("unused"), to).model_copy(update={"path": place})
+        each = in_turn if local else on_ray(s3_job(bucket))
+        there = export(Place(f"s3://{bucket}/out"), settings, each)
+        assert there.rows and there.path == place
+        locate(place).fs.get(place.removeprefix("s3://"), str(tmp_path / "s3" / to), recursive=True)
+        assert content(tmp_path / "s3" / to) == content(tmp_path / "disk" / to)
+        assert (tmp_path / "s3" / to / "_SUCCESS").exists()
+        again = export(Place(f"s3://{bucket}/out"), settings, each)
+        assert again.rows == there.rows and again.again
 
 
 def test_a_job_on_s3_resumes_and_repairs(bucket: str, tmp_path: Path) -> None:
@@ -197,9 +224,9 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
     }
     contents = {name: "".join(json.dumps(one) + "\n" for one in lines) for name, lines in files.items()}
     contents["bm25.run"] = "".join(f"{r['query_id']} Q0 {r['doc_id']} 1 {r['score']} bm25\n" for r in rows)
-    for name, content in contents.items():
-        locate(f"s3://{bucket}").fs.pipe_file(f"{bucket}/beir/{name}", content.encode())
-        (tmp_path / name).write_text(content)
+    for name, lines in contents.items():
+        locate(f"s3://{bucket}").fs.pipe_file(f"{bucket}/beir/{name}", lines.encode())
+        (tmp_path / name).write_text(lines)
     outputs = []
     for root, out in ((f"s3://{bucket}/beir", f"s3://{bucket}/out"), (str(tmp_path), str(tmp_path / "local"))):
         given = {"layout": "beir", "path": root, "run": f"{root}/bm25.run", "unit_pairs": 20}

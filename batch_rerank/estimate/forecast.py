@@ -107,6 +107,12 @@ def forecast(
     return _of(busy, actors, gpus, startup, publishing, rate.utilisation or 1.0, half_unit)
 
 
+def nothing_to_score(config: JobConfig, rates: list[Known], published: int) -> Forecast:
+    """Of a job whose units are all scored, with so many rows to publish: known without any rate of scoring."""
+    pace = (rates[0].rate.publish_rows_per_second if rates else 0.0) or PUBLISH_ROWS
+    return _of(Range.exact(0.0), 1, config.cluster.gpus, 0.0, published / pace, 1.0, 0.0)
+
+
 def _of(
     busy: Range, actors: int, gpus: float, startup: float, publishing: float, utilisation: float, half_unit: float
 ) -> Forecast:

@@ -93,6 +93,17 @@ def bench_location(config: JobConfig) -> Location:
     return locate(f"{whole}-bench.json", config.output.storage_options)
 
 
+def try_bench_location(config: JobConfig) -> None:
+    """Write where a bench will, before its minute is spent; an earlier one stays. Raises StorageError."""
+    location = bench_location(config)
+    with storage_errors(location):
+        try:
+            earlier = location.read_bytes()
+        except FileNotFoundError:
+            earlier = b"{}"
+        location.write_bytes(earlier)
+
+
 def write_bench(config: JobConfig, rate: Rate, more: dict[str, object]) -> Location:
     """Write what a bench found. Raises StorageError."""
     location = bench_location(config)

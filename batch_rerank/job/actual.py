@@ -132,7 +132,8 @@ def compare(planned: Estimate, course: Course, model: ModelSpec, gpu_seconds: fl
             startup_seconds=course.startup,
             publish_rows_per_second=course.published_rows / course.publishing if course.publishing > 0 else 0.0,
             spread=course.spread,
-            predicted_seconds=0.0 if took is None else took.p50,
+            # what a gate has kept from being published is not held against a plan with publishing in it
+            predicted_seconds=0.0 if took is None or course.published is None else took.p50,
             actual_seconds=course.seconds,
             source="run",
             local=local,

@@ -15,7 +15,7 @@ from batch_rerank.job.staging import stage
 from batch_rerank.publish.publish import refuse_other_publication
 from batch_rerank.score.earlier import Earlier, find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
-from batch_rerank.store.bookkeeping import refuse_strays
+from batch_rerank.store.bookkeeping import made_again, refuse_strays
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
@@ -48,14 +48,30 @@ def ready(config: JobConfig, *, local: bool) -> tuple[JobConfig, Plan, ModelSpec
 
 
 @dataclass(frozen=True)
+class There:
+    """What an output has of a job. done: ids of units that are scored; published: whether the whole is; gpu_hours: what
+    earlier runs have spent."""
+
+    done: frozenset[str] = frozenset()
+    published: bool = False
+    gpu_hours: float = 0.0
+
+
+@dataclass(frozen=True)
 class Ahead:
     """What a run would do: the job as it will run, its plan, its model and the earlier outputs that serve; or the plan
-    of its stage, and no model, where the input is not staged yet."""
+    of its stage, and no model, where the input is not staged yet. there: what earlier runs have done of it."""
 
     config: JobConfig
     plan: Plan
     model: ModelSpec | None = None
     earlier: Earlier | None = None
+    there: There = There()
+
+    @property
+    def left(self) -> Plan:
+        """The plan without what is done."""
+        return replace(self.plan, units=[unit for unit in self.plan.units if unit.id not in self.there.done])
 
 
 def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:
@@ -65,8 +81,8 @@ def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:
     found = _input_of(config, find_stage)
     if found is not None:
         job, plan, model = found
-        _refuse_taken(job, plan)
-        return Ahead(job, plan, model, find_earlier(job, plan))
+        there = _there(job, plan)
+        return Ahead(job, plan, model, find_earlier(job, plan), there)
     plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
     return Ahead(config, plan)
@@ -118,9 +134,10 @@ def _supposed(config: JobConfig) -> JobConfig:
     return found
 
 
-def _refuse_taken(config: JobConfig, plan: Plan) -> None:
-    """Raise ConflictError where the output is not free for a job."""
+def _there(config: JobConfig, plan: Plan) -> There:
+    """What a job's output has of it. Raises ConflictError where the output is not free for the job."""
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
+    there = There()
     existing = manifest.read_plan()
     if existing is None:
         for shard in plan.shards:
@@ -131,7 +148,11 @@ def _refuse_taken(config: JobConfig, plan: Plan) -> None:
         found = scan(manifest, existing)
         refuse_strays(manifest, found, existing)
         refuse_other_publication(manifest, found.publication, config.output)
+        again = made_again(manifest, plan, found)
+        done = frozenset(receipt.unit for receipt in found.committed if receipt.unit not in again)
+        there = There(done, "_SUCCESS" in found.files.found, manifest.read_status().totals.gpu_seconds / 3600)
     Lease(manifest.root, config.cluster.lease_seconds).look()
+    return there
 
 
 def describe(plan: Plan, model: ModelSpec) -> None:

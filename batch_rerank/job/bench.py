@@ -17,7 +17,7 @@ from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import read_segments
 from batch_rerank.engine.work import Arithmetic
 from batch_rerank.errors import ConfigError, InputError
-from batch_rerank.estimate.rates import Rate, knows_flop, shape_of, write_bench
+from batch_rerank.estimate.rates import Rate, knows_flop, shape_of, try_bench_location, write_bench
 from batch_rerank.estimate.sample import Budget, choose
 from batch_rerank.job.actual import processor
 from batch_rerank.job.ahead import plan_job
@@ -85,6 +85,7 @@ def bench(config: JobConfig, *, local: bool = False, seconds: float = SECONDS) -
         raise ConfigError("the input is not staged yet; batch-rerank stage, then bench")
     if not ahead.plan.pairs:
         raise InputError("no pair to score in the input; expected some to measure with")
+    try_bench_location(ahead.config)
     sample = choose(ahead.plan, SEED, READ)
     units = sample.units if sample is not None else ahead.plan.units[:1]
     order = np.random.default_rng(SEED).permutation(len(units)).tolist()

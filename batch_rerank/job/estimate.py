@@ -9,7 +9,7 @@ from typing import Any
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import BudgetError, ConfigError
-from batch_rerank.estimate.forecast import Forecast, duration, forecast
+from batch_rerank.estimate.forecast import Forecast, duration, forecast, nothing_to_score
 from batch_rerank.estimate.ranges import Range
 from batch_rerank.estimate.rates import Known, find_rates
 from batch_rerank.estimate.sample import SAMPLED, Budget, choose
@@ -95,14 +95,16 @@ def estimate(
     local: bool = False,
     published: int | None = None,
 ) -> Estimate:
-    """What a settled job comes to. budget: of reading; ALL for all; published: rows, where they are not the plan's.
+    """What a settled job comes to. budget: of reading; ALL for all; published: rows, where they are not those of the
+    plan's units.
     Raises InputError and StorageError."""
     actors = 1 if local else max(1, min(config.cluster.max_actors, len(plan.units)))
     sample = choose(plan, seed, budget)
     rates = find_rates(config, model, local)
-    if sample is None or not plan.units:
-        empty = None if plan.units else _nothing()
-        return Estimate(config, empty, Forecast(actors, config.cluster.gpus), rates)
+    if not plan.units:
+        return Estimate(config, _nothing(), nothing_to_score(config, rates, published or 0), rates)
+    if sample is None:
+        return Estimate(config, None, Forecast(actors, config.cluster.gpus), rates)
     found = tally(config, model, plan, sample, actors, reuse, seed)
     return Estimate(config, found, forecast(config, found, rates, actors, published), rates)
 
@@ -174,6 +176,8 @@ def said(found: Estimate) -> list[str]:
             lines.append(f"reused      {_counted(one.reused)} pairs")
         if one.failed.p50:
             lines.append(f"null        {_counted(one.failed)} rows without a text or query")
+    if one is not None and not one.units:
+        return [f"time        {duration(seconds.publishing)} of publishing; nothing is left to score"]
     if seconds.seconds is None:
         return [*lines, "time        unknown: no rate of this model on this device; batch-rerank bench measures one"]
     assert seconds.actor_seconds is not None

@@ -10,7 +10,7 @@ from typing import Any
 from batch_rerank.calls import in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.errors import AuditError, UnfinishedError
+from batch_rerank.errors import AuditError, GateError, UnfinishedError
 from batch_rerank.estimate.forecast import Forecast
 from batch_rerank.estimate.rates import knows_flop
 from batch_rerank.estimate.sample import SAMPLED
@@ -122,14 +122,18 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
             expected.check({unit.unit: unit.error for unit in failed})
             rolls.finish()
             _check_failed_rows(manifest, totals, config)
-            verdict = pass_gate(manifest, plan, totals, config, model, lease)
+            try:
+                verdict = pass_gate(manifest, plan, totals, config, model, lease)
+            except GateError:  # nothing is published, and yet the rate of scoring is known
+                if totals.units > resumed:
+                    _keep_held(manifest, lease, _held(planned, course, model, spend.of_this_run, local))
+                raise
             finish(manifest, plan, totals, config, model, lease, each)
             course.published = time.monotonic()
             course.published_rows = totals.rows_in
             if totals.units > resumed:
                 held = _held(planned, course, model, spend.of_this_run, local)
-                if held is not None and not lease.lost:
-                    write_held(manifest, held)
+                _keep_held(manifest, lease, held)
             else:  # published alone: the run that has scored said what it took, and its rate
                 held = read_held(manifest)
     totals.storage_retries += manifest.root.patience.retries
@@ -175,6 +179,11 @@ def _held(
     except Exception as error:  # any
         log.warning("the run could not be held against its plan: %s: %s", type(error).__name__, error)
         return None
+
+
+def _keep_held(manifest: Manifest, lease: Lease, held: dict[str, Any] | None) -> None:
+    if held is not None and not lease.lost:
+        write_held(manifest, held)
 
 
 def _units_waiting() -> dict[str, int]:

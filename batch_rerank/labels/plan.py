@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 
 import batch_rerank
 from batch_rerank.calls import Each, ahead, in_turn
+from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.input.places import matches, patterns_of
 from batch_rerank.judge.evaluate import Qrels, read_qrels
 from batch_rerank.label_settings import SCALES, Labels
 from batch_rerank.labels.rows import Work
@@ -28,6 +30,11 @@ LABELS_VERSION = 1
 CHOSEN_ROWS = 50_000
 """Of a part, where texts are small: some 50 MB of texts of 1 KB."""
 
+
+WRITTEN = tuple(
+    f"{folder}/part-00000.{ending}" for folder in ("train", "queries", "documents") for ending in ("parquet", "jsonl")
+)
+"""One of each kind of file that readers of labels see."""
 
 SMALL_PAIRS = 500_000
 """Scored pairs that are exported in this process: Ray would take longer to start."""
@@ -70,6 +77,7 @@ def prepare(place: Place, labels: Labels, each: Each) -> Prepared:
     output = open_scores(place, None if labels.teachers else last)
     root = locate(labels.path, labels.storage_options)
     _refuse_inside(output.manifest.root, root, "exported output")
+    _refuse_among(output.config, root)
     others: list[Opened] = []
     for path in labels.teachers.places if labels.teachers else ():
         other = open_scores(Place(path, place.options), None)
@@ -207,6 +215,17 @@ def _refuse_inside(own: Location, root: Location, what: str) -> None:
         )
     if there.startswith(here):
         raise ConfigError(f"labels.path: {root} holds the {what} {own}; expected a place of its own")
+
+
+def _refuse_among(job: JobConfig, root: Location) -> None:
+    """Labels where the next run of the job would read them as its input."""
+    for key, pattern in patterns_of(job):
+        read = locate(pattern, job.input.storage_options)
+        if any(matches(read, root / name) for name in WRITTEN):
+            raise ConfigError(
+                f"labels.path: {root} is among what {key} {pattern!r} of the exported output takes in: its next run "
+                "would read labels; expected a place of its own"
+            )
 
 
 def _sha256(path: str, options: Options) -> str:

@@ -171,7 +171,8 @@ def _encoder(model: ModelSpec) -> Encoder:
 def environment() -> dict[str, str]:
     """Credentials, endpoint and hub settings of the driver. Files, profiles and roles are a node's and stay there."""
     local = ("_FILE", "_BUNDLE", "PROFILE", "CONTAINER", "ROLE")
-    names = [name for name in os.environ if name.startswith(("AWS_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"))]
+    ours = ("AWS_", "AZURE_STORAGE_", "STORAGE_EMULATOR_HOST", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+    names = [name for name in os.environ if name.startswith(ours)]
     return {name: os.environ[name] for name in names if not any(part in name for part in local)}
 
 

@@ -39,6 +39,15 @@ from batch_rerank.store.scan import (
 log = logging.getLogger("batch_rerank")
 
 
+def made_again(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, str]:
+    """Units with a receipt that a run makes again, by id, and why."""
+    again = found.broken | doubtful(manifest, plan, found)
+    if "_SUCCESS" not in found.files.found:
+        failed = (receipt for receipt in found.committed if receipt.engine_failed)
+        again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
+    return again
+
+
 def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tuple[frozenset[str], Scan]:
     """What is done already. Units that are not as they should be are named and made not done, and so are those with
     pairs that the engine could not score: it may have been the engine; and those with scores that failed an audit.
@@ -46,11 +55,7 @@ def resume(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> tupl
     found = scan(manifest, plan)
     remove_late_parts(manifest, found, plan)
     refuse_strays(manifest, found, plan)
-    again = dict(found.broken)
-    again |= doubtful(manifest, plan, found)
-    if "_SUCCESS" not in found.files.found:
-        failed = (receipt for receipt in found.committed if receipt.engine_failed)
-        again |= {r.unit: f"the engine failed on {r.engine_failed} of its pairs" for r in failed}
+    again = made_again(manifest, plan, found)
     for unit_id, reason in again.items():
         log.warning("unit %s: %s; it is made again", unit_id, reason)
     done = [receipt for receipt in found.committed if receipt.unit not in again]

@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from batch_rerank.errors import BatchRerankError, InputError, StorageError
 from batch_rerank.outside import protocol_of
 
-LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http.")
+LIBRARIES = (
+    *("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http."),
+    *("adlfs", "azure.", "gcsfs", "google.", "requests", "huggingface_hub", "httpx"),
+)
 
 
 @contextmanager

@@ -138,10 +138,9 @@ class Location:
     def create_exclusive(self, data: bytes) -> bool:
         """Create with this content, all or nothing; False where it exists already with another content.
 
-        S3: one PUT with If-None-Match. Local: a synced temporary file and a hard link, which fails if the name is
-        taken. Other stores: a check and a write, so two writers at once are not kept apart there. A reply may get
-        lost: the PUT happened, and its repetition is refused. So the content is what decides, and content that must
-        have one writer names its writer.
+        S3 and Azure: one PUT with If-None-Match; Google: ifGenerationMatch=0. Local: a synced temporary file and a
+        hard link, which fails if the name is taken. A reply may get lost: the PUT happened, and its repetition is
+        refused. So the content is what decides, and content that must have one writer names its writer.
         """
         if self.is_local:
             return disk.link_exclusive(self.path, data) or self.read_bytes() == data
@@ -263,14 +262,14 @@ def locate(url: str, options: Options | None = None, reached: bool = False) -> L
         raise StorageError(problem)
     protocol, options = protocol_of(url), options or {}
     hide(options)
-    # without its listing cache s3fs sees what other processes wrote
-    fixed = {"use_listings_cache": False} if protocol in ("s3", "s3a") else {}
+    # without their listing caches libraries see what other processes wrote
+    fixed = {} if protocol in ("file", "local") else {"use_listings_cache": False}
     try:
         kind = fsspec.get_filesystem_class(protocol)
         # not url_to_fs, which takes a name with "::" in it for a chain of places
         path = kind._strip_protocol(url)
         fs = fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(url), **fixed, **options})
-        if options and fixed:
+        if options and protocol in ("s3", "s3a"):
             fs.connect()  # s3fs looks at its options when it first needs them; this asks nothing of the store
     except Exception as error:  # any: libraries raise what they like, and none may show a value
         if not options:

@@ -84,6 +84,8 @@ def may_pass(error: BaseException, reached: bool) -> bool:
         return reached
     if type(error) is HTTPClientError:  # whatever botocore has no name for: also plain mistakes
         error = error.kwargs["error"]  # type: ignore[attr-defined]
+    if (other := _of_another_store(error, reached)) is not None:
+        return other
     broken = HTTPClientError | ResponseParserError | FSTimeoutError | aiohttp.ClientError | http.client.HTTPException
     if isinstance(error, broken | TimeoutError):
         return True
@@ -91,3 +93,23 @@ def may_pass(error: BaseException, reached: bool) -> bool:
     return isinstance(error, BrokenPipeError | ConnectionResetError | EOFError) or (
         isinstance(error, OSError) and error.errno in busy
     )
+
+
+def _of_another_store(error: BaseException, reached: bool) -> bool | None:
+    """The same for what the libraries of gs://, abfs:// and hf:// raise; None for what is not theirs. By name: they are
+    there only where they are used."""
+    for one in (error, error.__cause__):
+        library = type(one).__module__.partition(".")[0]
+        if one is None or library not in ("azure", "gcsfs", "google", "huggingface_hub", "httpx", "requests"):
+            continue
+        holders = (one, getattr(one, "response", None))
+        found = (getattr(holder, name, None) for holder in holders for name in ("status_code", "code"))
+        status = next((value for value in found if isinstance(value, int)), None)
+        if status is not None:
+            return status in (408, 429) or (status >= 500 and status != 501)
+        names = {kind.__name__ for kind in type(one).__mro__}
+        if names & {"ServiceRequestError", "ConnectError", "ConnectionError"}:  # nobody is there
+            return reached
+        # an answer that has broken off
+        return bool(names & {"ServiceResponseError", "TransportError", "ProxyError", "ChunkedEncodingError"})
+    return None
