@@ -18,7 +18,9 @@ CUDA = re.compile(r"torch|triton|nvidia-.+|cuda-.+")
 
 def main() -> None:
     """Write both locks."""
-    needed = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    stores = project["optional-dependencies"]
+    needed = [*project["dependencies"], *stores["gs"], *stores["abfs"]]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
     command += ["--only-binary=:all:", "--constraint", str(DEPLOY.parent / "constraints.txt"), "--report", "-", *needed]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

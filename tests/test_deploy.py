@@ -122,7 +122,9 @@ def test_the_locks_are_what_the_tests_run_with_and_whole() -> None:
     plain, cuda = locked("requirements.lock"), locked("cuda.lock")
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
     tested = {str(canonicalize_name(name)): version for name, version in tested.items()}
-    needed = closure(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"], {})
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stores = project["optional-dependencies"]
+    needed = closure([*project["dependencies"], *stores["gs"], *stores["abfs"]], {})
     both = {**plain, **cuda}
     assert {name: both.get(name) for name in needed} == needed, "run deploy/lock.py"
     assert {name for name in plain if name not in needed} <= {"setuptools"}, "for the build"
