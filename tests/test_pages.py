@@ -38,8 +38,8 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
         _, query, rank, document, score, place = line.split()
         (same,) = [one for one in printed if one[1:4] + one[5:] == [query, rank, document, place]]
         assert float(score) == pytest.approx(float(same[4]), abs=0.02)
-    assert re.search(r"RR@10 │ \S+ │ 1\.0000", done.stdout)
-    assert "nothing to do" in done.stderr and "66 pairs reused" in done.stderr
+    assert re.search(r"RR@10 +│ \S+ │ 1\.0000", done.stdout)
+    assert "nothing to do" in done.stderr and re.search(r"reused +66 pairs", done.stderr)
     assert (tmp_path / "reranked/_report/report.html").exists()
     assert rows_of(tmp_path / "reranked").num_rows == 6
 
