@@ -142,7 +142,14 @@ def _start(config: JobConfig) -> Machines:
     cluster = settle(config, this_machine()).cluster
     # a bare ray.init() would join whatever cluster this host last started
     cpus = cluster.max_actors * cluster.threads + LOCAL_TASK_CPUS
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+    except Exception as error:  # any: Ray has no type for a start that takes too long
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnfinishedError(
+            f"no Ray could be started on this machine: {lines[0][:300]}; expected one within Ray's own time: the "
+            "machine may be too busy, or its /tmp or shared memory full; run it again, or with --local"
+        ) from error
     (node,) = machines().nodes
     return Machines("this machine", (Node(cores(), node.gpus, node.accelerator),))
 
