@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +12,9 @@ import pytest
 from hypothesis import settings
 
 from batch_rerank.config import JobConfig, parse_config
+
+if TYPE_CHECKING:
+    from chaos.servers import Moto
 
 # the same examples every time, and as long as a busy machine takes; a test's own settings come before these
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -126,6 +129,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator["Moto"]:
+    """An S3 server."""
+    from chaos.servers import Moto
+
+    with Moto() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,6 @@ from batch_rerank.store.mirror import Done
 Cli = Callable[..., tuple[int, str, str]]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[Moto]:
-    with Moto() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import list_files, locate
 
 SECRET = "canary-secret-4711"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[Moto]:
-    with Moto() as server:
-        yield server
 
 
 @pytest.fixture

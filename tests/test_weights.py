@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,6 @@ from batch_rerank.store.manifest import Manifest
 Cli = Callable[..., tuple[int, str, str]]
 SECRET = "canary-secret-4711"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[Moto]:
-    with Moto() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chaos.servers import Moto
 from conftest import Killed, candidate_rows, job
 
 from batch_rerank.config import JobConfig
@@ -31,12 +30,6 @@ from batch_rerank.store.manifest import PUBLICATION
 
 Made = Callable[..., JobConfig]
 STEPS = [(Location, "remove_seen"), (Location, "create_exclusive"), (Location, "take_back"), (Lease, "check")]
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[Moto]:
-    with Moto() as server:
-        yield server
 
 
 @pytest.fixture(params=["disk", "s3"])
