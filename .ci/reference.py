@@ -139,9 +139,11 @@ def cell(text: str) -> str:
 
 
 def python() -> str:
-    """What `import batch_rerank` offers, for mkdocstrings to fill in."""
-    names = "\n\n".join(f"::: {home}.{name}" for name, home in batch_rerank._HOMES.items())
-    return f"# Python\n\n`from batch_rerank import {', '.join(batch_rerank._HOMES)}`\n\n{names}\n"
+    """What Python code can import, for mkdocstrings to fill in."""
+    homes = {**batch_rerank._HOMES, "Rerank": "batch_rerank.ray_data"}
+    names = "\n\n".join(f"::: {home}.{name}" for name, home in homes.items())
+    offered = ", ".join(batch_rerank._HOMES)
+    return f"# Python\n\n`from batch_rerank import {offered}`, `from batch_rerank.ray_data import Rerank`\n\n{names}\n"
 
 
 def output() -> str:

@@ -68,7 +68,7 @@ def test_operations_has_every_exit_code() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_verbs_options_and_keys_of_a_page_exist(page: str) -> None:
     commands: Any = typer.main.get_command(app)
-    for verb, rest in re.findall(r"\bbatch-rerank (\w+)([^`\n]*)", PAGES[page]):
+    for verb, rest in re.findall(r"(?m)(?:^|`|-- )batch-rerank (\w+)([^`\n]*)", PAGES[page]):
         assert verb in VERBS or verb.isupper(), verb
         known = {option for one in commands.commands.get(verb, commands).params for option in one.opts}
         assert set(re.findall(r"(?<!\S)--[\w-]+", rest)) <= {*known, "--help"}, f"{verb}{rest}"
