@@ -58,6 +58,11 @@ def main() -> None:
     print(f"| {what} | {taken} s, {peak:,} MiB |")
     covered = f"{seen['tokens']} and {seen['truncated']}"
     print(f"| its interval has the truth, tokens and cut pairs, of 100 samples | {covered} |")
+    runs = [run for run in _read("plan-error.json").values() if isinstance(run, dict)]
+    wall, busy = ([run[name] for run in runs] for name in ("off", "actor_seconds_off"))
+    what = "time of five runs of different shape against their plans, after a bench (CPU, one core)"
+    off = [f"{100 * min(one):+.1f} to {100 * max(one):+.1f} %" for one in (wall, busy)]
+    print(f"| {what} | {off[0]}, actor-seconds {off[1]} |")
     read = [f"{many[case]['objects_read']:,} in {many[case]['seconds']:.0f} s" for case in ("alone", "rolled")]
     print(
         f"| a resume of {many['units']:,} units: objects read with a receipt each, and rolled up | {', '.join(read)} |"
