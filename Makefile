@@ -1,13 +1,14 @@
 # make demo: a real job with real weights. make test: everything quick; make chaos: the rest. Each makes .venv with the tested versions first.
 # make distill: a teacher's labels, a student trained on them, and both measured. make labels-check: exports through the
 # other trainers' own readers, in .venv-labels: they pin versions of transformers that exclude each other and ours.
+# make docs: all pages as a site, into build/site, with a reference made of the code; a link that leads nowhere ends it.
 # make gpu: proof and figures on a GPU box, with its own torch and transformers ($(PYTHON)); nothing is installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 4
+WORKERS ?= 3
 
-.PHONY: demo distill test labels-check chaos gpu check format clean
+.PHONY: demo distill test docs labels-check chaos gpu check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/batch-rerank demo $(if $(MODEL),--model $(MODEL)) $(if $(QUERIES),--queries $(QUERIES))
@@ -16,7 +17,10 @@ distill: $(VENV)/.installed
 	$(BIN)/python -m batch_rerank.distill
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .ci/mkdocs.yml
 
 labels-check: .venv-labels/.installed
 	PYTHONPATH=. .venv-labels/bin/python -m pytest -p no:cacheprovider tests/test_labels_readers.py $(ARGS)

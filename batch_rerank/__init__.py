@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batch_rerank.config import load_config as load_config
-    from batch_rerank.engine.reranker import Reranker as Reranker
     from batch_rerank.job.run import run as run
+    from batch_rerank.reranker import Reranker as Reranker
 
 __version__ = "0.1.0"
 __all__ = ["Reranker", "__version__", "load_config", "run"]
 
 _HOMES = {
-    "Reranker": "batch_rerank.engine.reranker",
+    "Reranker": "batch_rerank.reranker",
     "load_config": "batch_rerank.config",
     "run": "batch_rerank.job.run",
 }

@@ -176,8 +176,36 @@ def models(as_json: Json = False) -> None:
                 ids.add_row(f"  {model}", str(known.max_length or TEMPLATES[name].max_length), known.note)
         console.print(ids)
     log.info("The number is the default max_length, in tokens.")
-    log.info("Any other hub id or checkpoint directory of the same kinds works too: its files say which kind it is.")
+    log.info("Any other hub id, directory or place (s3://…) of the same kinds works too: its files say which it is.")
     log.info("A directory has no id: set model.template to a name above, or to a mapping with a template of your own.")
+
+
+@app.command()
+@verb
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a checkpoint directory.")],
+    to: Annotated[str, typer.Argument(metavar="PLACE", help="Where it goes: a path or an s3:// URL of its own.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also where its weights are pickled.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="In the place of another model that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a model to where jobs can name it (model.name: s3://…), whole or not at all to those who read."""
+    from batch_rerank.score.weights import mirror_model
+
+    done = mirror_model(model, to, revision=revision, allow_pickle=allow_pickle, replacing=replace)
+    log.info(
+        "%s: %d files, %d were there already, %s bytes copied in %.1f s, %d requests repeated",
+        done.place,
+        done.files,
+        done.kept,
+        f"{done.size:,}",
+        done.seconds,
+        done.retries,
+    )
+    log.info("identity %s", done.identity)
+    if as_json:
+        print_json({**asdict(done), "exit_code": 0})
 
 
 @app.command()

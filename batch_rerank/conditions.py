@@ -123,9 +123,9 @@ Line = Annotated[str, AfterValidator(_checked)]
 
 
 class Gate(Section):
-    """What is judged between the last score and publishing: an `error` that does not hold keeps scores from being
-    published (exit 7), a `warn` is said. `against`: latest, the output that output.latest names, or an output's path.
-    """
+    """What is judged between the last score and publishing. `qrels`: judgements, TREC or BEIR, for measures. `against`:
+    latest, the output that output.latest names, or an output's path. `error`: conditions; one that does not hold keeps
+    scores from being published (exit 7). `warn`: conditions; one that does not hold is said."""
 
     qrels: Place | None = None
     against: Place | None = None

@@ -4,25 +4,23 @@
 """
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from batch_rerank.conditions import Gate
-from batch_rerank.engine.kinds import KINDS
-from batch_rerank.engine.templates import parse_template
 from batch_rerank.errors import ConfigError
-from batch_rerank.job_file import parse_yaml, read_yaml
+from batch_rerank.job_file import copied, parse_yaml, read_yaml
 from batch_rerank.label_settings import Labels
+from batch_rerank.model_settings import Model
 from batch_rerank.outside import hide
 from batch_rerank.schema import CHUNK_OFFSET, INPUT_COLUMNS, OUTPUT_NAMES
 from batch_rerank.sections import (
     MOST,
     Cluster,
     Cost,
-    Name,
     Places,
     Reuse,
     Section,
@@ -42,14 +40,15 @@ KEYS = {
 
 
 class Input(Section):
-    """Where the candidates are. `columns` maps our names to the file's, e.g. {text: passage}.
-
-    Layouts `run` and `beir`, and a `flat` whose queries are scattered, are staged: written once as nested shards at
-    `stage`, by default <output.path>-stage. `candidates_per_query`: the best of the first stage, all if null.
-    `max_missing`: share of the candidates, 0 to 1, that may lack their query or document and are then left out.
-    `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work. `unit_bytes`: of
-    text in a unit at most, where a query has less.
-    """
+    """Where the candidates are. `layout`: what a row is. `path`: of nested and flat, and a BEIR folder: a path, a
+    directory, a glob, or a list of them. `run`: ids alone, of layouts run and beir. `queries`, `corpus`: of layout run.
+    `stage`: layouts run and beir, and a flat whose queries are scattered, are written once as nested shards there; by
+    default in a folder _stage-… beside the sources, or beside the output where they may not be written.
+    `candidates_per_query`: the best of the first stage, all if null. `max_missing`: share of the candidates, 0 to 1,
+    that may lack their query or document and are then left out. `columns`: our names to the file's, e.g. {text:
+    passage}. `unit_pairs`: pairs that are scored and committed together; auto: some 20 s of an actor's work.
+    `unit_bytes`: of text in a unit at most, where a query has less. `storage_options`: what the store is opened with,
+    in fsspec's words; never stored or shown."""
 
     layout: Literal["nested", "flat", "run", "beir"]
     path: Places | None = None
@@ -96,13 +95,13 @@ class Input(Section):
 
 
 class Output(Section):
-    """Where the ranked rows go, and which columns they have beyond the fixed ones. `trec_run`: also as _run.trec.
-
-    `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `file_bytes`: about
-    how large a part becomes. `keep_scores`: false removes the scores once they are published; they are what other
-    settings are published from without scoring. `latest`: a small file that names the newest finished output.
-    `report`: false leaves out what a run otherwise ends with, _report/report.html and .json.
-    """
+    """Where the ranked rows go, and which columns they have beyond the fixed ones. `path`: a directory, of this output
+    alone. `layout`: flat is a row for each candidate, nested a row for each query with its ranked list. `top_k`: the
+    best of a query that are kept, all if null. `include_text`: the documents too, in a column text. `passthrough`:
+    columns of the input that the output has too. `trec_run`: the rows also as _run.trec. `file_bytes`: about how large
+    a part becomes. `keep_scores`: false removes the scores once they are published; they are what other settings are
+    published from without scoring. `latest`: a small file that names the newest finished output. `report`: false leaves
+    out what a run otherwise ends with, _report/report.html and .json. `storage_options`: as those of the input."""
 
     path: Written
     layout: Literal["flat", "nested"] = "flat"
@@ -126,54 +125,13 @@ class Output(Section):
         return self
 
 
-class Model(Section):
-    """The reranker. `auto` reads the checkpoint's own files; null max_length is the template's or the model's.
-
-    `forward`: auto packs sequences where the model and device allow it and the self-test passes, and pads them else;
-    packed and padded insist. `dtype` float8: of decoders on GPUs only, packed only.
-    """
-
-    name: Name
-    revision: str | None = None
-    kind: str = "auto"
-    template: str | dict[str, Any] = "auto"
-    instruction: str | None = None
-    max_length: Annotated[int, Field(ge=-MOST, le=MOST)] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
-    forward: Literal["auto", "packed", "padded"] = "auto"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-    @model_validator(mode="after")
-    def _whole_template(self) -> "Model":
-        if not isinstance(self.template, str):
-            try:
-                parse_template(self.template)
-            except ConfigError as error:
-                raise ValueError(str(error).removeprefix("model.")) from None
-        return self
-
-    @model_validator(mode="after")
-    def _known_kind(self) -> "Model":
-        if self.kind not in ("auto", *KINDS):
-            raise ValueError(f"kind: found {self.kind!r}; expected one of {['auto', *KINDS]}")
-        return self
-
-    @model_validator(mode="after")
-    def _packed_float8(self) -> "Model":
-        if self.dtype == "float8" and self.forward == "padded":
-            raise ValueError("dtype: found float8, which only the packed forward has; set forward to auto, or bfloat16")
-        return self
-
-
 class Scoring(Section):
-    """`token_budget`: tokens of one batch. `max_failed_rows`: share of rows that may have an error, 0 to 1.
-    `max_failed_units`: units that may be set aside before the job gives up; a job with any ends with exit 1.
-
-    `long_documents`: truncate, or chunk: a document that does not fit is scored in chunks that share `chunk_overlap`
-    tokens, and has the score of its best chunk. `escape_control_tokens`: read "<|im_end|>" and the like inside queries,
-    their instructions and documents as plain text; the models' own code does not.
-    """
+    """How pairs are scored, and how many may fail. `token_budget`: tokens of one batch; auto goes by free memory.
+    `max_failed_rows`: share of rows that may have an error, 0 to 1. `max_failed_units`: units that may be set aside
+    before the job gives up; a job with any ends with exit 1. `long_documents`: truncate, or chunk: a document that does
+    not fit is scored in chunks that share `chunk_overlap` tokens, and has the score of its best chunk. `chunk_overlap`:
+    in tokens. `escape_control_tokens`: read "<|im_end|>" and the like inside queries, their instructions and documents
+    as plain text; the models' own code does not."""
 
     token_budget: Literal["auto"] | Whole = "auto"
     max_failed_rows: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -184,7 +142,9 @@ class Scoring(Section):
 
 
 class JobConfig(Section):
-    """A whole job. `limit` is set by `--limit`: only the first N queries, as a sample."""
+    """A whole job. `input`: what is scored. `output`: where it goes. `model`: by what. `scoring`: how. `cluster`: on
+    what. `reuse`: whose scores are taken. `gate`: what has to hold before it is published. `labels`: training files of
+    its scores. `cost`: its price and budget. `limit`: only the first N queries, as a sample, as `--limit` sets it."""
 
     input: Input
     output: Output
@@ -197,29 +157,26 @@ class JobConfig(Section):
     cost: Cost | None = Field(default=None, exclude=True)  # of a run too: a resumed one may have another budget
     limit: Whole | None = None
 
-    @property
-    def stage(self) -> str:
-        """Where a staged input goes: the same place for a sample as for the whole."""
-        whole = self.output.path.removesuffix(f"-limit-{self.limit}").rstrip("/")
-        return self.input.stage or f"{whole}-stage"
 
+def load_config(
+    job: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), limit: int | None = None
+) -> JobConfig:
+    """Read a job file, or take its sections as a mapping, and apply `section.key=value` overrides.
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> JobConfig:
-    """Read a job file and apply `section.key=value` overrides.
-
-    Raises ConfigError with every error of the file. With `limit`, the output is `<output>-limit-<N>`: a sample is
+    Raises ConfigError with every error of the job. With `limit`, the output is `<output>-limit-<N>`: a sample is
     another job than the whole and must not stand in its place.
     """
-    raw = read_yaml(path)
+    where = "job" if isinstance(job, Mapping) else str(job)
+    raw = copied(job) if isinstance(job, Mapping) else read_yaml(job)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: found {type(raw).__name__}, expected the sections input, output and model")
+        raise ConfigError(f"{where}: found {type(raw).__name__}, expected the sections input, output and model")
     for override in overrides:
         _apply(raw, override)
     for section in raw.values():
         hide(section.get("storage_options") if isinstance(section, dict) else None)
     if limit is not None:
         raw["limit"] = limit
-    return parse_config(raw, str(path))
+    return parse_config(raw, where)
 
 
 def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
@@ -227,7 +184,7 @@ def parse_config(raw: dict[str, Any], where: str) -> JobConfig:
     try:
         config = JobConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_told(error, f"{where}: {{}} error(s) in the job file")) from None
+        raise ConfigError(_told(error, f"{where}: {{}} error(s) in the job")) from None
     if config.limit is None:
         return config
     sample = f"{config.output.path.rstrip('/')}-limit-{config.limit}"

@@ -1,6 +1,8 @@
 """A job file's bytes to plain values: YAML, of a bounded size, in which a key stands once. What is wrong is said by
 line, and no line is shown: it may have a secret in it."""
 
+from collections.abc import Mapping
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ MOST_BYTES = 2**20
 MOST_VALUES = 100_000
 """Of a job file, each counted as often as aliases and merges repeat it."""
 
+MOST_DEPTH = 20
+"""Of values within values of a job that is a mapping."""
 
-def read_yaml(path: str | Path) -> Any:
+
+def read_yaml(path: str | PathLike[str]) -> Any:
     """The values of a job file. Raises ConfigError."""
     try:
         with Path(path).open("rb") as file:
@@ -31,6 +36,17 @@ def read_yaml(path: str | Path) -> Any:
         raise ConfigError(f"{path}: cannot be read as YAML: not UTF-8, at byte {error.start}") from None
     except ValueError as error:  # a null byte in the path, too
         raise ConfigError(f"{str(path)!r}: cannot be read as YAML: {error}") from None
+
+
+def copied(values: Any, depth: int = 0) -> Any:
+    """A mapping as a job file would have it: plain dicts and lists of its own, and paths as texts."""
+    if depth > MOST_DEPTH:
+        raise ConfigError(f"job: more than {MOST_DEPTH} levels, or within itself; expected sections of keys and values")
+    if isinstance(values, Mapping):
+        return {key: copied(value, depth + 1) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [copied(value, depth + 1) for value in values]
+    return fspath(values) if isinstance(values, PathLike) else values
 
 
 def parse_yaml(text: str) -> Any:

@@ -41,9 +41,9 @@ WITHOUT_SCORES = (("ms-swift", "messages"),)
 
 
 class Positives(Section):
-    """`from`: qrels, teacher, or both, judged ones first; auto is qrels where there are any. `least`: the grade from
-    which a judged document is relevant. `per_query`: at most, the best first. `floor`: the least score of the
-    teacher's own."""
+    """What a query's positives are. `from`: qrels, teacher, or both, judged ones first; auto is qrels where there are
+    any. `qrels`: judgements, TREC or BEIR. `least`: the grade from which a judged document is relevant. `per_query`: at
+    most, the best first. `floor`: the least score of the teacher's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
@@ -70,9 +70,9 @@ class Positives(Section):
 
 
 class Negatives(Section):
-    """`ranks`: first and last rank of the teacher's order that they are drawn from; the last may be null. `per_query`:
-    at most. `least`: a query with fewer is left out; auto is 1, and `per_query` where a reader needs lists of one
-    length."""
+    """Which documents are drawn as negatives. `ranks`: first and last rank of the teacher's order that they are drawn
+    from; the last may be null. `per_query`: at most. `least`: a query with fewer is left out; auto is 1, and
+    `per_query` where a reader needs lists of one length."""
 
     ranks: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)] | None] = (10, 200)
     per_query: Annotated[int, Field(ge=1, le=100_000)] = 15
@@ -89,8 +89,8 @@ class Negatives(Section):
 
 
 class FalseNegatives(Section):
-    """What is too good to be a negative: `margin`: a score above the positive's minus this much, in log-odds; `share`:
-    a probability above this share of the positive's. Neither keeps all."""
+    """What is too good to be a negative; without either key nothing is. `margin`: a score above the positive's minus
+    this much, in log-odds. `share`: a probability above this share of the positive's."""
 
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -103,10 +103,10 @@ class FalseNegatives(Section):
 
 
 class Teachers(Section):
-    """Further outputs over the same candidates. `combine`: the mean over teachers of each query's z-scores, of its
-    ranks, or of the scores as they are. `weights`: of the exported output, then of `outputs`. `max_disagreement`: a
-    document above it is dropped; the standard deviation over teachers of its z-scores, or of its ranks as shares of the
-    query's candidates. `max_missing`: share of the candidates that a teacher may lack."""
+    """Further outputs over the same candidates. `outputs`: their paths. `combine`: the mean over teachers of each
+    query's z-scores, of its ranks, or of the scores as they are. `weights`: of the exported output, then of `outputs`.
+    `max_disagreement`: a document above it is dropped; the standard deviation over teachers of its z-scores, or of its
+    ranks as shares of the query's candidates. `max_missing`: share of the candidates that a teacher may lack."""
 
     outputs: Places
     combine: Literal["zscore", "rank", "mean"] = "zscore"
@@ -130,10 +130,13 @@ class Teachers(Section):
 
 
 class Labels(Section):
-    """Training data out of a scored output. `to`: whose; `path`: where it goes; `layout`: of sentence-transformers;
-    `scale`: auto is what the reader expects. `held_out`: share of the queries, by a hash of their text. `seed`: of what
-    is drawn. `max_dropped_queries`: share of the queries that may be left out. `grades`: of trec, the teacher's order,
-    or rising bounds of labels, each of which adds one. `file_bytes`: about how large a file becomes."""
+    """Training data out of a scored output. `to`: whose. `path`: where it goes. `layout`: of sentence-transformers;
+    auto is its first. `scale`: of the labels; auto is what the reader expects. `positives`: which documents are the
+    good ones. `negatives`: which are the others. `false_negatives`: which are neither. `teachers`: further outputs
+    whose scores count too. `held_out`: share of the queries, by a hash of their text. `seed`: of what is drawn.
+    `max_dropped_queries`: share of the queries that may be left out. `grades`: of trec, the teacher's order, or rising
+    bounds of labels, each of which adds one. `file_bytes`: about how large a file becomes. `storage_options`: of
+    `path`; those of the output if none."""
 
     to: str
     path: Written

@@ -1,6 +1,6 @@
 """Column names and Arrow schemas: the contract with those who write the input and read the output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 INPUT_COLUMNS = (
     "query_id",
@@ -38,16 +38,19 @@ NULL_QUERY, NULL_TEXT = "query is null", "text is null"
 QUERY_HASH, TEXT_HASH = "query_hash", "text_hash"
 """Columns of a score file: which (instruction, query) and which document was scored."""
 
-OUTPUT_NAMES: Sequence[str] = (
-    "query_id",
-    "doc_id",
-    "rank",
-    "score",
-    "relevance_score",
-    "first_stage_rank",
-    "first_stage_score",
-    "n_tokens",
-    "truncated",
-    "error",
-)
-"""The output's columns, one row per candidate; then `text` if asked for, then the passed-through columns."""
+OUTPUT: Mapping[str, tuple[str, str]] = {
+    "query_id": ("string", "as in the input; a number as its digits"),
+    "doc_id": ("string", "as in the input; a number as its digits"),
+    "rank": ("int32", "from 1; by score, then first-stage rank, then `doc_id`"),
+    "score": ("float32", "raw logit or log-odds; the cosine of a bi-encoder; null in an error row"),
+    "relevance_score": ("float32", "sigmoid of the score; null where the model defines no such map"),
+    "first_stage_rank": ("int32", "as in the input; by the order of its rows where it has none"),
+    "first_stage_score": ("float32", "as in the input; null where it has none"),
+    "n_tokens": ("int32", "tokens that the model read; 0 in an error row"),
+    "truncated": ("bool", "whether it did not read all"),
+    "error": ("string", "why there is no score, else null"),
+}
+"""The output's columns with type and meaning, one row per candidate; then `text` if asked for, then the passed-through
+columns."""
+
+OUTPUT_NAMES: Sequence[str] = tuple(OUTPUT)

@@ -120,7 +120,7 @@ class Cost(Section):
 
 
 class ActorRange(Section):
-    """A pool that grows and shrinks."""
+    """A pool that grows and shrinks. `min`: actors at least. `max`: actors at most."""
 
     min: Whole
     max: Whole
@@ -139,11 +139,14 @@ def _countable(gpus: float) -> float:
 
 
 class Cluster(Section):
-    """The actors. `gpus_per_actor`: auto is 1 where the cluster has GPUs or brings them, else 0; 0 scores on the CPU,
-    with `cpus_per_actor` threads each: auto divides a node's cores among its actors. `accelerator_type`: only GPUs that
-    Ray calls so (L4, A100, H100, …) serve; any if null. `lease_seconds`: how long a job must be silent before another
-    one takes its output over. `max_seconds_without_progress`: on Ray, how long nothing may happen (no unit, part or
-    piece of a stage ends, and no model is loaded) before the job ends with exit 9; it waits for ever if null."""
+    """The actors. `actors`: copies of the model, or {min: 1, max: 8}. `gpus_per_actor`: auto is 1 where the cluster has
+    GPUs or brings them, else 0; 0 scores on the CPU. `cpus_per_actor`: threads of an actor on the CPU; auto divides a
+    node's cores among its actors, and is 1 beside a GPU. `address`: HOST:PORT of a Ray to join; RAY_ADDRESS, or else a
+    Ray of its own on this machine, if null. `prefetch_units`: units that are given to an actor ahead.
+    `accelerator_type`: only GPUs that Ray calls so (L4, A100, H100, …) serve; any if null. `lease_seconds`: how long a
+    job must be silent before another one takes its output over. `max_seconds_without_progress`: on Ray, how long
+    nothing may happen (no unit, part or piece of a stage ends, and no model is loaded) before the job ends with exit 9;
+    it waits for ever if null."""
 
     actors: Whole | ActorRange = 1
     gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1000), AfterValidator(_countable)] = "auto"

@@ -74,6 +74,15 @@ def job(input_path: str | Path, output: str | Path, **keys: Any) -> JobConfig:
     return parse_config(raw, "test")
 
 
+SLOW = ("run_ray", "chaos", "s3", "docs", "stage", "reuse", "resume", "hostile", "poison", "lease_window", "selftest")
+"""Files that take long, the longest first: several processes that each take a file at a time end together then."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program catches it."""
 

@@ -33,7 +33,12 @@ pytestmark = [
 )
 def test_a_real_collection_is_scored(name: str, before: float, after: tuple[float, float], tmp_path: Path) -> None:
     settings = {
-        "input": {"layout": "beir", "path": str(DATA / name), "run": str(DATA / name / "bm25.top100.run")},
+        "input": {
+            "layout": "beir",
+            "path": str(DATA / name),
+            "run": str(DATA / name / "bm25.top100.run"),
+            "stage": str(tmp_path / "stage"),  # not into the folder of the collections
+        },
         "output": {"path": str(tmp_path / "out"), "trec_run": True},
         "model": {"name": packaged_model()},
         "cluster": {"gpus_per_actor": 0, "cpus_per_actor": 2},

@@ -27,6 +27,12 @@ NEVER = Machines("the cluster", (Node(8),), grows=True, most_gpus=0)
 UNKNOWN = Machines("the cluster", (Node(8),), grows=True)
 
 
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test's Ray in this process is not what these look at."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
 def config(**cluster: Any) -> JobConfig:
     raw = {"input": {"layout": "flat", "path": "in"}, "output": {"path": "out"}, "model": {"name": "none"}}
     return parse_config({**raw, "cluster": cluster}, "test")

@@ -30,7 +30,11 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_hub_id_is_pinned_to_its_commit(cached: Path) -> None:
     spec = resolve_model("Qwen/Qwen3-Reranker-0.6B")
     assert (spec.revision, spec.identity, spec.template) == (COMMIT, f"commit:{COMMIT}", "qwen3-reranker")
-    assert Reranker("Qwen/Qwen3-Reranker-0.6B", max_length=256, self_test=False).score([("q", "d")]).shape == (1,)
+    for revision in (None, COMMIT, "main"):
+        reranker = Reranker("Qwen/Qwen3-Reranker-0.6B", revision=revision, max_length=256, self_test=False)
+        assert (reranker.spec.revision, reranker.score([("q", "d")]).shape) == (COMMIT, (1,))
+    with pytest.raises(ModelError, match="could not be fetched"):
+        Reranker("Qwen/Qwen3-Reranker-0.6B", revision="v2")
 
 
 def test_a_plan_does_not_need_the_weights_but_a_scorer_does(cached: Path) -> None:

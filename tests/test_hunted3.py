@@ -39,7 +39,7 @@ def test_what_is_published_already_is_said_to_be(flat_shards: Path, tmp_path: Pa
     assert f"output.latest: {latest} names it already" in error
     assert json.loads(told)["stood"] is True
     (out / "_SUCCESS").unlink()
-    assert "\npublished: 300 rows" in "\n" + cli("publish", out, "--local")[2]
+    assert "Z published: 300 rows" in cli("publish", out, "--local")[2]
 
 
 def test_a_pointer_that_is_gone_is_written_again(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
@@ -183,3 +183,21 @@ def test_an_interrupt_keeps_nobody_from_taking_back(
     assert [path.name for path in sorted(out.glob("part-*"))] == ["part-00000.parquet"]
     republish(Place(str(out), {}, job(flat_shards, out, output__top_k=2)), local=True)
     assert verify(str(out)).problems == [] and rows_of(out)["rank"].to_pylist() == [1, 2] * 12
+
+
+def test_a_ray_that_does_not_start_is_no_traceback(
+    flat_shards: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine: Ray's own limits for its processes are passed."""
+    import ray
+
+    def too_late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", too_late)
+    file = tmp_path / "job.json"
+    file.write_text(job(flat_shards, tmp_path / "out").model_dump_json(exclude={"limit"}))
+    code, _, error = cli("run", file)
+    assert code == 1 and "no Ray could be started" in error and "timed out during startup.; expected" in error
+    assert "More of it" not in error and not (tmp_path / "out/_SUCCESS").exists()

@@ -167,7 +167,8 @@ ALLOWED = {
 }
 """Which rooms a room may import."""
 
-BESIDE = {name: {"errors", "outside", "calls", "schema", "config", "conditions", "sections"} for name in ROOMS}
+OF_MOST = {"errors", "outside", "calls", "schema", "config", "conditions", "sections", "model_settings"}
+BESIDE = dict.fromkeys(ROOMS, OF_MOST)
 BESIDE |= {"engine": {"errors"}, "store": {"errors", "outside"}, "labels": BESIDE["labels"] | {"label_settings"}}
 """Which files beside the rooms a room may import. The package itself, for its version, is anybody's."""
 
@@ -180,16 +181,21 @@ ABOVE = {
     "cli_report.py",
     "demo.py",
     "distill.py",
+    "ray_data.py",
+    "reranker.py",
     "__init__.py",
 }
-WITHOUT_JOB = {"cli_base.py"}
+WITHOUT_JOB = {"cli_base.py", "reranker.py"}
 
 OF_THE_JOB_FILE = {
-    "config.py": {"engine", "errors", "outside", "schema", "conditions", "label_settings", "sections", "job_file"},
+    "__main__.py": {"cli"},
+    "config.py": {"engine", "errors", "outside", "schema", "conditions", "label_settings", "model_settings", "sections"}
+    | {"job_file"},
     "conditions.py": {"errors", "sections"},
     "errors.py": {"outside"},
     "sections.py": {"outside"},
     "label_settings.py": {"sections"},
+    "model_settings.py": {"engine", "errors", "outside", "sections"},
     "job_file.py": {"errors"},
 }
 

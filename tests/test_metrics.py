@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "batch_rerank.json").read_text(encoding="utf-8"))
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
-SECONDS = 60.0
+SECONDS = 240.0
 """How long a report may be on its way: Ray makes one a second here, on a machine that may be busy."""
 
 
@@ -36,7 +36,7 @@ def scrape() -> list[Sample]:
 
     (node,) = ray.nodes()  # type: ignore[no-untyped-call]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         text = answer.read().decode()
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 

@@ -170,7 +170,7 @@ class Device:
     """A scorer that notes what is begun while another unit is awaited."""
 
     def __init__(self) -> None:
-        self.begun, self.together, self.second = 0, threading.Event(), threading.Barrier(2, timeout=30)
+        self.begun, self.together, self.second = 0, threading.Event(), threading.Barrier(2, timeout=120)
 
     def start(self, encoded: Encoded, begun: Callable[[], None]) -> Result:
         begun()

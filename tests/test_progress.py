@@ -119,7 +119,7 @@ def command(flat_shards: Path, tmp_path: Path) -> list[str]:
 def test_without_a_terminal_there_are_plain_lines(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(
-        r"^6/6 units  300/300 pairs  [\d,]+ pairs/s  [\d,]+ tokens/s  computing \d+% of the time  ETA 0:00$",
+        r"^\S+Z 6/6 units  300/300 pairs  [\d,]+ pairs/s  [\d,]+ tokens/s  computing \d+% of the time  ETA 0:00$",
         done.stderr,
         re.MULTILINE,
     )

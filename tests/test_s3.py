@@ -22,6 +22,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.job.run import run
 from batch_rerank.job.staging import on_ray
+from batch_rerank.job.staging import stage as stage_input
 from batch_rerank.labels.export import export
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
@@ -83,7 +84,7 @@ def test_the_command_line_starts_its_own_ray_and_its_workers_reach_the_store(buc
     path = tmp_path / "job.yaml"
     path.write_text(s3_job(bucket).model_dump_json(exclude={"limit"}))
     command = [sys.executable, "-m", "batch_rerank.cli", "run", str(path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["totals"]["rows_out"] == 300
     assert verify(f"s3://{bucket}/out").problems == []
@@ -141,7 +142,7 @@ def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch:
     def attempt(*arguments: str, **sections: dict[str, Any]) -> int:
         path.write_text(json.dumps({name: {**raw[name], **sections.get(name, {})} for name in raw}))
         command = [sys.executable, "-m", "batch_rerank.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         shown.extend([done.stdout, done.stderr])
         return done.returncode
 
@@ -234,7 +235,9 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
         config = JobConfig.model_validate({**raw, "input": given})
         run(config)
         assert verify(out).problems == []
-        assert verify(f"{out}-stage").problems == []
+        place = stage_input(config, local=True).place
+        assert place.startswith(f"{root}/_stage-"), "beside its sources"
+        assert verify(place).problems == []
         outputs.append(out)
     assert rows_of(download(bucket, tmp_path / "s3")).equals(rows_of(outputs[1]))
     assert (tmp_path / "s3" / "_run.trec").read_bytes() == (tmp_path / "local" / "_run.trec").read_bytes()
@@ -242,6 +245,21 @@ def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: 
         config.model_copy(update={"output": config.output.model_copy(update={"top_k": 3, "path": f"{outputs[0]}-2"})})
     )
     assert summary.totals.rows_out == 18
+    other = f"{bucket}-other"
+    locate(f"s3://{other}").fs.mkdir(other)
+    elsewhere = config.model_copy(
+        update={
+            "input": config.input.model_copy(
+                update={"path": f"s3://{bucket}/beir", "run": f"s3://{bucket}/beir/bm25.run"}
+            ),
+            "output": config.output.model_copy(update={"path": f"s3://{other}/outs/one"}),
+        }
+    )
+    found = stage_input(elsewhere, local=True)
+    assert not found.reused, "the sources' bucket is not one that this job writes to"
+    assert found.place.startswith(f"s3://{other}/outs/_stage-")
+    two = elsewhere.model_copy(update={"output": config.output.model_copy(update={"path": f"s3://{other}/outs/two"})})
+    assert stage_input(two, local=True).reused
 
 
 def test_a_large_part_is_created_in_one_request(bucket: str) -> None:

@@ -61,7 +61,7 @@ def test_an_instruction_that_only_some_query_files_have_is_kept(tmp_path: Path) 
     write(tmp_path / "q" / "0.parquet", without(rows[:5], "instruction"))
     write(tmp_path / "q" / "1.parquet", rows[5:])
     config = job_of({**given, "queries": str(tmp_path / "q")}, tmp_path / "out")
-    assert "1 files of queries without an instruction" in describe_stage(plan_stage(config))
+    assert "1 files of queries without an instruction" in describe_stage(plan_stage(config)[1])
     found = {row["query_id"]: row["instruction"] for row in staged({**given, "queries": str(tmp_path / "q")}, tmp_path)}
     assert found == {row["query_id"]: row["instruction"] if i >= 5 else None for i, row in enumerate(rows)}
 

@@ -160,9 +160,10 @@ LAYOUTS = (
 
 
 def job_of(given: dict[str, Any], output: Path, **keys: Any) -> JobConfig:
-    """A job of the free scorer with this input; `keys` are section__key=value."""
+    """A job of the free scorer with this input, staged at OUTPUT-stage; `keys` are section__key=value."""
     others = {key: value for key, value in keys.items() if not key.startswith("input__")}
     made = job("-", output, **others)
+    given = given if given["layout"] == "nested" else {"stage": f"{output}-stage", **given}
     extra = {key.removeprefix("input__"): value for key, value in keys.items() if key not in others}
     return made.model_copy(update={"input": Input.model_validate({"unit_pairs": 40, **given, **extra})})
 
@@ -923,7 +924,7 @@ def test_a_stage_that_is_killed_goes_on_from_there(local: bool, tmp_path: Path) 
     wait_for_silence(exchange_files)  # Ray's workers outlive a killed driver for a moment
     kept = list(exchange_files.glob("*.json"))
     again = start(arguments, tmp_path / "log")
-    assert again.wait(120) == 0, (tmp_path / "log").read_text()
+    assert again.wait(300) == 0, (tmp_path / "log").read_text()
     needed = len({row["doc_id"] for row in run_rows()})
     assert f"of {needed - len(kept)} pieces" in (tmp_path / "log").read_text()
     assert verify(str(tmp_path / "staged")).problems == []

@@ -35,7 +35,7 @@ def job_file(tmp_path: Path) -> Path:
 def test_a_killed_run_is_not_running(job_file: Path, tmp_path: Path, cli: Cli) -> None:
     process = subprocess.Popen([sys.executable, "-c", SLOW_JOB, "run", str(job_file), "--local"])
     status, receipts = tmp_path / "out/_manifest/status.json", tmp_path / "out/_manifest/receipts"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (receipts.exists() and len(list(receipts.iterdir())) >= 5):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

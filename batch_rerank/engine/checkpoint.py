@@ -6,10 +6,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from batch_rerank.engine.architecture import DECODERS, refuse_unknown_computation
-from batch_rerank.engine.checkpoint_files import check_weights, identify, locate, read_json, refuse_adapter
+from batch_rerank.engine.checkpoint_files import Stored, check_weights, identify, locate, read_json, refuse_adapter
 from batch_rerank.engine.kinds import KINDS, Kind, details_of, kind_of, refuse_code, template_of
 from batch_rerank.engine.templates import CausalTemplate
 from batch_rerank.errors import ConfigError, ModelError
@@ -29,7 +30,7 @@ class ModelSpec:
     the logit, or 2, where it is logit[1] - logit[0], the log-odds of label 1 under softmax (transformers' cross-entropy
     of two labels; id2label is checked to call 1 the yes).
     `chunk_overlap`: None to cut long documents, else the tokens that two chunks of one share. `escape`: control tokens
-    inside queries and documents are read as plain text.
+    inside queries and documents are read as plain text. `files`: of a model that lies in a store, as `Stored` has them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelSpec:
     normalize: bool = False
     query_prompt: str = ""
     document_prompt: str = ""
+    files: tuple[tuple[str, int, str, str], ...] = ()
 
     @property
     def takes_instruction(self) -> bool:
@@ -74,9 +76,10 @@ def resolve_model(
     allow_pickle: bool = False,
     chunk_overlap: int | None = None,
     escape: bool = False,
+    stored: Stored | None = None,
 ) -> ModelSpec:
-    """Describe the model that a hub id or a checkpoint directory names. Of a hub id only the small files are fetched:
-    the weights are for those who score (`relocate`).
+    """Describe the model that a hub id or a checkpoint directory names, or that was found in a store. Of a hub id only
+    the small files are fetched: the weights are for those who score (`relocate`).
 
     Raises ModelError (no such model, no weights, an architecture this program cannot score with) and ConfigError
     (a setting that does not fit the model).
@@ -86,11 +89,22 @@ def resolve_model(
             raise ConfigError(f"model.{setting}: found {value!r}; expected one of {list(allowed)}")
     if kind == "checksum":
         return replace(_checksum_spec(name, instruction, max_length), chunk_overlap=chunk_overlap)
-    directory, commit = locate(name, revision, weights=False)
+    directory, commit = (stored.directory, None) if stored else locate(name, revision, weights=False)
+    if stored and revision is not None and stored.identity != f"commit:{revision}":
+        raise ConfigError(
+            f"model.revision: found {revision!r}, but what lies at {name} is {stored.identity}; remove the key: a "
+            "place has one version"
+        )
+    if not stored and commit is None and revision is not None:
+        raise ConfigError(
+            f"model.revision: found {revision!r}, but {name!r} is a directory here, which has no revisions; remove it"
+        )
     refuse_adapter(directory)
-    pickled = allow_pickle and not any(directory.glob("*.safetensors"))
-    if commit is None:
+    names = [file[0] for file in stored.files] if stored else [path.name for path in directory.iterdir()]
+    pickled = allow_pickle and not any(file.endswith(".safetensors") for file in names)
+    if commit is None and stored is None:
         check_weights(directory, pickled)
+    known_as = (stored and stored.known_as) or name
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     try:
         config = read_json(directory / "config.json")
@@ -98,8 +112,8 @@ def resolve_model(
             refuse_code(config, name)
         refuse_unknown_computation(config, name)
         found = kind_of(directory, config, kind, name)
-        chosen = template_of(found, template, config, name)
-        details = details_of(directory, config, found, chosen, name)
+        chosen = template_of(found, template, config, known_as)
+        details = details_of(directory, config, found, chosen, known_as)
         if dtype == "float8":
             _refuse_float8(found, str(config.get("model_type")), device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -111,10 +125,10 @@ def resolve_model(
     details["instruction"] = _instruction(label, details["instruction"], instruction)
     details["max_length"] = _max_length(max_length, details["max_length"], details.pop("positions"))
     return ModelSpec(
-        name=name if commit else str(directory),  # absolute: workers may have another working directory
+        name=name if commit or stored else str(directory),  # absolute: workers may have another working directory
         revision=commit,
         directory=str(directory),
-        identity=identify(directory, commit),
+        identity=stored.identity if stored else identify(directory, commit),
         kind=found,
         template=label,
         dtype=dtype,
@@ -122,6 +136,7 @@ def resolve_model(
         pickled=pickled,
         chunk_overlap=chunk_overlap,
         escape=escape,
+        files=stored.files if stored else (),
         **details,
     )
 
@@ -140,12 +155,17 @@ def _refuse_float8(kind: Kind, architecture: str, device: str) -> None:
 
 
 def relocate(spec: ModelSpec, weights: bool = True) -> ModelSpec:
-    """A planned model on this machine. Raises ModelError where it is not here, or not the one that was planned."""
+    """A planned model on this machine; one of a store is in `spec.directory`, put there by whoever can reach the store.
+    Raises ModelError where it is not here, or not the one that was planned."""
     if spec.kind == "checksum":
         return spec
-    directory, commit = locate(spec.name, spec.revision, weights, spec.pickled)
+    directory, commit = (
+        (Path(spec.directory), None) if spec.files else locate(spec.name, spec.revision, weights, spec.pickled)
+    )
     if weights:
         check_weights(directory, spec.pickled)
+    if spec.files and (not weights or spec.identity.startswith("commit:")):
+        return spec  # its files were held against their etags and checksums when they came
     found = identify(directory, commit)
     if found != spec.identity:
         raise ModelError(

@@ -4,14 +4,70 @@ import hashlib
 import json
 import math
 import struct
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 from batch_rerank.errors import ModelError
 
 WEIGHTLESS_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 SAMPLE = 512
 """Bytes read at each place of a tensor."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself reads none that is longer."""
+
+HEADER = ".header"
+"""Ends the name of a file that is the first bytes of a safetensors file, where the file itself is elsewhere."""
+
+
+class Readable(Protocol):
+    """A file of a checkpoint, wherever it lies."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """What lies from each start to its stop."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on this machine."""
+
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """What lies from each start to its stop."""
+        found = []
+        with self.path.open("rb", buffering=0) as file:
+            for start, stop in ranges:
+                file.seek(start)
+                found.append(file.read(stop - start))
+        return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint of a store, as found by whoever can reach it. directory: on this machine, with its small files and
+    the headers of its weights; identity: as `identify` would say it of the whole; known_as: the hub id that it is a
+    copy of, empty where nothing says so; files: name, bytes, version (an etag, mostly) and sha256 (empty where unknown)
+    of all that it consists of.
+    """
+
+    directory: Path
+    identity: str
+    known_as: str
+    files: tuple[tuple[str, int, str, str], ...]
 
 
 def locate(name: str, revision: str | None, weights: bool = True, pickled: bool = False) -> tuple[Path, str | None]:
@@ -50,31 +106,45 @@ def identify(directory: Path, commit: str | None) -> str:
     """
     if commit is not None:
         return f"commit:{commit}"
-    digest = hashlib.sha256()
+    return identity_of({name: LocalFile(directory / name) for name in files_of(directory)})
+
+
+def files_of(directory: Path) -> list[str]:
+    """The files that a checkpoint consists of, by their names in its directory: small ones at any depth, and weights,
+    which are pickles only where there are no others."""
     small = {path for pattern in WEIGHTLESS_FILES for path in directory.rglob(pattern)}
     weights = set(directory.glob("*.safetensors")) or set(directory.glob("*.bin"))
-    for path in sorted(small | weights):
-        sample = _sampled if path.suffix == ".safetensors" else _whole
-        digest.update(f"{path.relative_to(directory)}:{path.stat().st_size}:".encode())
-        digest.update(sample(path))
+    return [path.relative_to(directory).as_posix() for path in sorted(small | weights)]
+
+
+def identity_of(files: Mapping[str, Readable]) -> str:
+    """The identity of the files of a checkpoint, by their names in its directory."""
+    digest = hashlib.sha256()
+    for name in sorted(files, key=PurePosixPath):
+        file = files[name]
+        digest.update(f"{name}:{file.size}:".encode())
+        digest.update(_sampled(name, file) if name.endswith(".safetensors") else _whole(file))
     return f"sha256:{digest.hexdigest()}"
 
 
-def _whole(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _whole(file: Readable) -> bytes:
+    digest = hashlib.sha256()
+    for start in range(0, file.size, 2**24):
+        digest.update(*file.read([(start, min(file.size, start + 2**24))]))
+    return digest.digest()
 
 
-def _sampled(path: Path) -> bytes:
-    header = safetensors_header(path)
+def _sampled(name: str, file: Readable) -> bytes:
+    header = header_of(name, file)
     digest = hashlib.sha256(header)
     tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    with path.open("rb", buffering=0) as file:
-        for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            for offset, length in samples(name, end - begin):
-                file.seek(8 + len(header) + begin + offset)
-                digest.update(file.read(length))
+    ranges = []
+    for tensor, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        first = 8 + len(header) + begin
+        ranges += [(first + offset, first + offset + length) for offset, length in samples(tensor, end - begin)]
+    for data in file.read(ranges):
+        digest.update(data)
     return digest.digest()
 
 
@@ -103,54 +173,70 @@ def refuse_adapter(directory: Path) -> None:
 
 def check_weights(directory: Path, pickled: bool = False) -> None:
     """Raise ModelError where the weights are absent, cut short, or pickled and not `pickled`. Reads headers only."""
-    weights = sorted(directory.glob("*.safetensors"))
-    if pickled and any(directory.glob("*.bin")):
+    names = {path.name for path in directory.glob("*.safetensors")} | {path.name for path in directory.glob("*.bin")}
+    check_listed(f"model directory {directory}", directory, names, pickled)
+    for name in sorted(names):
+        if name.endswith(".safetensors"):
+            safetensors_header(directory / name)
+
+
+def check_listed(where: str, directory: Path, names: Collection[str], pickled: bool = False) -> None:
+    """The same by the names of the files alone; `directory` has the index, if there is one."""
+    weights = {name for name in names if name.endswith(".safetensors")}
+    bins = sorted(name for name in names if name.endswith(".bin"))
+    if pickled and bins:
         return
     if not weights:
-        bins = sorted(path.name for path in directory.glob("*.bin"))
         found = f"only pickled weights ({', '.join(bins)}), which can run code" if bins else "no weights"
         raise ModelError(
-            f"model directory {directory}: found {found}; expected *.safetensors; "
+            f"{where}: found {found}; expected *.safetensors; "
             "fetch the complete checkpoint, convert it to safetensors, or set model.allow_pickle: true"
         )
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        named = set(weight_map.values()) if isinstance(weight_map, dict) else {f"no weight_map: {weight_map!r}"}
-        absent = sorted(named - {path.name for path in weights})
-        if absent:
-            raise ModelError(f"model directory {directory}: {index.name} names {absent}, which are not there")
-    for path in weights:
-        safetensors_header(path)
+        named = (
+            set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {f"no weight_map: {weight_map!r}"}
+        )
+        if absent := sorted(named - weights):
+            raise ModelError(f"{where}: {index.name} names {absent}, which are not there")
 
 
 def safetensors_header(path: Path) -> bytes:
     """The JSON header of a safetensors file. Raises ModelError unless the file has the size that its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = file.read(length) if 8 + length <= size else b""
+    return header_of(str(path), LocalFile(path))
+
+
+def header_of(where: str, file: Readable) -> bytes:
+    """The same of a file anywhere."""
+    size = file.size
+    (start,) = file.read([(0, min(8, size))])
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    (header,) = file.read([(8, 8 + length)]) if length <= min(size - 8, LONGEST_HEADER) else (b"",)
     try:
         tensors: dict[str, Any] = json.loads(header)
-        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
+        spans = [entry["data_offsets"] for key, entry in tensors.items() if key != "__metadata__"]
+        ordered = all(0 <= begin <= end for begin, end in spans)
+        expected = 8 + length + max((end for _, end in spans), default=0) if ordered else -1
     except (ValueError, KeyError, TypeError, AttributeError):
         expected = -1
     if expected != size:
         wanted = f"{expected:,} bytes by its header" if expected >= 0 else "a complete safetensors header"
         raise ModelError(
-            f"{path}: found {size:,} bytes, expected {wanted}; the file is cut short or damaged, copy it again"
+            f"{where}: found {size:,} bytes, expected {wanted}; the file is cut short or damaged, copy it again"
         )
     return header
 
 
 def matrix_parameters(directory: Path) -> int:
     """Elements of the matrices that a token is multiplied with, as the headers say: all but embeddings, which are
-    looked up. 0 where there are no safetensors."""
+    looked up. 0 where there are neither safetensors nor their headers."""
     count = 0
-    for path in directory.glob("*.safetensors"):
-        for name, entry in json.loads(safetensors_header(path)).items():
+    headers = {path.name: path for path in directory.glob(f"*.safetensors{HEADER}")}
+    found = {name.removesuffix(HEADER): path.read_bytes() for name, path in headers.items()}
+    found |= {path.name: safetensors_header(path) for path in directory.glob("*.safetensors")}
+    for header in found.values():
+        for name, entry in json.loads(header).items():
             if name != "__metadata__" and len(entry["shape"]) == 2 and "embed" not in name:
                 count += math.prod(entry["shape"])
     return count

@@ -23,7 +23,7 @@ ONCE = pa.dictionary(pa.int32(), pa.large_string())
 
 def canonical(table: pa.Table, columns: Columns, where: str) -> pa.Table:
     """Whole queries in canonical form. Raises InputError where one query_id has two queries or instructions."""
-    batches = table.to_batches()
+    batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     firsts = accumulate((batch.num_rows for batch in batches), initial=0)
     return whole(
         [candidates(batch, columns, first) for batch, first in zip(batches, firsts, strict=False)], columns, where

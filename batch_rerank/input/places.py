@@ -30,15 +30,17 @@ WRITTEN = (
 
 def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
     """Raise ConfigError where the input's patterns match what is written at `output.path`, or, when `staging`, at
-    `input.stage`; where input files lie there; and where these two lie in each other. Links and .. are followed."""
+    `input.stage` if it is named; where input files lie there; and where these two lie in each other. Links and .. are
+    followed."""
     options = config.output.storage_options
     places = {"output.path": locate(config.output.path, options)}
-    if staging:
-        stage = places["input.stage"] = locate(config.stage, options)
+    if staging and config.input.stage:
+        stage = places["input.stage"] = locate(config.input.stage, options)
         output = places["output.path"]
         if same_store(stage, output) and (is_within(stage, output) or is_within(output, stage)):
             raise ConfigError(
-                f"input.stage {config.stage!r} and output.path {config.output.path!r} lie in each other; use two places"
+                f"input.stage {config.input.stage!r} and output.path {config.output.path!r} lie in each other; use two "
+                "places"
             )
     for key, pattern in patterns_of(config):
         read = locate(pattern, config.input.storage_options)

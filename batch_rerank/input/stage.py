@@ -6,25 +6,27 @@ as an output has, and the same lease, receipts, resume and fingerprint; it is us
 
 import json
 import logging
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import batch_rerank
 from batch_rerank.calls import Each, in_turn
 from batch_rerank.config import Input, JobConfig
-from batch_rerank.errors import ConfigError, ConflictError, InputError
-from batch_rerank.input.contents import contents
+from batch_rerank.errors import ConfigError, ConflictError, InputError, StorageError
+from batch_rerank.input.contents import Key, contents
 from batch_rerank.input.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.input.passes import clean, run_passes
 from batch_rerank.input.places import is_within, same_store
 from batch_rerank.input.sources import Source
+from batch_rerank.input.stage_place import Place, at, find_place, held, noted, of_output, pattern_of
 from batch_rerank.input.stage_sources import find_sources
 from batch_rerank.store.bookkeeping import expected_parts, mark_done, recording, resume
-from batch_rerank.store.filesystem import Location, locate, storage_errors
-from batch_rerank.store.lease import Lease, hold
+from batch_rerank.store.failures import denied
+from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.lease import HEARTBEATS, HeldError, Lease, hold, sign_of_life
 from batch_rerank.store.manifest import Manifest, fingerprint
 from batch_rerank.store.names import EXCHANGED
 from batch_rerank.store.plans import Plan, Shard
@@ -38,6 +40,10 @@ STAGING_VERSION = 2
 
 SMALL = 8
 """Tasks that the driver does itself: Ray would take longer to start."""
+
+
+WAIT_SECONDS = 5.0
+"""Between two looks at a stage that another job makes, at most."""
 
 
 @dataclass(frozen=True)
@@ -61,61 +67,103 @@ def needs_stage(config: JobConfig) -> bool:
 def stage_with(config: JobConfig, each: Each) -> Staged:
     """Stage a job's input, or what is left of it, with large passes run by `each`; nothing to do where that is done.
 
-    Raises ConfigError, InputError, StorageError, and ConflictError where the place holds the stage of other sources.
+    Another job that stages the same sources in a place that none has named is waited for. Raises ConfigError,
+    InputError, StorageError, and ConflictError where the place holds the stage of other sources, the output was scored
+    from other sources, or another job is at work on a place that is named.
     """
     started = time.monotonic()
-    sources = find_sources(config)
-    manifest = Manifest(locate(config.stage, config.output.storage_options), staged=True)
-    existing = manifest.read_plan()
-    plan = _skeleton(config, manifest, existing, sources)
-    if existing is not None:
-        _refuse_other(manifest, existing, plan)
-        if _finished(manifest, existing):
-            _check_missing(config, existing)
-            if manifest.list_files().matching(EXCHANGED):  # killed while it was removed
-                with hold(manifest.root, config.cluster.lease_seconds):
-                    clean(manifest)
-            return _staged(config, manifest, existing, True, started)
-    join = join_sources(config, sources)
+    sources, plan, place = _open(config)
+    join: Join | None = None
+    while True:
+        manifest, existing = place.manifest, place.existing
+        if existing is not None:
+            _refuse_other(manifest, existing, plan)
+            if _finished(manifest, existing):
+                _check_missing(config, manifest, existing)
+                if manifest.list_files().matching(EXCHANGED):  # killed while it was removed
+                    with hold(manifest.root, config.cluster.lease_seconds):
+                        clean(manifest)
+                return _staged(config, manifest, existing, True, started)
+        join = join or join_sources(config, sources)
+        if place.note:
+            log.info("%s", place.note)
+        with ExitStack() as stack:
+            taken = _take(stack, config, place)
+            if isinstance(taken, Lease):
+                made = _make(config, manifest, plan, join, sources, taken, each)
+                return _staged(config, manifest, made, False, started)
+            place = taken
+
+
+def _take(stack: ExitStack, config: JobConfig, place: Place) -> Lease | Place:
+    """The lease of a place; or, where another job has had it, or it refuses to be written, the place to look at."""
+    root, seconds = place.manifest.root, config.cluster.lease_seconds
+    try:
+        return stack.enter_context(hold(root, seconds))
+    except HeldError as error:
+        if config.input.stage:
+            raise
+        log.info("%s; it stages the same sources, and is waited for", str(error).partition(";")[0])
+        said = time.monotonic()
+        while sign_of_life(root, seconds).alive:
+            time.sleep(min(WAIT_SECONDS, seconds / HEARTBEATS))
+            if time.monotonic() > said + 60:
+                said = time.monotonic()
+                log.info("%s: still being staged by another job", root)
+        return at(root, place.instead)
+    except StorageError as error:
+        if place.instead is None or not denied(error):
+            raise
+        log.warning("%s: not permitted; the stage goes beside the output, to %s", root, place.instead)
+        return at(place.instead)
+
+
+def _make(
+    config: JobConfig, manifest: Manifest, plan: Plan, join: Join, sources: Sequence[Source], lease: Lease, each: Each
+) -> Plan:
     plan = replace(plan, units=join.units, counts=_counts(plan, sources, join))
     totals = Totals()
-    with hold(manifest.root, config.cluster.lease_seconds) as lease:
-        plan = manifest.write_plan(plan)
-        log.info("staging %s into %s", describe_stage(plan), manifest.root)
-        with recording(manifest, plan, totals, lease):
-            done, _ = resume(manifest, plan, totals, lease)
-            small = len(join.pieces) + len(join.units) <= SMALL
-            run_passes(config, manifest, plan, join, sources, done, totals, lease, in_turn if small else each)
-            _finalise(manifest, plan, join, lease)
-    return _staged(config, manifest, plan, False, started)
-
-
-def staged_pattern(root: Location) -> str:
-    """What a job reads of its stage."""
-    return re.sub(r"([*?[])", r"[\1]", str(root)) + "/part-*.parquet"  # a * in the path is no glob
+    plan = manifest.write_plan(plan)
+    named = "" if config.input.stage else " (input.stage names another place)"
+    log.info("staging %s into %s%s", describe_stage(plan), manifest.root, named)
+    with recording(manifest, plan, totals, lease):
+        done, _ = resume(manifest, plan, totals, lease)
+        small = len(join.pieces) + len(join.units) <= SMALL
+        run_passes(config, manifest, plan, join, sources, done, totals, lease, in_turn if small else each)
+        _finalise(manifest, plan, join, lease)
+    return plan
 
 
 def find_stage(config: JobConfig) -> Staged | None:
     """The finished stage of exactly this input, where there is one."""
     started = time.monotonic()
-    manifest = Manifest(locate(config.stage, config.output.storage_options), staged=True)
-    existing = manifest.read_plan()
-    if existing is None:
+    _, plan, place = _open(config)
+    manifest, existing = place.manifest, place.existing
+    if existing is None or existing.fingerprint != plan.fingerprint or not _finished(manifest, existing):
         return None
-    plan = _skeleton(config, manifest, existing, find_sources(config))
-    if existing.fingerprint != plan.fingerprint or not _finished(manifest, existing):
-        return None
-    _check_missing(config, existing)
+    _check_missing(config, manifest, existing)
     return _staged(config, manifest, existing, True, started)
 
 
-def plan_stage(config: JobConfig) -> Plan:
-    """What staging would do. Reads ids, writes nothing. Raises ConfigError and InputError."""
-    sources = find_sources(config)
-    manifest = Manifest(locate(config.stage, config.output.storage_options), staged=True)
-    plan = _skeleton(config, manifest, manifest.read_plan(), sources)
+def plan_stage(config: JobConfig) -> tuple[str, Plan]:
+    """Where staging would go, and what it would do. Reads ids, writes nothing. Raises ConfigError and InputError."""
+    sources, plan, place = _open(config)
     join = join_sources(config, sources)
-    return replace(plan, units=join.units, counts=_counts(plan, sources, join))
+    return str(place.manifest.root), replace(plan, units=join.units, counts=_counts(plan, sources, join))
+
+
+def _open(config: JobConfig) -> tuple[list[Source], Plan, Place]:
+    """A job's sources, the plan of their stage as far as it is known without their ids, and the stage's place."""
+    sources, own = find_sources(config), of_output(config)
+    plan = _skeleton(config, noted(config, sources, own), sources)
+    place = find_place(config, sources, plan.fingerprint, own)
+    root = place.manifest.root
+    for source in sources:
+        for url, file in source.files:
+            found = locate(url, config.input.storage_options).at(file.path)
+            if same_store(found, root) and is_within(found, root):
+                raise ConfigError(f"input.stage {str(root)!r} holds files of the input, e.g. {url}; use another place")
+    return sources, plan, place
 
 
 def describe_stage(plan: Plan) -> str:
@@ -144,26 +192,14 @@ def join_sources(config: JobConfig, sources: Sequence[Source]) -> Join:
     return join_run(run, queries, corpus, config.input.candidates_per_query, config.input.max_missing, options)
 
 
-def _skeleton(config: JobConfig, manifest: Manifest, existing: Plan | None, sources: Sequence[Source]) -> Plan:
-    """The plan of a stage as far as the files' contents show it: its fingerprint, without units. What the plan that is
-    there says of files that are untouched since need not be read again."""
-    for source in sources:
-        for url, file in source.files:
-            found = locate(url, config.input.storage_options).at(file.path)
-            if same_store(found, manifest.root) and is_within(found, manifest.root):
-                raise ConfigError(
-                    f"input.stage {config.stage!r} holds files of the input, e.g. {url}; use another place"
-                )
-    known = {}
-    if existing is not None:
-        for shard, (_, content) in zip(existing.shards, _held(existing), strict=False):
-            known[shard.url, shard.file.size, shard.file.version] = content
+def _skeleton(config: JobConfig, known: Mapping[Key, str], sources: Sequence[Source]) -> Plan:
+    """The plan of a stage as far as the files' contents show it: its fingerprint, without units."""
     fields: dict[str, Any] = {"staging_version": STAGING_VERSION, "shard_pairs": SHARD_PAIRS}
     fields["input.layout"] = "flat" if config.input.layout == "flat" else "run"
-    held = []
+    every = []
     for source in sources:
         found_contents = contents(source.files, known, config.input.storage_options)
-        held += [[source.kind, content] for content in found_contents]
+        every += [[source.kind, content] for content in found_contents]
         fields[f"input.{source.kind}"] = fingerprint({"contents": found_contents})
         fields[f"input.columns of {source.kind}"] = source.names
     fields["input.candidates_per_query"] = config.input.candidates_per_query
@@ -174,7 +210,7 @@ def _skeleton(config: JobConfig, manifest: Manifest, existing: Plan | None, sour
     return Plan(
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
-        config={"stage": True, "cluster": {"lease_seconds": config.cluster.lease_seconds}, "sources": held},
+        config={"stage": True, "cluster": {"lease_seconds": config.cluster.lease_seconds}, "sources": every},
         model={},
         version=batch_rerank.__version__,
         counts={"files": len(files_of_all)},
@@ -182,11 +218,6 @@ def _skeleton(config: JobConfig, manifest: Manifest, existing: Plan | None, sour
         shards=[Shard(index, url, file, 0) for index, (url, file) in enumerate(files_of_all)],
         units=[],
     )
-
-
-def _held(plan: Plan) -> list[tuple[str, str]]:
-    """The kind and the content of each file of a stage's sources; nothing in plans of older versions."""
-    return [(str(kind), str(content)) for kind, content in plan.config.get("sources", [])]
 
 
 def _refuse_other(manifest: Manifest, existing: Plan, plan: Plan) -> None:
@@ -203,10 +234,10 @@ def _refuse_other(manifest: Manifest, existing: Plan, plan: Plan) -> None:
 
 def _other_files(what: str, plan: Plan, other: Plan) -> str:
     """The files of one plan whose content is not in another, or nothing."""
-    there = set(_held(other))
+    there = set(held(other))
     files = [
         f"input.{kind} {shard.url} ({shard.file.size:,} bytes)"
-        for shard, (kind, content) in zip(plan.shards, _held(plan), strict=False)
+        for shard, (kind, content) in zip(plan.shards, held(plan), strict=False)
         if (kind, content) not in there
     ]
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
@@ -227,12 +258,12 @@ def _finished(manifest: Manifest, plan: Plan) -> bool:
     return whole and "_SUCCESS" in found.files.found and not strays
 
 
-def _check_missing(config: JobConfig, plan: Plan) -> None:
+def _check_missing(config: JobConfig, manifest: Manifest, plan: Plan) -> None:
     lost = plan.counts.get("missing_candidates", 0)
     total = lost + plan.counts["candidates"]
     if lost > config.input.max_missing * total:
         raise InputError(
-            f"{config.stage}: {lost:,} of {total:,} candidates lack their document or query (_manifest/missing.json); "
+            f"{manifest.root}: {lost:,} of {total:,} candidates lack their document or query (_manifest/missing.json); "
             f"expected at most input.max_missing = {config.input.max_missing:g} of them; mend the run, or raise it"
         )
 
@@ -242,7 +273,7 @@ def _staged(config: JobConfig, manifest: Manifest, plan: Plan, reused: bool, sta
     place = str(manifest.root)
     staged = Input(
         layout="nested",
-        path=staged_pattern(manifest.root),
+        path=pattern_of(manifest.root),
         unit_pairs=given.unit_pairs,
         unit_bytes=given.unit_bytes,
         storage_options=config.output.storage_options,

@@ -83,8 +83,8 @@ def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:
         job, plan, model = found
         there = _there(job, plan)
         return Ahead(job, plan, model, find_earlier(job, plan), there)
-    plan = plan_stage(config)
-    log.info("to be staged at %s: %s; units are planned when it is", config.stage, describe_stage(plan))
+    place, plan = plan_stage(config)
+    log.info("to be staged at %s: %s; units are planned when it is", place, describe_stage(plan))
     return Ahead(config, plan)
 
 

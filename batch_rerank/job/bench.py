@@ -126,6 +126,7 @@ def _without_units(plan: Plan) -> Plan:
 def measure(config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Unit], seconds: float) -> Bench:
     """In the process of an actor: load, test, try token budgets, then score units until the time is over."""
     scorer = LoadedScorer(config, model)
+    model = scorer.model  # where it is on this machine
     began = time.monotonic()
     matrix = matrix_rate(model, config.cluster.device)
     encoded = _encoded(config, model, plan, units)

@@ -61,7 +61,7 @@ def on_cluster(config: JobConfig) -> Iterator[Machines]:
         return
     address = _address(config)
     try:
-        with _own_sigterm():
+        with _own_sigterm(), _quiet_core():
             found = _join(address) if address else _start(config)
         _own[:] = [] if address else [found]
         yield found
@@ -105,6 +105,21 @@ def _own_sigterm() -> Iterator[None]:
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
+_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+
+
+@contextmanager
+def _quiet_core() -> Iterator[None]:
+    """While Ray starts in this process, unless the user has set a level: Ray Data's actors make its C++ print an error
+    about constructor arguments on every start. Of a cluster's processes only this one hears of it."""
+    given = _LEVEL in os.environ
+    os.environ.setdefault(_LEVEL, "fatal")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[_LEVEL]
+
 
 def _join(address: str) -> Machines:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -124,12 +139,17 @@ def _join(address: str) -> Machines:
 def _start(config: JobConfig) -> Machines:
     """A Ray of our own on this machine, with CPUs for the tasks beside the actors'."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Ray Data's actors make Ray's C++ log a line at level error on every start; this Ray is ours and short-lived
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     cluster = settle(config, this_machine()).cluster
     # a bare ray.init() would join whatever cluster this host last started
     cpus = cluster.max_actors * cluster.threads + LOCAL_TASK_CPUS
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+    except Exception as error:  # any: Ray has no type for a start that takes too long
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnfinishedError(
+            f"no Ray could be started on this machine: {lines[0][:300]}; expected one within Ray's own time: the "
+            "machine may be too busy, or its /tmp or shared memory full; run it again, or with --local"
+        ) from error
     (node,) = machines().nodes
     return Machines("this machine", (Node(cores(), node.gpus, node.accelerator),))
 

@@ -14,7 +14,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError, ConflictError, StorageError, UnfinishedError
 from batch_rerank.input.places import matches, patterns_of
 from batch_rerank.input.shards import check_planned
-from batch_rerank.input.stage import staged_pattern
+from batch_rerank.input.stage_place import scored_from
 from batch_rerank.job.finish import finish
 from batch_rerank.job.gate import pass_gate
 from batch_rerank.job.reported import Reported, reported
@@ -27,7 +27,7 @@ from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
 from batch_rerank.store import latest as pointers
 from batch_rerank.store.bookkeeping import doubtful, recording, refuse_strays, remove_late_parts
-from batch_rerank.store.filesystem import locate, storage_errors
+from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.names import work_name
@@ -143,10 +143,10 @@ def _is_whole(found: Scan) -> bool:
 def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -> None:
     """Raise ConflictError that names the settings by which a job would score otherwise than an output was."""
     lines = []
-    staged = _is_stage_of(job, stored)
-    if staged:
-        lines += [f"  {line}" for line in _other_sources(job)]
-    inputs = () if staged else ("layout", "path", "columns")
+    stage = scored_from(job, stored.input.model_dump())
+    if stage is not None:
+        lines += [f"  {line}" for line in _other_sources(job, stage)]
+    inputs = () if stage else ("layout", "path", "columns")
     sections: tuple[tuple[str, Section, Section, tuple[str, ...]], ...] = (
         ("input", stored.input, job.input, inputs),
         ("model", stored.model, job.model, tuple(type(job.model).model_fields)),
@@ -164,17 +164,11 @@ def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -
         )
 
 
-def _is_stage_of(job: JobConfig, stored: JobConfig) -> bool:
-    """Whether what was scored is the stage of a job's input."""
-    stage = locate(job.stage, job.output.storage_options)
-    return stored.input.layout == "nested" and stored.input.patterns == [staged_pattern(stage)]
-
-
-def _other_sources(job: JobConfig) -> Iterator[str]:
+def _other_sources(job: JobConfig, stage: Location) -> Iterator[str]:
     """What a job reads that its stage was not made of, and the reverse, by the places of the files."""
-    plan = Manifest(locate(job.stage, job.output.storage_options), staged=True).read_plan()
+    plan = Manifest(stage, staged=True).read_plan()
     if plan is None:
-        log.warning("%s: the stage is gone; whether it was made of this job's input cannot be told", job.stage)
+        log.warning("%s: the stage is gone; whether it was made of this job's input cannot be told", stage)
         return
     cut = "input.candidates_per_query"
     there, here = plan.fingerprint_fields.get(cut), job.input.candidates_per_query

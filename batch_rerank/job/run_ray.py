@@ -82,6 +82,9 @@ def run_ray(
             if receipt.fallback and not padded:
                 log.warning("%s: not the fastest forward: %s", receipt.scorer, receipt.fallback)
                 padded = True
+            if receipt.fetched_bytes:
+                took = f"{receipt.fetched_bytes:,} bytes of weights in {receipt.fetch_seconds:.1f} s"
+                log.info("%s has fetched %s", receipt.host, took)
             yield receipt
 
 

@@ -45,7 +45,7 @@ def run_self_test(config: JobConfig) -> ForwardTests:
     try:
         model = configured_model(config)
         make_encoder(model)
-        model = placed(config, model)
+        model, _ = placed(config, model)
         if model.kind == "checksum":
             return _judged({"padded": self_test(model, make_scorer(model))}, "auto", "it is free")
         tests, absent = _tests(config, model)

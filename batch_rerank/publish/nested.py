@@ -15,14 +15,15 @@ def is_nested(names: Sequence[str]) -> bool:
     return "doc_id" not in names
 
 
-def nest(rows: pa.Table, starts: npt.NDArray[np.int64]) -> pa.Table:
-    """Rows of whole queries that begin at `starts` to `query_id` and `candidates`, a list of the other columns."""
+def nest(rows: pa.Table, starts: npt.NDArray[np.int64], ids: pa.Array | None = None) -> pa.Table:
+    """Rows of whole queries that begin at `starts` to `query_id` and `candidates`, a list of the other columns. `ids`:
+    string[n], of the queries, where some have no rows."""
     names = [name for name in rows.column_names if name != "query_id"]
     arrays = [_array(rows[name]) for name in names]
     fields = [pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)]
     structs = pa.StructArray.from_arrays(arrays, fields=fields)
     offsets = pa.array(np.append(starts, len(rows)), pa.int32())
-    query_ids = _array(rows["query_id"]).take(pa.array(starts))
+    query_ids = _array(rows["query_id"]).take(pa.array(starts)) if ids is None else ids
     return pa.table({"query_id": query_ids, LIST: pa.ListArray.from_arrays(offsets, structs)})
 
 

@@ -71,6 +71,8 @@ def config_of(plan: Plan, place: Place | str = "") -> JobConfig:
     job = place.job if isinstance(place, Place) else None
     if job is None:
         return config
+    opened = config.model.model_copy(update={"storage_options": job.model.storage_options})
+    config = config.model_copy(update={"model": opened})
     staged = job.input.patterns != config.input.patterns  # the stage lies where the output's options reach
     given = job.output.storage_options if staged else job.input.storage_options
     return config.model_copy(update={"input": config.input.model_copy(update={"storage_options": given})})
@@ -96,7 +98,8 @@ def _parsed(kind: type[T], value: object, plan: Plan) -> T:
 def model_of(plan: Plan) -> ModelSpec:
     """What a plan knows of its model, for publishing. Raises StorageError where this version does not understand it."""
     try:
-        return ModelSpec(**{**plan.model, "causal": None})
+        files = tuple(map(tuple, plan.model.get("files") or ()))
+        return ModelSpec(**{**plan.model, "causal": None, "files": files})
     except TypeError as error:
         raise StorageError(
             f"_manifest/plan.json: written by batch_rerank {plan.version}, whose model this version does not "

@@ -18,6 +18,7 @@ from batch_rerank.input.layouts import OPTIONAL, Columns, Queries, Scattered, fi
 from batch_rerank.input.shards import read_queries, with_content
 from batch_rerank.input.units import cut_units
 from batch_rerank.score.unit_size import unit_pairs
+from batch_rerank.score.weights import find_model, told_as
 from batch_rerank.store.filesystem import File, Location, identity_of, input_errors, list_files, locate
 from batch_rerank.store.manifest import fingerprint
 from batch_rerank.store.plans import Plan, Shard, Unit
@@ -55,7 +56,8 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
     Raises ConfigError, ModelError and InputError.
     """
     model = configured_model(config)
-    make_encoder(model)  # the tokenizer fits the template, or the job ends here
+    with told_as(model.name, model.directory if model.files else None):
+        make_encoder(model)  # the tokenizer fits the template, or the job ends here
     seen = _read_shards(config)
     _check_together(config, model, seen)
     _verdict(config, find_scattered([(str(shard.location), shard.queries) for shard in seen]))
@@ -79,7 +81,7 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
         config=_stored(config),
-        model=asdict(model),
+        model={**asdict(model), "files": [list(file) for file in model.files]},
         version=batch_rerank.__version__,
         counts=counts,
         notes=_notes(model, seen, units, sizes),
@@ -106,20 +108,23 @@ def _stored(config: JobConfig) -> dict[str, object]:
 
 def configured_model(config: JobConfig) -> ModelSpec:
     """The model of a job, without its weights. Raises ConfigError and ModelError."""
-    return resolve_model(
-        config.model.name,
-        revision=config.model.revision,
-        kind=config.model.kind,
-        template=config.model.template,
-        instruction=config.model.instruction,
-        max_length=config.model.max_length,
-        dtype=config.model.dtype,
-        device=config.cluster.device,
-        trust_remote_code=config.model.trust_remote_code,
-        allow_pickle=config.model.allow_pickle,
-        chunk_overlap=config.scoring.chunk_overlap if config.scoring.long_documents == "chunk" else None,
-        escape=config.scoring.escape_control_tokens,
-    )
+    stored = find_model(config.model)
+    with told_as(config.model.name, stored.directory if stored else None):
+        return resolve_model(
+            config.model.name,
+            revision=config.model.revision,
+            kind=config.model.kind,
+            template=config.model.template,
+            instruction=config.model.instruction,
+            max_length=config.model.max_length,
+            dtype=config.model.dtype,
+            device=config.cluster.device,
+            trust_remote_code=config.model.trust_remote_code,
+            allow_pickle=config.model.allow_pickle,
+            chunk_overlap=config.scoring.chunk_overlap if config.scoring.long_documents == "chunk" else None,
+            escape=config.scoring.escape_control_tokens,
+            stored=stored,
+        )
 
 
 def _read_shards(config: JobConfig) -> list[Seen]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.canaries import limits
-from batch_rerank.engine.checkpoint import ModelSpec, relocate
+from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Encoded
 from batch_rerank.engine.encoding import Encoder
 from batch_rerank.engine.packing import Float32, best_chunks, unreadable
@@ -27,6 +27,8 @@ from batch_rerank.score.poison import MOST_POISON, DeviceLostError, PoisonedUnit
 from batch_rerank.score.read_unit import ReadUnit
 from batch_rerank.score.reuse import Known
 from batch_rerank.score.timesheet import Timesheet
+from batch_rerank.score.weights import on_this_node
+from batch_rerank.store.fetch import Fetched
 from batch_rerank.store.plans import Unit
 from batch_rerank.store.receipts import SetAside
 
@@ -163,6 +165,9 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         best = unit.known.merge(best, chunked=chunks is not None)
     scored = ~np.isnan(best.scores)
     work, members = _work(unit, scorer.computed(), members)
+    fetched = scorer.fetched()
+    if members:  # once, so that sums are true
+        members, fetched = (replace(members[0], about={**members[0].about, **fetched}), *members[1:]), {}
     return ScoredUnit(
         unit=unit.unit,
         rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens, errors),
@@ -171,7 +176,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        about={**unit.about, **scorer.sheet.take(len(unit.units)), **work, **scorer.about},
+        about={**unit.about, **scorer.sheet.take(len(unit.units)), **work, **fetched, **scorer.about},
         members=members,
     )
 
@@ -217,7 +222,7 @@ class LoadedScorer:
     def __init__(self, config: JobConfig, model: ModelSpec) -> None:
         started, self.sheet = time.monotonic(), Timesheet()
         device = self._device = config.cluster.device
-        self.model = placed(config, model)
+        self.model, self._fetched = placed(config, model)
         tested = tested_scorer(self.model, device, token_budget(config), config.model.forward)
         self._scorer, self.fallback = tested.scorer, tested.fallback
         self._turn = threading.Lock()
@@ -262,6 +267,13 @@ class LoadedScorer:
         """Tokens of one batch as they are now; None for a scorer without batches."""
         return self._scorer.token_budget
 
+    def fetched(self) -> dict[str, Any]:
+        """What receipts say of weights that came from a store; nothing from the second call on."""
+        done, self._fetched = self._fetched, None
+        if done is None or not done.size:
+            return {}
+        return {"fetched_bytes": done.size, "fetch_seconds": round(done.seconds, 3), "storage_retries": done.retries}
+
     def forget(self) -> None:
         """Drop what is remembered of texts."""
         self._scorer.forget()
@@ -283,15 +295,16 @@ class LoadedScorer:
         return False
 
 
-def placed(config: JobConfig, model: ModelSpec) -> ModelSpec:
-    """A planned model on this machine, where torch computes with the actor's threads. Raises ModelError."""
+def placed(config: JobConfig, model: ModelSpec) -> tuple[ModelSpec, Fetched | None]:
+    """A planned model on this machine, where torch computes with the actor's threads, and what was fetched for it.
+    Raises what `on_this_node` raises."""
     if model.kind == "checksum":
-        return model
+        return model, None
     import torch
 
     # Ray sets OMP_NUM_THREADS to the CPUs an actor asks for; without Ray nothing would
     torch.set_num_threads(config.cluster.threads)
-    return relocate(model)
+    return on_this_node(model, config.model)
 
 
 def token_budget(config: JobConfig) -> int | None:

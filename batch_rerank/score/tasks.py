@@ -9,16 +9,17 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from batch_rerank.config import JobConfig
-from batch_rerank.engine.checkpoint import ModelSpec, relocate
+from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import Encoder, make_encoder
 from batch_rerank.errors import BatchRerankError, ModelError
+from batch_rerank.model_settings import Model
 from batch_rerank.score.attempts import Attempts
 from batch_rerank.score.blocks import block, failure, row, unpack
 from batch_rerank.score.bundles import read_bundles
@@ -27,6 +28,7 @@ from batch_rerank.score.poison import DeviceLostError, Trial
 from batch_rerank.score.read_unit import ReadRange, read_range
 from batch_rerank.score.score_file import commit_unit
 from batch_rerank.score.steps import EncodedUnit, LoadedScorer, ScoredUnit, encode_unit, or_set_aside, score_unit
+from batch_rerank.score.weights import on_this_node
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.receipts import Receipt, SetAside
@@ -64,14 +66,15 @@ def read_and_encode(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
     """Read ranges to their units, or to bundles of units, one block each."""
     job.enter()
     works: list[ReadRange] = pickle.loads(batch["ranges"][0].as_py())
+    planned = _Planned(job.model, job.config.model)
     try:
         if job.shared is not None:
-            given = (job.config, job.model, job.shared.get(), job.enough, _encoder(job.model))
+            given = (job.config, job.model, job.shared.get(), job.enough, _encoder(planned))
             yield from map(block, read_bundles(works, *given))
             return
         for work in works:
             for read in read_range(work, job.config, job.model):
-                yield block(or_set_aside([read.unit], lambda read=read: encode_unit(read, _encoder(job.model))))  # type: ignore[misc]
+                yield block(or_set_aside([read.unit], lambda read=read: encode_unit(read, _encoder(planned))))  # type: ignore[misc]
     except BatchRerankError as error:
         yield failure(error)
 
@@ -162,10 +165,18 @@ def _step(batch: pa.Table, work: Callable[[Any], ScoredUnit | list[Receipt] | li
         return failure(error)
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A model, and how its files are reached, which makes it no other one."""
+
+    model: ModelSpec
+    settings: Model = field(compare=False)
+
+
 @lru_cache(maxsize=2)
-def _encoder(model: ModelSpec) -> Encoder:
+def _encoder(planned: _Planned) -> Encoder:
     """One tokenizer a worker process: loading the 11 MB of Qwen's takes longer than encoding a unit."""
-    return make_encoder(relocate(model))
+    return make_encoder(on_this_node(planned.model, planned.settings, weights=False)[0])
 
 
 def environment() -> dict[str, str]:

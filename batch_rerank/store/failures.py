@@ -31,7 +31,7 @@ def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -
         blame = kind if local else StorageError
         raise blame(f"{where}: not permitted ({str(error) or 'permission denied'}); {advice}") from None
     except OSError as error:
-        away = isinstance(error, ConnectionError) or _is_of_a_library(error.__cause__)
+        away = isinstance(error, ConnectionError) or _is_of_a_library(error) or _is_of_a_library(error.__cause__)
         blame = StorageError if away else kind
         raise blame(f"{where}: storage failed: {error.strerror or error}") from error
     except Exception as error:
@@ -46,6 +46,11 @@ def input_errors(where: object) -> Iterator[None]:
     """The same for the input: a missing shard is an input error."""
     with storage_errors(where, InputError):
         yield
+
+
+def denied(error: StorageError) -> bool:
+    """Whether it was a refusal: there may be nothing wrong with the place but that it is somebody else's."""
+    return isinstance(error.__context__, PermissionError)
 
 
 def is_local(where: object) -> bool:

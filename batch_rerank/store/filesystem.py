@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import posixpath
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from batch_rerank.store.patience import Patience
 _ANSWERED = "_batch_rerank_answered"
 """Attribute of a filesystem whose store has answered this process. fsspec keeps one object for each store and its
 options; two objects with other endpoints in the environment are equal, so a set of them would not do."""
+
+STAGE = "_stage-[0-9a-f]{16}"
+"""The folder of a stage that no job has named."""
 
 Options = dict[str, Any]
 T = TypeVar("T")
@@ -284,8 +288,8 @@ def locate(url: str, options: Options | None = None, reached: bool = False) -> L
 
 
 def list_files(pattern: Location) -> list[File]:
-    """Files that match a glob, or the `*.parquet` files of a directory, by path; links to files are files. Raises
-    InputError for a link to nothing."""
+    """Files that match a glob, or the `*.parquet` files of a directory, by path; links to files are files. A wildcard
+    matches no stage: those lie beside the sources they were made of. Raises InputError for a link to nothing."""
     fs, path = pattern.fs, pattern.path
     if not _has_magic(path):
         try:
@@ -307,6 +311,7 @@ def list_files(pattern: Location) -> list[File]:
     except ValueError as error:
         raise InputError(f"{pattern}: not a glob ({error}); write * for a part of a name, ** for any folders") from None
     files = [info for name, info in sorted(found.items()) if open_start == path or name[start] == path[start]]
+    files = [info for info in files if not re.search(rf"(?:^|/){STAGE}/", info["name"][start:])]
     followed = [_followed(fs, info) for info in files]
     return [_file(info) for info in followed if info["type"] == "file"]
 

@@ -67,6 +67,10 @@ class Holder:
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
+class HeldError(ConflictError):
+    """Another job holds the output."""
+
+
 class Lease:
     """The right to repair an output and to finish it. Taken by `hold`."""
 
@@ -200,9 +204,9 @@ class Lease:
                 raise self._held(now[1])
         log.warning("%s: taken over from %s, silent for %g s", self._root, holder, self._seconds)
 
-    def _held(self, content: bytes) -> ConflictError:
+    def _held(self, content: bytes) -> HeldError:
         holder = Holder.from_json(content) or "an unknown holder"
-        return ConflictError(
+        return HeldError(
             f"{self._root}: another job is at work on this output ({holder}); "
             "expected one job per output; wait for it or stop it, or use another output.path"
         )

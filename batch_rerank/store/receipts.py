@@ -62,7 +62,8 @@ class Receipt:
     new_queries, new_documents, unreadable: pairs that such outputs do not have, by reason: none knows the query, or the
     document beside it, or what does is damaged or gone; audited: reused pairs whose score was computed again, and
     audit_difference: the largest that was seen; computed_tokens and flop: what a model computed for it, see
-    engine/work.py; shape: how scores, lengths and places of its pairs lie, see store/shapes.py, empty in receipts of
+    engine/work.py; fetched_bytes and fetch_seconds: of weights that its actor has fetched from a store before this, its
+    first unit; shape: how scores, lengths and places of its pairs lie, see store/shapes.py, empty in receipts of
     0.1.0
     """
 
@@ -114,6 +115,8 @@ class Receipt:
     retries: Count = 0
     moves: Count = 0
     shape: Text = ""
+    fetched_bytes: Count = 0
+    fetch_seconds: Seconds = 0.0
 
     @property
     def counts(self) -> dict[str, int]:

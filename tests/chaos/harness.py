@@ -62,7 +62,7 @@ class Run:
     folder: Path
     started: float
 
-    def wait(self, seconds: float = 240) -> Ended:
+    def wait(self, seconds: float = 480) -> Ended:
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
