@@ -190,10 +190,12 @@ warnings.simplefilter("ignore")
 log = logging.getLogger("batch_rerank")
 log.addHandler(logging.StreamHandler(sys.stdout))
 log.setLevel("INFO")
-ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+kinds = {"accelerator_type:L4": 1}
+ray.init(address="local", num_cpus=4, num_gpus=1, resources=kinds, include_dashboard=False, log_to_driver=False)
 file, output = sys.argv[1:]
-for name, gpus in (("auto", "auto"), ("half", 0.5), ("two", 2)):
+for name, gpus, kind in (("auto", "auto", "null"), ("half", 0.5, "L4"), ("two", 2, "null"), ("H100", "auto", "H100")):
     sets = [f"output.path={output}/{name}", f"cluster.gpus_per_actor={gpus}", "cluster.actors=3"]
+    sets.append(f"cluster.accelerator_type={kind}")
     try:
         print(name, "planned", plan_job(load_config(file, sets)).plan.config["cluster"]["gpus_per_actor"])
         print(name, "scored", run(load_config(file, sets)).totals.scored)
@@ -213,8 +215,10 @@ def test_a_cluster_with_a_gpu_is_used_as_far_as_it_goes(flat_shards: Path, tmp_p
     assert "the cluster (4 CPUs, 1 GPUs): 3 actors, 1 GPU each" in lines
     assert {"auto planned 1.0", "auto scored 300", "half planned 0.5", "half scored 300"} <= set(lines)
     assert "cluster.actors asks for 3: the cluster (4 CPUs, 1 GPUs) has room for 1 of 1 GPUs" in lines
-    assert "cluster.actors asks for 3: the cluster (4 CPUs, 1 GPUs) has room for 2 of 0.5 GPUs" in lines
+    assert "cluster.actors asks for 3: the cluster (4 CPUs, 1 GPUs) has room for 2 of 0.5 L4 GPUs" in lines
     assert any(line.startswith("two refused cluster.gpus_per_actor: found 2, but the cluster (4") for line in lines)
+    refused = "H100 refused cluster.accelerator_type: found 'H100', but the GPUs of the cluster (4 CPUs, 1 GPUs) are L4"
+    assert any(line.startswith(refused) for line in lines)
     for name in ("auto", "half"):
         receipts = [json.loads(path.read_text()) for path in (tmp_path / name / "_manifest/receipts").iterdir()]
         assert {receipt["scorer"].split()[1] for receipt in receipts} == {"cuda"}

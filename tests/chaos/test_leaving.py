@@ -159,6 +159,7 @@ def test_a_pod_that_ends_scores_its_unit_to_the_end_and_begins_none(chaos: Chaos
 
 def test_a_unit_that_ends_too_late_is_dropped_and_scored_elsewhere(chaos: Chaos, two: Nodes) -> None:
     run, actor = start(chaos, two, "dropped")
+    pod = two.of(actor)
     node = diary(chaos, "dropped")["node"]
     subprocess.run(
         [
@@ -179,6 +180,7 @@ def test_a_unit_that_ends_too_late_is_dropped_and_scored_elsewhere(chaos: Chaos,
     log, moves = finish(chaos, two, run, "dropped")
     assert moves == 1
     assert "1 units begun again after their node had left" in log
+    pod.wait(SECONDS)
 
 
 def test_nodes_that_go_without_notice_are_no_deaths(chaos: Chaos, two: Nodes) -> None:
