@@ -36,7 +36,7 @@ from batch_rerank.engine.checkpoint_files import locate as find_checkpoint
 from batch_rerank.errors import ConfigError, ModelError
 from batch_rerank.model_settings import Model
 from batch_rerank.store.disk import place as place_file
-from batch_rerank.store.fetch import Fetched, Wanted, fetch, forget, key_of, read_range, threads
+from batch_rerank.store.fetch import Fetched, Wanted, fetch, forget, key_of, read_range, refuse_other, threads
 from batch_rerank.store.filesystem import File, Location, locate, storage_errors
 from batch_rerank.store.mirror import MIRROR, UNFINISHED, Done, mirror, names_below, read_mirror, refuse_unfinished
 from batch_rerank.store.node_cache import NodeCache
@@ -58,15 +58,16 @@ class _StoredFile:
         return self.wanted.size
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """What lies from each start to its stop."""
+        """What lies from each start to its stop. Raises ModelError where the file is another by now."""
 
         def one(span: tuple[int, int]) -> bytes:
             return b"" if span[0] == span[1] else read_range(self.where, self.wanted, *span)
 
-        if len(ranges) == 1:
-            return [one(ranges[0])]
         with threads(READS_AT_ONCE) as pool:
-            return list(pool.map(one, ranges))
+            found = list(pool.map(one, ranges))
+        with storage_errors(self.where, ModelError):
+            refuse_other(self.where, self.wanted)  # what is read is kept for this version
+        return found
 
 
 def find_model(settings: Model) -> Stored | None:
