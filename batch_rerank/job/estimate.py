@@ -66,7 +66,7 @@ class Estimate:
                 limits_of(cost),
             )
             return
-        if hours.p50 + spent > most:
+        if hours.p50 and hours.p50 + spent > most:  # what is scored already is published whatever it has cost
             usd = self.forecast.usd(self.price)
             money = "" if usd is None else f", {usd.p50:,.2f} USD (p90 {usd.p90:,.2f})"
             raise BudgetError(
