@@ -148,7 +148,8 @@ def _fetch_whole(place: Location, planned: Sequence[Wanted], cache: NodeCache, i
         return found
     log.warning("%s: what this node has kept in %s is damaged; it is fetched again", place, found.directory)
     with cache.alone(f"{key}.weights", f"{place}: forgetting {found.directory}"):
-        forget(found.directory, [one.name for one in planned])
+        if not _is_whole(found.directory, identity):  # else another process has just fetched it again, and loads it
+            forget(found.directory, [one.name for one in planned])
     return both()
 
 
@@ -168,6 +169,8 @@ def mirror_model(name: str, to: str, *, revision: str | None, allow_pickle: bool
     if "://" in name:
         raise ConfigError(f"{name}: a place; expected a hub id or a checkpoint directory to copy from")
     directory, commit = find_checkpoint(name, revision, weights=True, pickled=allow_pickle)
+    if commit is None and revision is not None:
+        raise ConfigError(f"--revision {revision!r}: {name!r} is a directory here, which has none; leave it out")
     read_json(directory / "config.json")
     check_weights(directory, allow_pickle and not any(directory.glob("*.safetensors")))
     identity = identify(directory, commit)
