@@ -2,15 +2,30 @@
 left."""
 
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from checkpoints import bert_reranker
+from conftest import Killed, job
 
+import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
-from batch_rerank.errors import UnfinishedError
+import batch_rerank.store.mirror as mirror_module
+from batch_rerank.engine.checkpoint import resolve_model
+from batch_rerank.errors import BudgetError, ConfigError, ConflictError, ModelError, UnfinishedError
+from batch_rerank.estimate.forecast import Forecast, nothing_to_score
+from batch_rerank.estimate.ranges import Range
+from batch_rerank.job.estimate import Estimate
+from batch_rerank.job.republish import refuse_other_scores
+from batch_rerank.job.watch import Watch
 from batch_rerank.ray_data import Rerank
 from batch_rerank.score.poison import PoisonedUnitError
+from batch_rerank.score.weights import mirror_model
+from batch_rerank.store.filesystem import locate
+from batch_rerank.store.manifest import Manifest
 
 FREE = {"name": "none", "kind": "checksum"}
 
@@ -51,3 +66,74 @@ def test_a_batch_that_failed_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray_data, "score_unit", score)
     assert ends(lambda: list(operator(batch)), 5)
     assert kept.value
+
+
+def test_how_a_model_is_reached_makes_no_other_scores_and_is_not_shown(tmp_path: Path) -> None:
+    place, secret = "s3://bucket/model", "canary-secret-4711"
+    reached = {
+        "model__name": place,
+        "model__storage_options": {"secret": secret},
+        "model__cache_dir": str(tmp_path),
+        "model__cache_bytes": 1,
+    }
+    one, other = (job("in", tmp_path, **keys) for keys in (reached, {"model__name": place}))
+    manifest = Manifest(locate(str(tmp_path)))
+    for asked, stored in ((one, other), (other, one)):
+        refuse_other_scores(manifest, asked, stored)
+    with pytest.raises(ConflictError, match=r"model\.name") as refused:
+        refuse_other_scores(manifest, one, job("in", tmp_path, model__name="s3://bucket/other"))
+    assert secret not in str(refused.value) and "cache_dir" not in str(refused.value)
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_copy_on_a_disk_is_no_model_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacing: bool
+) -> None:
+    models, copy = [bert_reranker(tmp_path / name) for name in ("one", "two")], str(tmp_path / "copy")
+    (models[1] / "config.json").write_text((models[1] / "config.json").read_text() + " ")
+    given: dict[str, Any] = {"revision": None, "allow_pickle": False, "replacing": replacing}
+    if replacing:
+        mirror_model(str(models[0]), copy, **given)
+    put = mirror_module._put
+
+    def until(*arguments: Any) -> str:
+        if arguments[0].name == ("config.json" if replacing else "tokenizer.json"):  # weights are there
+            raise Killed
+        return put(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mirror_module, "_put", until)
+        mirror_model(str(models[1]), copy, **given)
+    with pytest.raises(ModelError, match="a copy that is not finished; expected _MIRROR; wait for"):
+        resolve_model(copy)
+    mirror_model(str(models[1]), copy, **given)
+    assert resolve_model(copy).identity == resolve_model(str(models[1])).identity
+
+
+def test_a_directory_has_no_revision_to_copy(tmp_path: Path) -> None:
+    model = bert_reranker(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"--revision 'v2': .* is a directory here"):
+        mirror_model(str(model), str(tmp_path / "copy"), revision="v2", allow_pickle=False, replacing=False)
+
+
+def test_what_is_scored_is_published_whatever_it_has_cost(tmp_path: Path) -> None:
+    config = job("in", tmp_path, cost__max_gpu_hours=1.0, cluster__gpus_per_actor=1)
+    Estimate(config, None, nothing_to_score(config, [], 10**9), []).check_budget(spent=2.0)
+    some = Forecast(1, 1, seconds=Range.exact(1.0), actor_seconds=Range.exact(1.0))
+    with pytest.raises(BudgetError):
+        Estimate(config, None, some, []).check_budget(spent=2.0)
+
+
+def test_a_process_that_was_stopped_has_waited_for_nothing_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks = [0.0], [0]
+
+    def wait(seconds: float) -> bool:
+        looks[0] += 1
+        clock[0] += seconds + (100_000 if looks[0] == 3 else 0)  # stopped here, and woken later
+        return looks[0] > 8
+
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watch = Watch(lambda: "", seconds=100, poll=1.0, limit=600)
+    monkeypatch.setattr(watch, "_ended", SimpleNamespace(wait=wait, is_set=lambda: True))
+    watch._watch()
+    assert watch.stuck is None and looks[0] == 9
