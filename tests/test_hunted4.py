@@ -1,6 +1,8 @@
 """Defects that were looked for in what is new: models in stores, the operator, nodes that leave, plans of what is
 left."""
 
+import datetime
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +17,17 @@ import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
 import batch_rerank.store.mirror as mirror_module
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.errors import BudgetError, ConfigError, ConflictError, ModelError, UnfinishedError
+from batch_rerank.errors import BudgetError, ConfigError, ConflictError, ModelError, StorageError, UnfinishedError
 from batch_rerank.estimate.forecast import Forecast, nothing_to_score
 from batch_rerank.estimate.ranges import Range
-from batch_rerank.job.estimate import Estimate
+from batch_rerank.input.stage_place import _newest
+from batch_rerank.job.estimate import Estimate, deadline_seconds
 from batch_rerank.job.republish import refuse_other_scores
 from batch_rerank.job.watch import Watch
 from batch_rerank.ray_data import Rerank
 from batch_rerank.score.poison import PoisonedUnitError
 from batch_rerank.score.weights import mirror_model
+from batch_rerank.store.failures import denied, input_errors
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest
 
@@ -137,3 +141,38 @@ def test_a_process_that_was_stopped_has_waited_for_nothing_meanwhile(monkeypatch
     monkeypatch.setattr(watch, "_ended", SimpleNamespace(wait=wait, is_set=lambda: True))
     watch._watch()
     assert watch.stuck is None and looks[0] == 9
+
+
+def test_a_refusal_is_one_in_the_words_of_every_store() -> None:
+    from azure.core.exceptions import HttpResponseError
+
+    azure = HttpResponseError("AuthorizationPermissionMismatch")
+    azure.status_code = 403
+    for said in (PermissionError("Access Denied"), OSError("Forbidden: bucket/x\nno storage.objects.create"), azure):
+        with pytest.raises(StorageError) as error, input_errors("gs://bucket/x"):
+            raise said
+        assert denied(error.value), said
+    with pytest.raises(StorageError) as error, input_errors("gs://bucket/x"):
+        raise ConnectionResetError
+    assert not denied(error.value)
+
+
+def test_a_folder_that_cannot_be_listed_has_no_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["_stage-0123456789abcdef", "_stage-fedcba9876543210"]
+    for time, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time, time))
+    (tmp_path / "other").mkdir()
+    assert _newest(str(tmp_path)) == names[::-1]
+    assert _newest(str(tmp_path / "absent")) == []
+
+    def refused(folder: str) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert _newest(str(tmp_path)) == []
+
+
+def test_a_deadline_without_end_is_none() -> None:
+    with pytest.raises(ConfigError, match="no time that can be told"):
+        deadline_seconds("9" * 400 + "h", datetime.datetime.now())
