@@ -17,9 +17,18 @@ import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
 import batch_rerank.store.mirror as mirror_module
 from batch_rerank.engine.checkpoint import resolve_model
-from batch_rerank.errors import BudgetError, ConfigError, ConflictError, ModelError, StorageError, UnfinishedError
+from batch_rerank.errors import (
+    BudgetError,
+    ConfigError,
+    ConflictError,
+    InputError,
+    ModelError,
+    StorageError,
+    UnfinishedError,
+)
 from batch_rerank.estimate.forecast import Forecast, nothing_to_score
 from batch_rerank.estimate.ranges import Range
+from batch_rerank.input.contents import contents
 from batch_rerank.input.stage_place import _newest
 from batch_rerank.job.estimate import Estimate, deadline_seconds
 from batch_rerank.job.republish import refuse_other_scores
@@ -28,7 +37,7 @@ from batch_rerank.ray_data import Rerank
 from batch_rerank.score.poison import PoisonedUnitError
 from batch_rerank.score.weights import mirror_model
 from batch_rerank.store.failures import denied, input_errors
-from batch_rerank.store.filesystem import locate
+from batch_rerank.store.filesystem import File, _file, locate
 from batch_rerank.store.manifest import Manifest
 
 FREE = {"name": "none", "kind": "checksum"}
@@ -176,3 +185,16 @@ def test_a_folder_that_cannot_be_listed_has_no_stages(tmp_path: Path, monkeypatc
 def test_a_deadline_without_end_is_none() -> None:
     with pytest.raises(ConfigError, match="no time that can be told"):
         deadline_seconds("9" * 400 + "h", datetime.datetime.now())
+
+
+def test_a_file_of_the_hub_has_its_contents_version() -> None:
+    told = {"name": "datasets/me/x/run.jsonl", "size": 3, "type": "file", "lfs": None, "last_commit": None}
+    one, other = (_file({**told, "blob_id": blob}) for blob in ("3e2f5b", "77aa01"))
+    assert one.version != other.version and not one.version.startswith("mtime:")
+
+
+def test_where_nothing_says_when_a_file_was_written_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text("new")
+    url, file = str(tmp_path / "run.jsonl"), File(str(tmp_path / "run.jsonl"), 3, "mtime:")
+    with pytest.raises(InputError, match="changed since the plan"):  # read, and then held against the listing
+        contents([(url, file)], {(url, 3, "mtime:"): "sha256:old"}, {})
