@@ -64,6 +64,27 @@ def test_sources_that_change_get_a_stage_of_their_own(given: dict[str, Any], tmp
     assert len(stages(tmp_path / "in")) == 2
 
 
+def test_no_stage_is_written_under_the_name_of_other_sources(given: dict[str, Any], tmp_path: Path) -> None:
+    monday = unnamed(given, tmp_path / "monday")
+    run(monday, local=True)
+    (stage,) = stages(tmp_path / "in")
+    clean(Place(str(stage)), "all")
+    old = (tmp_path / "in" / "corpus.jsonl").read_bytes()
+    jsonl(tmp_path / "in" / "corpus.jsonl", [*corpus(), {"_id": "new", "text": "more"}])
+    with pytest.raises(ConflictError):
+        run(monday, local=True)
+    (tmp_path / "in" / "corpus.jsonl").write_bytes(old)
+    assert run(unnamed(given, tmp_path / "tuesday"), local=True).counts["queries"] == 12
+    assert (stage / "_SUCCESS").exists()
+
+
+def test_a_folder_of_any_name_has_its_stage(tmp_path: Path) -> None:
+    given = given_as("beir", tmp_path / "ü %20 #1")
+    run(unnamed(given, tmp_path / "out"), local=True)
+    run(unnamed(given, tmp_path / "other"), local=True)
+    assert len(stages(tmp_path / "ü %20 #1")) == 1
+
+
 def test_untouched_files_are_not_read_again_to_find_their_stage(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

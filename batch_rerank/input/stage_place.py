@@ -79,9 +79,13 @@ def find_place(config: JobConfig, sources: Sequence[Source], fingerprint: str, o
     options = config.output.storage_options
     if config.input.stage:
         return at(locate(config.input.stage, options))
+    name = f"_stage-{fingerprint[:16]}"
     if own is not None:
-        return at(own)
-    name, before = f"_stage-{fingerprint[:16]}", at(former(config))
+        place = at(own)
+        if place.existing is not None or own.name == name or not re.fullmatch(STAGE, own.name):
+            return place
+        # gone, and of other sources: its name is theirs
+    before = at(former(config))
     beside = _beside_output(config)
     there = before if beside is None else at(beside / name)
     aside, note = _look(config, sources, name, there.manifest.root)
