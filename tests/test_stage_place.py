@@ -11,6 +11,7 @@ import pytest
 from conftest import job, rows_of, write
 from test_stage import corpus, given_as, jsonl, queries
 
+import batch_rerank.input.stage as stage_module
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConflictError
 from batch_rerank.input import contents
@@ -187,6 +188,17 @@ def test_two_jobs_at_once_make_one_stage(given: dict[str, Any], tmp_path: Path, 
     second.join()
     assert found[0].place == str(place)
     assert verify(str(place)).problems == []
+
+
+def test_jobs_of_one_stage_agree_on_when_one_of_them_is_silent(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stage_input(unnamed(given, tmp_path / "one", cluster__lease_seconds=300), local=True)
+    (Path(first.place) / "_SUCCESS").unlink()
+    held: list[float] = []
+    monkeypatch.setattr(stage_module, "hold", lambda root, seconds: held.append(seconds) or hold(root, seconds))
+    stage_input(unnamed(given, tmp_path / "two", cluster__lease_seconds=1), local=True)
+    assert held == [300], "who beats every 25 s is not silent after 1 s"
 
 
 def test_an_output_outlives_its_stage(given: dict[str, Any], tmp_path: Path, logged: list[str]) -> None:
