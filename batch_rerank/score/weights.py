@@ -30,7 +30,6 @@ from batch_rerank.engine.checkpoint_files import (
     identify,
     identity_of,
     read_json,
-    safetensors_header,
 )
 from batch_rerank.engine.checkpoint_files import locate as find_checkpoint
 from batch_rerank.errors import ConfigError, ModelError
@@ -44,6 +43,9 @@ from batch_rerank.store.node_cache import NodeCache
 log = logging.getLogger("batch_rerank")
 
 READS_AT_ONCE = 32
+
+SAMPLED = "sampled"
+"""Beside the files of a commit: what `identify` says of their content."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,12 @@ def _fetch_whole(place: Location, planned: Sequence[Wanted], cache: NodeCache, i
         )
 
     found = both()
-    if found.size or _is_whole(found.directory, identity):
+    sampled = found.directory.parent / SAMPLED
+    if found.size and not sampled.exists():
+        if identity.startswith("commit:"):  # its content has just been held against checksums, and a commit tells none
+            place_file(os.replace, str(sampled), identify(found.directory, None).encode())
+        return found
+    if _is_whole(found.directory, identity):
         return found
     log.warning("%s: what this node has kept in %s is damaged; it is fetched again", place, found.directory)
     with cache.alone(f"{key}.weights", f"{place}: forgetting {found.directory}"):
@@ -154,11 +161,13 @@ def _fetch_whole(place: Location, planned: Sequence[Wanted], cache: NodeCache, i
 
 
 def _is_whole(directory: Path, identity: str) -> bool:
-    """Whether a directory has the model of an identity; of a commit only the headers are looked at."""
+    """Whether a directory has the model of an identity; of a commit, whether it still has what its samples were."""
+    sampled = directory.parent / SAMPLED
     try:
-        for path in directory.glob("*.safetensors"):
-            safetensors_header(path)
-        return identity.startswith("commit:") or identify(directory, None) == identity
+        found = identify(directory, None)
+        if identity.startswith("commit:"):
+            return not sampled.exists() or sampled.read_text() == found
+        return found == identity
     except (ModelError, FileNotFoundError):  # or another process has just found the same
         return False
 
