@@ -103,6 +103,15 @@ def locate(name: str, revision: str | None, weights: bool = True, pickled: bool 
     return path, path.name
 
 
+def copied_from(directory: Path) -> str:
+    """The hub id that a directory is a copy of, as `batch-rerank fetch` has noted it: its template goes by that. Empty
+    where nothing says so."""
+    if not (directory / MIRROR).exists():
+        return ""
+    source = read_json(directory / MIRROR).get("source")
+    return source if isinstance(source, str) else ""
+
+
 def identify(directory: Path, commit: str | None) -> str:
     """What makes two checkpoints the same: the hub commit, or a sha256 over a directory's small files, and over the
     size, the header and samples of every tensor of every safetensors file (of pickles, which have no header: all).

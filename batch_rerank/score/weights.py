@@ -25,6 +25,7 @@ from batch_rerank.engine.checkpoint_files import (
     Stored,
     check_listed,
     check_weights,
+    copied_from,
     files_of,
     header_of,
     identify,
@@ -183,7 +184,8 @@ def mirror_model(name: str, to: str, *, revision: str | None, allow_pickle: bool
     read_json(directory / "config.json")
     check_weights(directory, allow_pickle and not any(directory.glob("*.safetensors")))
     identity = identify(directory, commit)
-    return mirror(place, directory, files_of(directory), identity, name if commit else "", replacing)
+    source = name if commit else copied_from(directory)
+    return mirror(place, directory, files_of(directory), identity, source, replacing)
 
 
 def _look(place: Location, settings: Model) -> tuple[list[Wanted], str, str]:
