@@ -16,6 +16,7 @@ from conftest import Killed, job
 import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
 import batch_rerank.store.mirror as mirror_module
+from batch_rerank import Reranker
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.errors import (
     BudgetError,
@@ -198,3 +199,11 @@ def test_where_nothing_says_when_a_file_was_written_it_is_read(tmp_path: Path) -
     url, file = str(tmp_path / "run.jsonl"), File(str(tmp_path / "run.jsonl"), 3, "mtime:")
     with pytest.raises(InputError, match="changed since the plan"):  # read, and then held against the listing
         contents([(url, file)], {(url, 3, "mtime:"): "sha256:old"}, {})
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    reranker = Reranker(str(bert_reranker(tmp_path)), device="cpu", self_test=False)
+    with pytest.raises(InputError, match=r"pairs\[1\]: the document: found half a character \('\\ud800' at 2\)"):
+        reranker.score([("q", "d"), ("q", "d \ud800")])
+    with pytest.raises(InputError, match="instruction: found int"):
+        reranker.rank("q", ["d"], instruction=5)  # type: ignore[arg-type]
