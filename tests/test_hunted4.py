@@ -207,3 +207,11 @@ def test_half_a_character_is_named(tmp_path: Path) -> None:
         reranker.score([("q", "d"), ("q", "d \ud800")])
     with pytest.raises(InputError, match="instruction: found int"):
         reranker.rank("q", ["d"], instruction=5)  # type: ignore[arg-type]
+
+
+def test_a_copy_does_not_become_a_part_of_its_source(tmp_path: Path) -> None:
+    model = bert_reranker(tmp_path / "one")
+    before = resolve_model(str(model)).identity
+    with pytest.raises(ConfigError, match="which would be another model with it"):
+        mirror_model(str(model), str(model / "copy"), revision=None, allow_pickle=False, replacing=False)
+    assert resolve_model(str(model)).identity == before

@@ -181,6 +181,8 @@ def mirror_model(name: str, to: str, *, revision: str | None, allow_pickle: bool
     directory, commit = find_checkpoint(name, revision, weights=True, pickled=allow_pickle)
     if commit is None and revision is not None:
         raise ConfigError(f"--revision {revision!r}: {name!r} is a directory here, which has none; leave it out")
+    if place.is_local and directory in Path(place.path).resolve().parents:
+        raise ConfigError(f"{to}: lies in {directory}, which would be another model with it; use another place")
     read_json(directory / "config.json")
     check_weights(directory, allow_pickle and not any(directory.glob("*.safetensors")))
     identity = identify(directory, commit)
