@@ -119,8 +119,9 @@ class Rerank:
                     f"{WHERE}: rows {start} to {stop} of a batch: {str(error).splitlines()[0][:300]}; expected valid "
                     "UTF-8, and numbers that fit float32 scores and int32 ranks"
                 ) from error
-            with self._encoding:  # a tokenizer's cache is one thread's
-                yield piece, encode_unit(read, self._encoder)
+            with self._encoding:  # a tokenizer's cache is one thread's; not held while the caller is at work
+                encoded = encode_unit(read, self._encoder)
+            yield piece, encoded
 
     def _ranked(self, piece: pa.Table, columns: Columns, unit: EncodedUnit) -> pa.Table:
         output = self._config.output

@@ -111,6 +111,26 @@ def test_a_hub_model_in_a_store_is_that_commit_and_has_its_template(place: str, 
     assert (Path(placed.directory) / WEIGHTS).stat().st_size > 10_000
 
 
+def test_a_hub_model_on_a_disk_has_its_template_too(place: str, hub_model: str, tmp_path: Path) -> None:
+    copied(hub_model, str(tmp_path / "copy"))
+    here, there = resolve_model(hub_model), resolve_model(str(tmp_path / "copy"))
+    assert here.template == "zerank" and (there.template, there.max_length) == (here.template, here.max_length)
+    copied(tmp_path / "copy", place)
+    assert planned(place).template == "zerank", "nor is it lost with the second copy"
+
+
+def test_a_hub_model_that_is_damaged_in_the_cache_is_fetched_again(place: str, hub_model: str) -> None:
+    copied(hub_model, place)
+    placed, _ = on_this_node(planned(place), Model(name=place))
+    kept = Path(placed.directory) / WEIGHTS
+    whole = kept.read_bytes()
+    _, found = on_this_node(planned(place), Model(name=place))
+    assert found is not None and found.size == 0
+    kept.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    _, found = on_this_node(planned(place), Model(name=place))
+    assert found is not None and found.size > 0 and kept.read_bytes() == whole
+
+
 @pytest.mark.parametrize("files", [0, 1, 3])
 def test_killed_it_is_not_there_and_the_same_command_goes_on(
     place: str, model: Path, files: int, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -553,11 +554,14 @@ def test_a_place_that_holds_something_else_is_refused(output: Path, tmp_path: Pa
             exported(output, inside)
 
 
-@pytest.mark.parametrize("pattern", ["", "**/*.parquet"])
-def test_labels_are_not_written_among_the_input(pattern: str, flat_shards: Path, tmp_path: Path) -> None:
-    """The job reads what it has read; its next run would read labels beside it."""
+def test_labels_are_not_written_among_the_input(flat_shards: Path, tmp_path: Path) -> None:
+    """A job's next run would read them, unless it names a folder, of which it reads no folders."""
     inside = flat_shards / "labels"
-    run(job(flat_shards / pattern, tmp_path / "out"), local=True)
+    run(job(flat_shards, tmp_path / "folder"), local=True)
+    assert exported(tmp_path / "folder", inside).rows
+    assert run(job(flat_shards, tmp_path / "again"), local=True).pairs == 300
+    shutil.rmtree(inside)
+    run(job(flat_shards / "**/*.parquet", tmp_path / "out"), local=True)
     with pytest.raises(ConfigError, match=r"is among what input\.path .* takes in"):
         exported(tmp_path / "out", inside)
     assert not inside.exists()

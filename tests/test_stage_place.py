@@ -11,6 +11,7 @@ import pytest
 from conftest import job, rows_of, write
 from test_stage import corpus, given_as, jsonl, queries
 
+import batch_rerank.input.stage as stage_module
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConflictError
 from batch_rerank.input import contents
@@ -62,6 +63,27 @@ def test_sources_that_change_get_a_stage_of_their_own(given: dict[str, Any], tmp
     with pytest.raises(ConflictError, match=r"differs in input\.corpus(.|\n)*here, and not what was staged"):
         run(unnamed(given, tmp_path / "monday"), local=True)
     assert len(stages(tmp_path / "in")) == 2
+
+
+def test_no_stage_is_written_under_the_name_of_other_sources(given: dict[str, Any], tmp_path: Path) -> None:
+    monday = unnamed(given, tmp_path / "monday")
+    run(monday, local=True)
+    (stage,) = stages(tmp_path / "in")
+    clean(Place(str(stage)), "all")
+    old = (tmp_path / "in" / "corpus.jsonl").read_bytes()
+    jsonl(tmp_path / "in" / "corpus.jsonl", [*corpus(), {"_id": "new", "text": "more"}])
+    with pytest.raises(ConflictError):
+        run(monday, local=True)
+    (tmp_path / "in" / "corpus.jsonl").write_bytes(old)
+    assert run(unnamed(given, tmp_path / "tuesday"), local=True).counts["queries"] == 12
+    assert (stage / "_SUCCESS").exists()
+
+
+def test_a_folder_of_any_name_has_its_stage(tmp_path: Path) -> None:
+    given = given_as("beir", tmp_path / "ü %20 #1")
+    run(unnamed(given, tmp_path / "out"), local=True)
+    run(unnamed(given, tmp_path / "other"), local=True)
+    assert len(stages(tmp_path / "ü %20 #1")) == 1
 
 
 def test_untouched_files_are_not_read_again_to_find_their_stage(
@@ -166,6 +188,17 @@ def test_two_jobs_at_once_make_one_stage(given: dict[str, Any], tmp_path: Path, 
     second.join()
     assert found[0].place == str(place)
     assert verify(str(place)).problems == []
+
+
+def test_jobs_of_one_stage_agree_on_when_one_of_them_is_silent(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stage_input(unnamed(given, tmp_path / "one", cluster__lease_seconds=300), local=True)
+    (Path(first.place) / "_SUCCESS").unlink()
+    held: list[float] = []
+    monkeypatch.setattr(stage_module, "hold", lambda root, seconds: held.append(seconds) or hold(root, seconds))
+    stage_input(unnamed(given, tmp_path / "two", cluster__lease_seconds=1), local=True)
+    assert held == [300], "who beats every 25 s is not silent after 1 s"
 
 
 def test_an_output_outlives_its_stage(given: dict[str, Any], tmp_path: Path, logged: list[str]) -> None:

@@ -20,6 +20,7 @@ from chaos.servers import Moto
 from checkpoints import bert_embedding, bert_reranker, rewrite, xlmr_reranker
 from conftest import job, rows_of
 
+import batch_rerank.score.weights as weights_module
 import batch_rerank.store.fetch as fetch_module
 from batch_rerank import Reranker
 from batch_rerank.config import JobConfig
@@ -365,6 +366,45 @@ def test_a_model_that_is_replaced_while_it_is_fetched_is_no_mixture(
         on_this_node(spec, settings(url))
     assert WEIGHTS not in cached(tmp_path)
     monkeypatch.undo()
+
+
+def test_what_came_of_a_replacement_is_gone_when_the_version_is_put_back(
+    bucket: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = put(model, bucket)
+    spec, whole = planned(url), (model / WEIGHTS).read_bytes()
+    monkeypatch.setattr(fetch_module, "PIECE", 50_000)
+    monkeypatch.setattr(fetch_module, "PIECES_AT_ONCE", 1)
+    write = fetch_module._Part.write
+
+    def replaced(part: Any, piece: int, data: bytes) -> None:
+        write(part, piece, data)
+        if part.wanted.name == WEIGHTS and piece == 1:  # by one that is shorter, whose end is not reached
+            locate(url).fs.pipe_file(f"{url[5:]}/{WEIGHTS}", whole[len(whole) // 4 :])
+
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match="put that version back"):
+        patch.setattr(fetch_module._Part, "write", replaced)
+        on_this_node(spec, settings(url))
+    put(model, bucket)
+    placed, found = on_this_node(spec, settings(url))
+    assert (Path(placed.directory) / WEIGHTS).read_bytes() == whole
+    assert found is not None and found.size == len(whole) - 2 * 50_000, "the pieces of its own version are kept"
+
+
+def test_an_identity_is_of_one_version(bucket: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = put(model, bucket)
+    read = weights_module.read_range
+
+    def replaced(*given: Any) -> bytes:
+        monkeypatch.setattr(weights_module, "read_range", read)
+        locate(url).fs.pipe_file(f"{url[5:]}/{WEIGHTS}", other_weights(model))
+        return read(*given)
+
+    monkeypatch.setattr(weights_module, "read_range", replaced)
+    with pytest.raises(ModelError, match="replaced meanwhile"):
+        find_model(settings(url))
+    put(model, bucket)
+    assert planned(url).identity == resolve_model(str(model)).identity, "what was read of the other was kept"
 
 
 def test_what_is_missing_is_named(bucket: str, model: Path, tmp_path: Path, flat_shards: Path, cli: Cli) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batch_rerank.engine.architecture import DECODERS, refuse_unknown_computation
-from batch_rerank.engine.checkpoint_files import Stored, check_weights, identify, locate, read_json, refuse_adapter
+from batch_rerank.engine.checkpoint_files import (
+    Stored,
+    check_weights,
+    copied_from,
+    identify,
+    locate,
+    read_json,
+    refuse_adapter,
+)
 from batch_rerank.engine.kinds import KINDS, Kind, details_of, kind_of, refuse_code, template_of
 from batch_rerank.engine.templates import CausalTemplate
 from batch_rerank.errors import ConfigError, ModelError
@@ -104,7 +112,7 @@ def resolve_model(
     pickled = allow_pickle and not any(file.endswith(".safetensors") for file in names)
     if commit is None and stored is None:
         check_weights(directory, pickled)
-    known_as = (stored and stored.known_as) or name
+    known_as = (stored.known_as if stored else "" if commit else copied_from(directory)) or name
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     try:
         config = read_json(directory / "config.json")

@@ -18,6 +18,9 @@ SAMPLE = 512
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself reads none that is longer."""
 
+MIRROR, UNFINISHED = "_MIRROR", "_MIRROR.unfinished"
+"""Beside a copy that `batch-rerank fetch` makes: the first one when it is whole, the other until then."""
+
 HEADER = ".header"
 """Ends the name of a file that is the first bytes of a safetensors file, where the file itself is elsewhere."""
 
@@ -75,6 +78,11 @@ def locate(name: str, revision: str | None, weights: bool = True, pickled: bool 
     `weights` the small files only, so that a CPU node does not fetch 16 GB to tokenise."""
     directory = Path(name).expanduser()
     if directory.is_dir():
+        if (directory / UNFINISHED).exists() and not (directory / MIRROR).exists():
+            raise ModelError(
+                f"model directory {directory}: a copy that is not finished; expected {MIRROR}; wait for "
+                "`batch-rerank fetch`, or run it again"
+            )
         return directory.resolve(), None
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
@@ -93,6 +101,15 @@ def locate(name: str, revision: str | None, weights: bool = True, pickled: bool 
             "check the id, the network and HF_TOKEN, or give a checkpoint directory"
         ) from error
     return path, path.name
+
+
+def copied_from(directory: Path) -> str:
+    """The hub id that a directory is a copy of, as `batch-rerank fetch` has noted it: its template goes by that. Empty
+    where nothing says so."""
+    if not (directory / MIRROR).exists():
+        return ""
+    source = read_json(directory / MIRROR).get("source")
+    return source if isinstance(source, str) else ""
 
 
 def identify(directory: Path, commit: str | None) -> str:

@@ -140,6 +140,8 @@ class Reranker:
 
     def _instructions(self, given: Instructions, n: int) -> Sequence[str | None]:
         """One a pair. Raises ConfigError and InputError."""
+        if given is not None and not isinstance(given, Iterable):
+            raise InputError(f"instruction: found {type(given).__name__}; expected a text or None, or one a pair")
         found = [given] * n if given is None or isinstance(given, str) else list(given)
         if len(found) != n:
             raise InputError(f"instruction: found {len(found)} for {n} pairs; expected one text, or one a pair")
@@ -166,3 +168,10 @@ def _refuse_no_text(text: object, where: str) -> None:
         raise InputError(f'{where} is None; expected a text; leave it out, or give "" to score an empty one')
     if not isinstance(text, str):
         raise InputError(f"{where}: found {type(text).__name__}; expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: found half a character ({text[error.start]!a} at {error.start}); expected a text that UTF-8 can "
+            "hold"
+        ) from None

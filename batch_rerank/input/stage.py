@@ -81,7 +81,7 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
             if _finished(manifest, existing):
                 _check_missing(config, manifest, existing)
                 if manifest.list_files().matching(EXCHANGED):  # killed while it was removed
-                    with hold(manifest.root, config.cluster.lease_seconds):
+                    with hold(manifest.root, _lease_seconds(config, existing)):
                         clean(manifest)
                 return _staged(config, manifest, existing, True, started)
         join = join or join_sources(config, sources)
@@ -97,7 +97,7 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
 
 def _take(stack: ExitStack, config: JobConfig, place: Place) -> Lease | Place:
     """The lease of a place; or, where another job has had it, or it refuses to be written, the place to look at."""
-    root, seconds = place.manifest.root, config.cluster.lease_seconds
+    root, seconds = place.manifest.root, _lease_seconds(config, place.existing)
     try:
         return stack.enter_context(hold(root, seconds))
     except HeldError as error:
@@ -116,6 +116,13 @@ def _take(stack: ExitStack, config: JobConfig, place: Place) -> Lease | Place:
             raise
         log.warning("%s: not permitted; the stage goes beside the output, to %s", root, place.instead)
         return at(place.instead)
+
+
+def _lease_seconds(config: JobConfig, existing: Plan | None) -> float:
+    """What the stage's plan says, so that jobs of several settings agree on when one of them is silent."""
+    told = existing.config.get("cluster") if existing is not None else None
+    seconds = told.get("lease_seconds") if isinstance(told, dict) else None
+    return seconds if isinstance(seconds, int | float) and 1 <= seconds <= 3600 else config.cluster.lease_seconds
 
 
 def _make(

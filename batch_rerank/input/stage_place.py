@@ -79,9 +79,13 @@ def find_place(config: JobConfig, sources: Sequence[Source], fingerprint: str, o
     options = config.output.storage_options
     if config.input.stage:
         return at(locate(config.input.stage, options))
+    name = f"_stage-{fingerprint[:16]}"
     if own is not None:
-        return at(own)
-    name, before = f"_stage-{fingerprint[:16]}", at(former(config))
+        place = at(own)
+        if place.existing is not None or own.name == name or not re.fullmatch(STAGE, own.name):
+            return place
+        # gone, and of other sources: its name is theirs
+    before = at(former(config))
     beside = _beside_output(config)
     there = before if beside is None else at(beside / name)
     aside, note = _look(config, sources, name, there.manifest.root)
@@ -121,10 +125,11 @@ def noted(config: JobConfig, sources: Sequence[Source], own: Location | None) ->
             break
         try:
             plan = Manifest(root, staged=True).read_plan()
-        except StorageError:  # of others, perhaps damaged: it only spares work
+            contents = held(plan) if plan is not None else []
+        except (StorageError, TypeError, ValueError):  # of others, perhaps damaged: it only spares work
             continue
         if plan is not None:
-            for shard, (_, content) in zip(plan.shards, held(plan), strict=False):
+            for shard, (_, content) in zip(plan.shards, contents, strict=False):
                 known[shard.url, shard.file.size, shard.file.version] = content
     return known
 
@@ -143,10 +148,18 @@ def _nearby(config: JobConfig, sources: Sequence[Source], own: Location | None) 
         yield own
     yield former(config)
     for folder in (_beside_sources(config, sources)[0], _beside_output(config)):
-        if folder is not None and folder.is_local and os.path.isdir(folder.path):
-            names = [entry for entry in os.scandir(folder.path) if re.fullmatch(STAGE, entry.name)]
-            for entry in sorted(names, key=lambda entry: entry.stat().st_mtime, reverse=True):
-                yield folder / entry.name
+        if folder is not None and folder.is_local:
+            for name in _newest(folder.path):
+                yield folder / name
+
+
+def _newest(folder: str) -> list[str]:
+    """The stages of a folder, the newest first; none of one that does not let itself be listed."""
+    try:
+        found = [(entry.stat().st_mtime, entry.name) for entry in os.scandir(folder) if re.fullmatch(STAGE, entry.name)]
+    except OSError:  # they only spare work
+        return []
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 def _beside_sources(config: JobConfig, sources: Sequence[Source]) -> tuple[Location | None, str]:

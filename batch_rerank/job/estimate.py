@@ -66,7 +66,7 @@ class Estimate:
                 limits_of(cost),
             )
             return
-        if hours.p50 + spent > most:
+        if hours.p50 and hours.p50 + spent > most:  # what is scored already is published whatever it has cost
             usd = self.forecast.usd(self.price)
             money = "" if usd is None else f", {usd.p50:,.2f} USD (p90 {usd.p90:,.2f})"
             raise BudgetError(
@@ -128,8 +128,10 @@ def deadline_seconds(text: str, now: datetime.datetime) -> float:
     if parts and any(parts.groups()):
         hours, minutes, seconds = (float(part or 0) for part in parts.groups())
         total = hours * 3600 + minutes * 60 + seconds
-        if total > 0:
+        if 0 < total < float("inf"):
             return total
+        if total:
+            raise ConfigError(f"--deadline {text[:80]!r}: no time that can be told; expected e.g. 6h")
         raise ConfigError(f"--deadline {text!r}: no time at all; expected more than 0, e.g. 6h")
     if clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text.strip()):
         then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0, fold=0)

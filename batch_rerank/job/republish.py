@@ -140,6 +140,10 @@ def _is_whole(found: Scan) -> bool:
     return whole and "_SUCCESS" in found.files.found
 
 
+HOW = ("forward", "cache_dir", "cache_bytes", "storage_options")
+"""Of a model, how it is computed and reached, by which no score is another. Options may be secrets: none is shown."""
+
+
 def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -> None:
     """Raise ConflictError that names the settings by which a job would score otherwise than an output was."""
     lines = []
@@ -149,13 +153,13 @@ def refuse_other_scores(manifest: Manifest, job: JobConfig, stored: JobConfig) -
     inputs = () if stage else ("layout", "path", "columns")
     sections: tuple[tuple[str, Section, Section, tuple[str, ...]], ...] = (
         ("input", stored.input, job.input, inputs),
-        ("model", stored.model, job.model, tuple(type(job.model).model_fields)),
+        ("model", stored.model, job.model, tuple(name for name in type(job.model).model_fields if name not in HOW)),
         ("scoring", stored.scoring, job.scoring, ("long_documents", "chunk_overlap", "escape_control_tokens")),
     )
     for section, there, here, names in sections:
         for name in names:
             one, other = getattr(there, name), getattr(here, name)
-            if one != other and name != "forward":
+            if one != other:
                 lines.append(f"  {section}.{name}: there {one!r}, here {other!r}")
     if lines:
         raise ConflictError(

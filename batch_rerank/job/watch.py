@@ -15,6 +15,9 @@ log = logging.getLogger("batch_rerank")
 
 SILENCE_SECONDS = 60.0
 
+STOPPED_SECONDS = 10.0
+"""By how much a look comes late where this process was stopped; a busy machine is not that late."""
+
 HEAD_SECONDS = 40.0
 """How long a head may be away: Ray ends the driver itself after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)."""
 
@@ -25,7 +28,8 @@ class Watch:
     `gone` is asked every `poll` seconds whether what the block waits for will never come, and why. Then the main thread
     is woken by a KeyboardInterrupt, and `lost` has the reason. So it is where there is a `limit` in seconds, and for so
     long there was no `progress` and none of the numbers of `done` was higher than ever: `stuck` has what is waited for.
-    `away`: the block is at something else meanwhile, which does not count.
+    `away`: the block is at something else meanwhile, which does not count; nor does a time in which this process was
+    stopped.
     """
 
     def __init__(
@@ -62,7 +66,10 @@ class Watch:
 
     def _watch(self) -> None:
         said = self._since
-        while not self._ended.wait(min(self._poll, self._seconds)):
+        poll = min(self._poll, self._seconds)
+        asleep = time.monotonic()
+        while not self._ended.wait(poll):
+            self._pass_over(time.monotonic() - asleep - poll)
             self.lost = self._gone()
             if self.lost:
                 self._wake()
@@ -80,6 +87,12 @@ class Watch:
                 )
                 self._wake()
                 return
+            asleep = time.monotonic()
+
+    def _pass_over(self, late: float) -> None:
+        """A process that was stopped, and its machine perhaps, has waited for nothing meanwhile."""
+        if late >= STOPPED_SECONDS:
+            self._grown = time.monotonic()
 
     def _waits(self) -> str:
         try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -221,6 +222,8 @@ def _refuse_among(job: JobConfig, root: Location) -> None:
     """Labels where the next run of the job would read them as its input."""
     for key, pattern in patterns_of(job):
         read = locate(pattern, job.input.storage_options)
+        if not re.search(r"[*?\[]", pattern):
+            continue  # a file, or a folder, which is not read recursively
         if any(matches(read, root / name) for name in WRITTEN):
             raise ConfigError(
                 f"labels.path: {root} is among what {key} {pattern!r} of the exported output takes in: its next run "

@@ -25,18 +25,18 @@ from batch_rerank.engine.checkpoint_files import (
     Stored,
     check_listed,
     check_weights,
+    copied_from,
     files_of,
     header_of,
     identify,
     identity_of,
     read_json,
-    safetensors_header,
 )
 from batch_rerank.engine.checkpoint_files import locate as find_checkpoint
 from batch_rerank.errors import ConfigError, ModelError
 from batch_rerank.model_settings import Model
 from batch_rerank.store.disk import place as place_file
-from batch_rerank.store.fetch import Fetched, Wanted, fetch, forget, key_of, read_range, threads
+from batch_rerank.store.fetch import Fetched, Wanted, fetch, forget, key_of, read_range, refuse_other, threads
 from batch_rerank.store.filesystem import File, Location, locate, storage_errors
 from batch_rerank.store.mirror import MIRROR, UNFINISHED, Done, mirror, names_below, read_mirror, refuse_unfinished
 from batch_rerank.store.node_cache import NodeCache
@@ -44,6 +44,9 @@ from batch_rerank.store.node_cache import NodeCache
 log = logging.getLogger("batch_rerank")
 
 READS_AT_ONCE = 32
+
+SAMPLED = "sampled"
+"""Beside the files of a commit: what `identify` says of their content."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,16 @@ class _StoredFile:
         return self.wanted.size
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """What lies from each start to its stop."""
+        """What lies from each start to its stop. Raises ModelError where the file is another by now."""
 
         def one(span: tuple[int, int]) -> bytes:
             return b"" if span[0] == span[1] else read_range(self.where, self.wanted, *span)
 
-        if len(ranges) == 1:
-            return [one(ranges[0])]
         with threads(READS_AT_ONCE) as pool:
-            return list(pool.map(one, ranges))
+            found = list(pool.map(one, ranges))
+        with storage_errors(self.where, ModelError):
+            refuse_other(self.where, self.wanted)  # what is read is kept for this version
+        return found
 
 
 def find_model(settings: Model) -> Stored | None:
@@ -143,20 +147,28 @@ def _fetch_whole(place: Location, planned: Sequence[Wanted], cache: NodeCache, i
         )
 
     found = both()
-    if found.size or _is_whole(found.directory, identity):
+    sampled = found.directory.parent / SAMPLED
+    if found.size and not sampled.exists():
+        if identity.startswith("commit:"):  # its content has just been held against checksums, and a commit tells none
+            place_file(os.replace, str(sampled), identify(found.directory, None).encode())
+        return found
+    if _is_whole(found.directory, identity):
         return found
     log.warning("%s: what this node has kept in %s is damaged; it is fetched again", place, found.directory)
     with cache.alone(f"{key}.weights", f"{place}: forgetting {found.directory}"):
-        forget(found.directory, [one.name for one in planned])
+        if not _is_whole(found.directory, identity):  # else another process has just fetched it again, and loads it
+            forget(found.directory, [one.name for one in planned])
     return both()
 
 
 def _is_whole(directory: Path, identity: str) -> bool:
-    """Whether a directory has the model of an identity; of a commit only the headers are looked at."""
+    """Whether a directory has the model of an identity; of a commit, whether it still has what its samples were."""
+    sampled = directory.parent / SAMPLED
     try:
-        for path in directory.glob("*.safetensors"):
-            safetensors_header(path)
-        return identity.startswith("commit:") or identify(directory, None) == identity
+        found = identify(directory, None)
+        if identity.startswith("commit:"):
+            return not sampled.exists() or sampled.read_text() == found
+        return found == identity
     except (ModelError, FileNotFoundError):  # or another process has just found the same
         return False
 
@@ -167,10 +179,15 @@ def mirror_model(name: str, to: str, *, revision: str | None, allow_pickle: bool
     if "://" in name:
         raise ConfigError(f"{name}: a place; expected a hub id or a checkpoint directory to copy from")
     directory, commit = find_checkpoint(name, revision, weights=True, pickled=allow_pickle)
+    if commit is None and revision is not None:
+        raise ConfigError(f"--revision {revision!r}: {name!r} is a directory here, which has none; leave it out")
+    if place.is_local and directory in Path(place.path).resolve().parents:
+        raise ConfigError(f"{to}: lies in {directory}, which would be another model with it; use another place")
     read_json(directory / "config.json")
     check_weights(directory, allow_pickle and not any(directory.glob("*.safetensors")))
     identity = identify(directory, commit)
-    return mirror(place, directory, files_of(directory), identity, name if commit else "", replacing)
+    source = name if commit else copied_from(directory)
+    return mirror(place, directory, files_of(directory), identity, source, replacing)
 
 
 def _look(place: Location, settings: Model) -> tuple[list[Wanted], str, str]:

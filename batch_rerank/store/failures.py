@@ -32,6 +32,7 @@ def storage_errors(where: object, kind: type[BatchRerankError] = StorageError) -
         raise blame(f"{where}: not permitted ({str(error) or 'permission denied'}); {advice}") from None
     except OSError as error:
         away = isinstance(error, ConnectionError) or _is_of_a_library(error) or _is_of_a_library(error.__cause__)
+        away = away or _is_refusal(error)
         blame = StorageError if away else kind
         raise blame(f"{where}: storage failed: {error.strerror or error}") from error
     except Exception as error:
@@ -50,12 +51,18 @@ def input_errors(where: object) -> Iterator[None]:
 
 def denied(error: StorageError) -> bool:
     """Whether it was a refusal: there may be nothing wrong with the place but that it is somebody else's."""
-    return isinstance(error.__context__, PermissionError)
+    return _is_refusal(error.__context__)
 
 
 def is_local(where: object) -> bool:
     """Whether a place, or the pattern of one, is on a disk of this machine."""
     return protocol_of(str(where)) in ("file", "local")
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Azure's libraries and gcsfs have no PermissionError."""
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden:")
+    return isinstance(error, PermissionError) or forbidden or getattr(error, "status_code", None) == 403
 
 
 def _is_of_a_library(error: BaseException | None) -> bool:

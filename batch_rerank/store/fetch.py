@@ -2,8 +2,8 @@
 
 A file has its name when all of it is there and is what was asked for. Until then it is a file of its full size in
 `parts`, with a byte for each piece beside it, so a fetch that was killed goes on with the pieces that lack. What was
-asked for is a name with a size and a version; the version is looked at before the first byte and after the last one,
-so a file that is replaced meanwhile is an error and never a mixture.
+asked for is a name with a size and a version; the version is looked at before the first byte and after every piece, so
+a file that is replaced meanwhile is an error and never a mixture, not even where its version comes back later.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batch_rerank.errors import BatchRerankError, ModelError
+from batch_rerank.errors import ModelError
 from batch_rerank.store.failures import storage_errors
 from batch_rerank.store.filesystem import Location
 from batch_rerank.store.node_cache import NodeCache
@@ -213,17 +213,13 @@ def _fetch_one(place: Location, part: _Part, found: Fetched, pieces: ThreadPoolE
     def piece(number: int) -> None:
         start = number * PIECE
         data = read_range(where, part.wanted, start, min(part.wanted.size, start + PIECE))
+        with storage_errors(where, ModelError):
+            refuse_other(where, part.wanted)  # a piece that is marked stays, also when its version is put back
         with storage_errors(part.path):
             part.write(number, data)
         found.add(len(data), place)
 
     list(pieces.map(piece, part.pieces()))
-    try:
-        with storage_errors(where, ModelError):
-            refuse_other(where, part.wanted)
-    except BatchRerankError:
-        part.drop()  # its pieces may be of two versions
-        raise
     with storage_errors(part.path):
         part.check(where)
         part.place()

@@ -332,7 +332,7 @@ def identity_of(location: Location, file: File) -> str:
 
 
 def _file(info: dict[str, Any]) -> File:
-    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    etag = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')  # blob_id: the hub's
     version = etag or f"mtime:{info.get('mtime', info.get('LastModified', ''))}"
     return File(path=str(info["name"]), size=int(info["size"] or 0), version=version)
 

@@ -1,0 +1,217 @@
+"""Defects that were looked for in what is new: models in stores, the operator, nodes that leave, plans of what is
+left."""
+
+import datetime
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from checkpoints import bert_reranker
+from conftest import Killed, job
+
+import batch_rerank.job.watch as watch_module
+import batch_rerank.ray_data as ray_data
+import batch_rerank.store.mirror as mirror_module
+from batch_rerank import Reranker
+from batch_rerank.engine.checkpoint import resolve_model
+from batch_rerank.errors import (
+    BudgetError,
+    ConfigError,
+    ConflictError,
+    InputError,
+    ModelError,
+    StorageError,
+    UnfinishedError,
+)
+from batch_rerank.estimate.forecast import Forecast, nothing_to_score
+from batch_rerank.estimate.ranges import Range
+from batch_rerank.input.contents import contents
+from batch_rerank.input.stage_place import _newest
+from batch_rerank.job.estimate import Estimate, deadline_seconds
+from batch_rerank.job.republish import refuse_other_scores
+from batch_rerank.job.watch import Watch
+from batch_rerank.ray_data import Rerank
+from batch_rerank.score.poison import PoisonedUnitError
+from batch_rerank.score.weights import mirror_model
+from batch_rerank.store.failures import denied, input_errors
+from batch_rerank.store.filesystem import File, _file, locate
+from batch_rerank.store.manifest import Manifest
+
+FREE = {"name": "none", "kind": "checksum"}
+
+
+def three_pieces(monkeypatch: pytest.MonkeyPatch) -> pa.Table:
+    """A batch that the operator scores in three pieces."""
+    monkeypatch.setattr(ray_data, "unit_pairs", lambda *given: 1)
+    candidates = [{"doc_id": "d", "text": "t"}]
+    return pa.Table.from_pylist([{"query_id": str(i), "query": "q", "candidates": candidates} for i in range(3)])
+
+
+def ends(call: Any, seconds: float = 10) -> bool:
+    """Whether a call returns."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def test_a_batch_that_waits_for_its_reader_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, operator = three_pieces(monkeypatch), Rerank(FREE)
+    waiting = operator(batch)
+    next(waiting)
+    assert ends(lambda: list(operator(batch)), 5)
+    assert len(list(waiting)) == 2
+
+
+def test_a_batch_that_failed_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, operator = three_pieces(monkeypatch), Rerank(FREE)
+    score = ray_data.score_unit
+
+    def poisoned(*given: Any, **keys: Any) -> Any:
+        raise PoisonedUnitError("as if many raised")
+
+    monkeypatch.setattr(ray_data, "score_unit", poisoned)
+    with pytest.raises(UnfinishedError) as kept:
+        list(operator(batch))
+    monkeypatch.setattr(ray_data, "score_unit", score)
+    assert ends(lambda: list(operator(batch)), 5)
+    assert kept.value
+
+
+def test_how_a_model_is_reached_makes_no_other_scores_and_is_not_shown(tmp_path: Path) -> None:
+    place, secret = "s3://bucket/model", "canary-secret-4711"
+    reached = {
+        "model__name": place,
+        "model__storage_options": {"secret": secret},
+        "model__cache_dir": str(tmp_path),
+        "model__cache_bytes": 1,
+    }
+    one, other = (job("in", tmp_path, **keys) for keys in (reached, {"model__name": place}))
+    manifest = Manifest(locate(str(tmp_path)))
+    for asked, stored in ((one, other), (other, one)):
+        refuse_other_scores(manifest, asked, stored)
+    with pytest.raises(ConflictError, match=r"model\.name") as refused:
+        refuse_other_scores(manifest, one, job("in", tmp_path, model__name="s3://bucket/other"))
+    assert secret not in str(refused.value) and "cache_dir" not in str(refused.value)
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_copy_on_a_disk_is_no_model_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacing: bool
+) -> None:
+    models, copy = [bert_reranker(tmp_path / name) for name in ("one", "two")], str(tmp_path / "copy")
+    (models[1] / "config.json").write_text((models[1] / "config.json").read_text() + " ")
+    given: dict[str, Any] = {"revision": None, "allow_pickle": False, "replacing": replacing}
+    if replacing:
+        mirror_model(str(models[0]), copy, **given)
+    put = mirror_module._put
+
+    def until(*arguments: Any) -> str:
+        if arguments[0].name == ("config.json" if replacing else "tokenizer.json"):  # weights are there
+            raise Killed
+        return put(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mirror_module, "_put", until)
+        mirror_model(str(models[1]), copy, **given)
+    with pytest.raises(ModelError, match="a copy that is not finished; expected _MIRROR; wait for"):
+        resolve_model(copy)
+    mirror_model(str(models[1]), copy, **given)
+    assert resolve_model(copy).identity == resolve_model(str(models[1])).identity
+
+
+def test_a_directory_has_no_revision_to_copy(tmp_path: Path) -> None:
+    model = bert_reranker(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"--revision 'v2': .* is a directory here"):
+        mirror_model(str(model), str(tmp_path / "copy"), revision="v2", allow_pickle=False, replacing=False)
+
+
+def test_what_is_scored_is_published_whatever_it_has_cost(tmp_path: Path) -> None:
+    config = job("in", tmp_path, cost__max_gpu_hours=1.0, cluster__gpus_per_actor=1)
+    Estimate(config, None, nothing_to_score(config, [], 10**9), []).check_budget(spent=2.0)
+    some = Forecast(1, 1, seconds=Range.exact(1.0), actor_seconds=Range.exact(1.0))
+    with pytest.raises(BudgetError):
+        Estimate(config, None, some, []).check_budget(spent=2.0)
+
+
+def test_a_process_that_was_stopped_has_waited_for_nothing_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks = [0.0], [0]
+
+    def wait(seconds: float) -> bool:
+        looks[0] += 1
+        clock[0] += seconds + (100_000 if looks[0] == 3 else 0)  # stopped here, and woken later
+        return looks[0] > 8
+
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watch = Watch(lambda: "", seconds=100, poll=1.0, limit=600)
+    monkeypatch.setattr(watch, "_ended", SimpleNamespace(wait=wait, is_set=lambda: True))
+    watch._watch()
+    assert watch.stuck is None and looks[0] == 9
+
+
+def test_a_refusal_is_one_in_the_words_of_every_store() -> None:
+    from azure.core.exceptions import HttpResponseError
+
+    azure = HttpResponseError("AuthorizationPermissionMismatch")
+    azure.status_code = 403
+    for said in (PermissionError("Access Denied"), OSError("Forbidden: bucket/x\nno storage.objects.create"), azure):
+        with pytest.raises(StorageError) as error, input_errors("gs://bucket/x"):
+            raise said
+        assert denied(error.value), said
+    with pytest.raises(StorageError) as error, input_errors("gs://bucket/x"):
+        raise ConnectionResetError
+    assert not denied(error.value)
+
+
+def test_a_folder_that_cannot_be_listed_has_no_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["_stage-0123456789abcdef", "_stage-fedcba9876543210"]
+    for time, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time, time))
+    (tmp_path / "other").mkdir()
+    assert _newest(str(tmp_path)) == names[::-1]
+    assert _newest(str(tmp_path / "absent")) == []
+
+    def refused(folder: str) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert _newest(str(tmp_path)) == []
+
+
+def test_a_deadline_without_end_is_none() -> None:
+    with pytest.raises(ConfigError, match="no time that can be told"):
+        deadline_seconds("9" * 400 + "h", datetime.datetime.now())
+
+
+def test_a_file_of_the_hub_has_its_contents_version() -> None:
+    told = {"name": "datasets/me/x/run.jsonl", "size": 3, "type": "file", "lfs": None, "last_commit": None}
+    one, other = (_file({**told, "blob_id": blob}) for blob in ("3e2f5b", "77aa01"))
+    assert one.version != other.version and not one.version.startswith("mtime:")
+
+
+def test_where_nothing_says_when_a_file_was_written_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text("new")
+    url, file = str(tmp_path / "run.jsonl"), File(str(tmp_path / "run.jsonl"), 3, "mtime:")
+    with pytest.raises(InputError, match="changed since the plan"):  # read, and then held against the listing
+        contents([(url, file)], {(url, 3, "mtime:"): "sha256:old"}, {})
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    reranker = Reranker(str(bert_reranker(tmp_path)), device="cpu", self_test=False)
+    with pytest.raises(InputError, match=r"pairs\[1\]: the document: found half a character \('\\ud800' at 2\)"):
+        reranker.score([("q", "d"), ("q", "d \ud800")])
+    with pytest.raises(InputError, match="instruction: found int"):
+        reranker.rank("q", ["d"], instruction=5)  # type: ignore[arg-type]
+
+
+def test_a_copy_does_not_become_a_part_of_its_source(tmp_path: Path) -> None:
+    model = bert_reranker(tmp_path / "one")
+    before = resolve_model(str(model)).identity
+    with pytest.raises(ConfigError, match="which would be another model with it"):
+        mirror_model(str(model), str(model / "copy"), revision=None, allow_pickle=False, replacing=False)
+    assert resolve_model(str(model)).identity == before
