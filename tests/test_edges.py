@@ -288,6 +288,9 @@ class Broken:
     def device_lost(self) -> bool:
         return False
 
+    def fetched(self) -> dict[str, Any]:
+        return {}
+
 
 @pytest.mark.parametrize("raises", [True, False], ids=["raises", "NaN"])
 @pytest.mark.parametrize("where", ["document", "query", "both"])
@@ -325,7 +328,7 @@ def test_texts_without_a_token_are_rows_with_an_error(tmp_path: Path) -> None:
             "",
             "",
         )
-        loaded.fallback = ""
+        loaded.fallback, loaded._fetched = "", None
         loaded._turn, loaded.sheet = threading.Lock(), Timesheet()
         loaded._arithmetic, loaded._done = Arithmetic.of(spec), Done()
         errors = score_unit(EncodedUnit(None, rows, encoded, 0), loaded).rows["error"].to_pylist()

@@ -174,6 +174,9 @@ def test_a_pair_that_memory_is_too_small_for_becomes_an_error_row(
         def computed(self) -> Work:
             return Work()
 
+        def fetched(self) -> dict[str, int]:
+            return {}
+
     rows = pa.table({"doc_id": [str(i) for i in range(67)], "error": pa.nulls(67, pa.string())})
     scored = score_unit(EncodedUnit(None, rows, encoded, 0), Loaded())  # type: ignore[arg-type]
     errors = scored.rows["error"].to_pylist()
