@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Killed
-from test_withdraw import Made, at_step, endpoint, made, store  # noqa: F401
+from test_withdraw import Made, at_step, made, store  # noqa: F401
 
 import batch_rerank.publish.publish as publishing
 from batch_rerank.config import JobConfig
