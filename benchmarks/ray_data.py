@@ -90,6 +90,7 @@ def of_job(folder: Path, threads: int) -> dict[str, Any]:
 
 def of_operator(folder: Path, threads: int) -> dict[str, Any]:
     """A pipeline of one step, in a Ray of the same size: pairs behind the first batch over their seconds."""
+    import pyarrow.parquet as pq
     import ray
 
     from batch_rerank.job.cluster import LOCAL_TASK_CPUS
@@ -98,7 +99,10 @@ def of_operator(folder: Path, threads: int) -> dict[str, Any]:
     ray.init(
         num_cpus=threads + LOCAL_TASK_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
-    dataset = ray.data.read_parquet(str(folder / "collection/nested"), override_num_blocks=BLOCKS).map_batches(
+    table = pq.read_table(folder / "collection/nested")
+    each = -(-len(table) // BLOCKS)
+    blocks = [table.slice(start, each) for start in range(0, len(table), each)]  # Ray reads a small file as one
+    dataset = ray.data.from_arrow(blocks).map_batches(
         Rerank,
         fn_constructor_kwargs={"model": model(), "top_k": 1},
         batch_format="pyarrow",
