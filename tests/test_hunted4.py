@@ -18,6 +18,8 @@ import batch_rerank.ray_data as ray_data
 import batch_rerank.store.mirror as mirror_module
 from batch_rerank import Reranker
 from batch_rerank.engine.checkpoint import resolve_model
+from batch_rerank.engine.encoded import Group
+from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.errors import (
     BudgetError,
     ConfigError,
@@ -35,11 +37,15 @@ from batch_rerank.job.estimate import Estimate, deadline_seconds
 from batch_rerank.job.republish import refuse_other_scores
 from batch_rerank.job.watch import Watch
 from batch_rerank.ray_data import Rerank
+from batch_rerank.score.plan import configured_model
 from batch_rerank.score.poison import PoisonedUnitError
+from batch_rerank.score.steps import EncodedUnit, LoadedScorer, Member, score_unit
 from batch_rerank.score.weights import mirror_model
 from batch_rerank.store.failures import denied, input_errors
+from batch_rerank.store.fetch import Fetched
 from batch_rerank.store.filesystem import File, _file, locate
 from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Unit
 
 FREE = {"name": "none", "kind": "checksum"}
 
@@ -215,3 +221,19 @@ def test_a_copy_does_not_become_a_part_of_its_source(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which would be another model with it"):
         mirror_model(str(model), str(model / "copy"), revision=None, allow_pickle=False, replacing=False)
     assert resolve_model(str(model)).identity == before
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+def test_requests_repeated_for_weights_and_for_texts_are_both_counted(bundled: bool, tmp_path: Path) -> None:
+    """The first unit of an actor has both in one count of its receipt."""
+    config = job(tmp_path / "in", tmp_path / "out", cluster__gpus_per_actor=0, cluster__cpus_per_actor=1)
+    scorer = LoadedScorer(config, configured_model(config))
+    scorer._fetched = Fetched(tmp_path, size=100, seconds=1.0, retries=3)
+    rows = pa.table({"doc_id": ["a", "b"], "error": pa.nulls(2, pa.string())})
+    encoded = make_encoder(scorer.model).encode([Group("what", ["one", "two"])])
+    texts = {"storage_retries": 2}
+    unit = Unit("00000-00000", 0, 0, 1, 1, 2)
+    members = (Member(unit, 2, 0, texts),) if bundled else ()
+    scored = score_unit(EncodedUnit(unit, rows, encoded, 0, {} if bundled else texts, members=members), scorer)
+    about = scored.members[0].about if bundled else scored.about
+    assert (about["storage_retries"], about["fetched_bytes"]) == (5, 100)

@@ -160,14 +160,17 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
                 "scored by a damaged one, or this one is: see batch-rerank selftest; run again, and what was taken "
                 "from earlier outputs is scored"
             )
-        members = (replace(members[0], about={**members[0].about, **audit}), *members[1:])
+        members = _of_first(members, audit)
         errors = dict(zip(unit.known.rows_of(list(errors)), errors.values(), strict=True))
         best = unit.known.merge(best, chunked=chunks is not None)
     scored = ~np.isnan(best.scores)
     work, members = _work(unit, scorer.computed(), members)
+    about = {**unit.about, **scorer.sheet.take(len(unit.units)), **work}
     fetched = scorer.fetched()
-    if members:  # once, so that sums are true
-        members, fetched = (replace(members[0], about={**members[0].about, **fetched}), *members[1:]), {}
+    if members:
+        members = _of_first(members, fetched)
+    else:
+        about = _summed(about, fetched)
     return ScoredUnit(
         unit=unit.unit,
         rows=unit.rows if scored.all() else _with_errors(unit.rows, ~scored, best.n_tokens, errors),
@@ -176,7 +179,7 @@ def score_unit(unit: EncodedUnit, scorer: "LoadedScorer", trial: Trial | None = 
         truncated=best.truncated[scored],
         offset=None if best.offset is None else best.offset[scored],
         empty_texts=unit.empty_texts,
-        about={**unit.about, **scorer.sheet.take(len(unit.units)), **work, **fetched, **scorer.about},
+        about={**about, **scorer.about},
         members=members,
     )
 
@@ -188,8 +191,20 @@ def _work(unit: EncodedUnit, work: Work, members: tuple[Member, ...]) -> tuple[d
     share, over = divmod(work.tokens, n)
     about = {"computed_tokens": share, "flop": work.flop / n}
     if over:
-        members = (replace(members[0], about={**members[0].about, "computed_tokens": share + over}), *members[1:])
+        members = _of_first(members, {"computed_tokens": share + over})
     return about, members
+
+
+def _of_first(members: tuple[Member, ...], more: dict[str, Any]) -> tuple[Member, ...]:
+    """With what one receipt says for all of them, so that sums are true."""
+    first, *others = members
+    return replace(first, about=_summed(first.about, more)), *others
+
+
+def _summed(about: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a receipt with others: requests may have been repeated for both."""
+    retries = about.get("storage_retries", 0) + more.get("storage_retries", 0)
+    return {**about, **more, **({"storage_retries": retries} if retries else {})}
 
 
 def _with_errors(
