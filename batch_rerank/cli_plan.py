@@ -40,7 +40,7 @@ def plan(
     ahead = plan_job(config, local=local)
     value: dict[str, Any] = {
         **json.loads(ahead.plan.to_json()),
-        "done_units": 0,
+        "done_units": len(ahead.there.done),
         "estimate": unknown(),
         "deadline": None,
     }
@@ -66,7 +66,6 @@ def plan(
             local=local,
             published=0 if there.published else ahead.plan.pairs,
         )
-        value["done_units"] = len(there.done)
         value["estimate"] = found.json()
         for line in said(found):
             log.info("%s", line)

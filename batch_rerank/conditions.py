@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from batch_rerank.errors import ConfigError
+from batch_rerank.errors import ConfigError, lines_of
 from batch_rerank.sections import Place, Section
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def measure_of(name: str) -> "ir_measures.Measure":
         measure = ir_measures.parse_measure(name)
         list(ir_measures.iter_calc([measure], {"q": {"d": 1}}, {"q": {"d": 1.0}}))
     except Exception as error:  # any: its providers raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = lines_of(error)[0][:200]
         raise ConfigError(
             f"measure {name[:80]!r} is not known, or not to be had ({reason}); expected names as in ir_measures, e.g. "
             "nDCG@10, RR@10, AP"

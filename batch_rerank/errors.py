@@ -86,6 +86,11 @@ class StuckError(BatchRerankError):
     exit_code = 9
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """The lines of another library's message; the name of its type where it has none."""
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def as_value(error: BatchRerankError) -> dict[str, str]:
     """The error as a plain value that can cross a process border."""
     return {"type": type(error).__name__, "message": str(error)}

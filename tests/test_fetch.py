@@ -2,20 +2,19 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-from chaos.servers import Moto
 from checkpoints import bert_reranker, qwen3_reranker, xlmr_reranker
 from conftest import Killed
+from test_weights import bucket  # noqa: F401  (a fixture)
 
 import batch_rerank.store.mirror as mirror_module
 from batch_rerank import Reranker
+from batch_rerank.engine import checkpoint_files
 from batch_rerank.engine.checkpoint import ModelSpec, resolve_model
 from batch_rerank.errors import ConfigError, ConflictError, ModelError, StorageError
 from batch_rerank.model_settings import Model
@@ -34,15 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(endpoint: Moto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Where a model may go: in a bucket of this test's."""
-    for name, value in endpoint.environment.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    name = f"bucket-{time.monotonic_ns()}"
-    locate(f"s3://{name}").fs.mkdir(name)
-    return f"s3://{name}/models/one"
+def place(bucket: str) -> str:  # noqa: F811
+    """Where a model may go."""
+    return f"s3://{bucket}/models/one"
 
 
 @pytest.fixture
@@ -288,3 +281,9 @@ def test_a_source_that_changes_on_its_way_is_not_finished(
     with pytest.raises(StorageError, match="or the source changed"):
         copied(tmp_path / "own", place)
     assert "_MIRROR" not in names(place)
+
+
+def test_the_engine_and_the_store_call_the_marks_of_a_copy_the_same() -> None:
+    """Neither room imports the other."""
+    marks = (mirror_module.MIRROR, mirror_module.UNFINISHED)
+    assert marks == (checkpoint_files.MIRROR, checkpoint_files.UNFINISHED)

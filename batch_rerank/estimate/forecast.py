@@ -100,7 +100,7 @@ def forecast(
     # what predictions were off by; until there are some, what repeats differ by
     tried = hypot(pstdev(errors), sum(errors) / len(errors)) if len(errors) >= 3 else UNTRIED
     busy = work.times(1 / rate.work_per_second).spread(max(tried, rate.spread / max(1, tally.units) ** 0.5))
-    publishing = (tally.pairs if published is None else published) / (rate.publish_rows_per_second or PUBLISH_ROWS)
+    publishing = _publishing(tally.pairs if published is None else published, rates)
     # all actors but the last one wait for it: half a unit of its time, on average
     half_unit = busy.p50 / max(1, tally.units) / 2
     startup = rate.startup_seconds if busy.p50 else 0.0
@@ -109,8 +109,12 @@ def forecast(
 
 def nothing_to_score(config: JobConfig, rates: list[Known], published: int) -> Forecast:
     """Of a job whose units are all scored, with so many rows to publish: known without any rate of scoring."""
-    pace = (rates[0].rate.publish_rows_per_second if rates else 0.0) or PUBLISH_ROWS
-    return _of(Range.exact(0.0), 1, config.cluster.gpus, 0.0, published / pace, 1.0, 0.0)
+    return _of(Range.exact(0.0), 1, config.cluster.gpus, 0.0, _publishing(published, rates), 1.0, 0.0)
+
+
+def _publishing(rows: float, rates: list[Known]) -> float:
+    """Seconds."""
+    return rows / ((rates[0].rate.publish_rows_per_second if rates else 0.0) or PUBLISH_ROWS)
 
 
 def _of(

@@ -13,7 +13,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.work import Arithmetic
 from batch_rerank.errors import BatchRerankError
-from batch_rerank.store.filesystem import Location, list_files, locate, storage_errors
+from batch_rerank.store.filesystem import Location, has_magic, list_files, locate, storage_errors
 from batch_rerank.store.held import ACTUAL
 from batch_rerank.store.latest import read_latest
 from batch_rerank.store.records import Count, Line, Seconds, parse
@@ -176,7 +176,7 @@ def _named(config: JobConfig) -> Sequence[str]:
 
 def _actuals(place: str, config: JobConfig) -> Iterator[Location]:
     pattern = locate(f"{place.rstrip('/')}/{ACTUAL}", config.output.storage_options)
-    if not any(sign in place for sign in "*?["):
+    if not has_magic(place):
         yield pattern
         return
     try:

@@ -12,7 +12,7 @@ from fsspec.utils import glob_translate
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError
 from batch_rerank.sections import as_list
-from batch_rerank.store.filesystem import Location, locate
+from batch_rerank.store.filesystem import Location, has_magic, locate
 from batch_rerank.store.latest import real_path
 
 WRITTEN = (
@@ -61,7 +61,7 @@ def matches(pattern: Location, file: Location) -> bool:
     """Whether a pattern of an input takes in a file: a glob, a folder's files, or the file itself."""
     if not same_store(pattern, file):
         return False
-    if re.search(r"[*?\[]", pattern.path):
+    if has_magic(pattern.path):
         return re.match(glob_translate(pattern.path), file.path) is not None
     return is_within(file, pattern)
 

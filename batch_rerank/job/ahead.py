@@ -71,7 +71,7 @@ class Ahead:
     @property
     def left(self) -> Plan:
         """The plan without what is done."""
-        return replace(self.plan, units=[unit for unit in self.plan.units if unit.id not in self.there.done])
+        return replace(self.plan, units=self.plan.left(self.there.done))
 
 
 def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:

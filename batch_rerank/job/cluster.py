@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 
 from batch_rerank.config import JobConfig
-from batch_rerank.errors import BatchRerankError, ConfigError, UnfinishedError, as_value, from_value
+from batch_rerank.errors import BatchRerankError, ConfigError, UnfinishedError, as_value, from_value, lines_of
 from batch_rerank.job.devices import Machines, Node, cores, gpus_of_types, reservations, room, settle, this_machine
 from batch_rerank.job.watch import head_answers
 from batch_rerank.score.leaving import Notice
@@ -128,10 +128,9 @@ def _join(address: str) -> Machines:
             raise ConnectionError(f"nothing answered there for {JOIN_SECONDS:g} s")  # Ray tries for minutes
         ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"cluster.address {address!r}: no Ray to join there ({lines[0][:200]}); expected HOST:PORT of a running "
-            "head; leave it and RAY_ADDRESS out to run on this machine"
+            f"cluster.address {address!r}: no Ray to join there ({lines_of(error)[0][:200]}); expected HOST:PORT of a "
+            "running head; leave it and RAY_ADDRESS out to run on this machine"
         ) from error
     return machines()
 
@@ -145,10 +144,9 @@ def _start(config: JobConfig) -> Machines:
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
     except Exception as error:  # any: Ray has no type for a start that takes too long
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UnfinishedError(
-            f"no Ray could be started on this machine: {lines[0][:300]}; expected one within Ray's own time: the "
-            "machine may be too busy, or its /tmp or shared memory full; run it again, or with --local"
+            f"no Ray could be started on this machine: {lines_of(error)[0][:300]}; expected one within Ray's own time: "
+            "the machine may be too busy, or its /tmp or shared memory full; run it again, or with --local"
         ) from error
     (node,) = machines().nodes
     return Machines("this machine", (Node(cores(), node.gpus, node.accelerator),))
@@ -263,8 +261,7 @@ def on_actor(config: JobConfig, call: Callable[[JobConfig], T]) -> tuple[T, JobC
         try:
             value, error = pickle.loads(ray.get(task.remote(pickle.dumps((call, config, environment())))))
         except ray.exceptions.RayError as failure:
-            lines = str(failure).strip().splitlines() or [type(failure).__name__]
-            raise UnfinishedError(f"Ray ended the call: {lines[-1][:300]}") from failure
+            raise UnfinishedError(f"Ray ended the call: {lines_of(failure)[-1][:300]}") from failure
     if error is not None:
         raise from_value(error)
     return value, config

@@ -195,7 +195,7 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
     done = {receipt.unit for receipt in found.committed}
     standing = None if found.condemned else found.publication
     same = standing is not None and standing.fields == publishing_fields(config.output)
-    undone = [unit.id for unit in plan.units if unit.id not in done]
+    undone = [unit.id for unit in plan.left(done)]
     if undone or (missing and not same):
         absent = undone or missing
         raise UnfinishedError(

@@ -158,10 +158,9 @@ def _planned(
     config: JobConfig, plan: Plan, model: ModelSpec, earlier: Earlier | None, done: frozenset[str], local: bool
 ) -> Estimate:
     """What the units that are left come to, by a small sample; by a large one where a budget depends on it."""
-    left = [unit for unit in plan.units if unit.id not in done]
     limited = config.cost is not None and config.cost.most_gpu_hours is not None
     reuse = earlier.reuse if earlier and earlier.served else None
-    rest = replace(plan, units=left)
+    rest = replace(plan, units=plan.left(done))
     try:
         budget = SAMPLED if limited else QUICK
         return estimate(config, rest, model, budget=budget, reuse=reuse, local=local, published=plan.pairs)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from batch_rerank.labels.rows import Work
 from batch_rerank.labels.scores import Opened, open_scores
 from batch_rerank.labels.teachers import QueryIndex, index_queries, sources_of
 from batch_rerank.publish.output import Place
-from batch_rerank.store.filesystem import Location, Options, input_errors, locate
+from batch_rerank.store.filesystem import Location, Options, has_magic, input_errors, locate
 from batch_rerank.store.latest import real_path
 from batch_rerank.store.manifest import fingerprint
 
@@ -221,9 +220,9 @@ def _refuse_inside(own: Location, root: Location, what: str) -> None:
 def _refuse_among(job: JobConfig, root: Location) -> None:
     """Labels where the next run of the job would read them as its input."""
     for key, pattern in patterns_of(job):
-        read = locate(pattern, job.input.storage_options)
-        if not re.search(r"[*?\[]", pattern):
+        if not has_magic(pattern):
             continue  # a file, or a folder, which is not read recursively
+        read = locate(pattern, job.input.storage_options)
         if any(matches(read, root / name) for name in WRITTEN):
             raise ConfigError(
                 f"labels.path: {root} is among what {key} {pattern!r} of the exported output takes in: its next run "

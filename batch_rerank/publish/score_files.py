@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.calls import ahead
-from batch_rerank.errors import StorageError
+from batch_rerank.errors import StorageError, lines_of
 from batch_rerank.schema import QUERY_HASH, TEXT_HASH
 from batch_rerank.store.manifest import Manifest, sha256
 from batch_rerank.store.names import work_name
@@ -36,7 +36,7 @@ class ScoreFiles:
             try:
                 rows = self._gathered(place) if place else _rows(next(alone))
             except (pa.ArrowException, OSError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = lines_of(error)[0]
                 raise StorageError(
                     f"{location}: the scores of unit {unit.id} cannot be read ({reason}); "
                     "see batch-rerank verify --repair"

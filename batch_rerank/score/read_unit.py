@@ -59,7 +59,7 @@ def read_ranges(plan: Plan, done: frozenset[str]) -> list[ReadRange]:
 
     Ranges with a unit that is much larger than the others come first: it is not the last one running.
     """
-    wanted = [unit for unit in plan.units if unit.id not in done]
+    wanted = plan.left(done)
     large = LARGE_UNITS * max(1, sum(unit.pairs for unit in wanted)) / max(1, len(wanted))
     ranges = []
     for index, units in groupby(wanted, key=lambda unit: unit.shard):

@@ -20,7 +20,7 @@ from pathlib import Path
 from batch_rerank.errors import ModelError
 from batch_rerank.store.failures import storage_errors
 from batch_rerank.store.filesystem import Location
-from batch_rerank.store.node_cache import NodeCache
+from batch_rerank.store.node_cache import NodeCache, apparent
 from batch_rerank.store.patience import may_pass
 
 log = logging.getLogger("batch_rerank")
@@ -84,8 +84,7 @@ def fetch(place: Location, wanted: Sequence[Wanted], cache: NodeCache, key: str,
         missing = lacking(found.directory, wanted)
         if missing:
             parts = {one.name: _Part(entry, one) for one in missing}
-            there = sum(path.stat().st_size for path in found.directory.rglob("*") if path.is_file())
-            total = there + sum(one.size for one in missing)
+            total = apparent(found.directory) + sum(one.size for one in missing)
 
             def lay_out() -> None:
                 for part in parts.values():

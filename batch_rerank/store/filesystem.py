@@ -291,7 +291,7 @@ def list_files(pattern: Location) -> list[File]:
     """Files that match a glob, or the `*.parquet` files of a directory, by path; links to files are files. A wildcard
     matches no stage: those lie beside the sources they were made of. Raises InputError for a link to nothing."""
     fs, path = pattern.fs, pattern.path
-    if not _has_magic(path):
+    if not has_magic(path):
         try:
             info = pattern.patiently(lambda: fs.info(path))
         except FileNotFoundError:
@@ -341,5 +341,6 @@ def _same(one: File, other: File) -> bool:
     return (one.size, one.version) == (other.size, other.version)
 
 
-def _has_magic(path: str) -> bool:
+def has_magic(path: str) -> bool:
+    """Whether a path is a glob."""
     return any(sign in path for sign in "*?[")

@@ -80,14 +80,14 @@ class NodeCache:
         others count from then on. Raises StorageError where the disk is too small."""
         with self.alone("room", f"{self.root}: making room"), self._writable():
             directory = self.root / entry
-            self._evict(entry, max(0, size - _apparent(directory)), max(0, size - _allocated(directory)))
+            self._evict(entry, max(0, size - apparent(directory)), max(0, size - _allocated(directory)))
             lay_out()
 
     def _evict(self, entry: str, more: int, on_disk: int) -> None:
         for one in self.root.iterdir():
             if re.fullmatch(GONE, one.name):  # by one that was killed meanwhile
                 shutil.rmtree(one, ignore_errors=True)
-        sizes = {one.name: _apparent(one) for one in self.root.iterdir() if re.fullmatch(ENTRY, one.name)}
+        sizes = {one.name: apparent(one) for one in self.root.iterdir() if re.fullmatch(ENTRY, one.name)}
         for name in sorted(set(sizes) - {entry}, key=self._last_use):
             if sum(sizes.values()) + more <= self.most_bytes and self._free() >= on_disk:
                 return
@@ -163,7 +163,8 @@ def _files(directory: Path) -> Iterator[os.stat_result]:
                 yield found
 
 
-def _apparent(directory: Path) -> int:
+def apparent(directory: Path) -> int:
+    """Bytes of a directory's files by their sizes, whatever the disk has of them."""
     return sum(found.st_size for found in _files(directory))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -84,6 +84,10 @@ class Plan:
     def pairs(self) -> int:
         """Candidates of all units."""
         return sum(unit.pairs for unit in self.units)
+
+    def left(self, done: Collection[str]) -> list[Unit]:
+        """The units without those whose ids are given."""
+        return [unit for unit in self.units if unit.id not in done]
 
     def to_json(self) -> bytes:
         """Units and shards as lists of values: 50,000 units are about 3 MB."""
