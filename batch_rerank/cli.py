@@ -22,6 +22,7 @@ from batch_rerank.cli_base import (
     Set,
     app,
     interrupt,
+    last_word,
     lasting,
     leave,
     print_json,
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         signals.append(signal.SIGINT)
     for number in signals:
         signal.signal(number, interrupt)
-    app(arguments)
+    with last_word():
+        app(arguments)
 
 
 @app.command()

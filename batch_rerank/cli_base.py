@@ -1,5 +1,6 @@
 """What the verbs of the command line share: exit codes, signals, options."""
 
+import atexit
 import json
 import logging
 import os
@@ -143,6 +144,33 @@ def _give_up() -> None:
     sys.stderr.write(f"{INTERRUPTED}\nexit code 130\n")
     sys.stderr.flush()
     os._exit(130)
+
+
+@contextmanager
+def last_word() -> Iterator[None]:
+    """The process ends with the code of the SystemExit that leaves here (1 for another exception), after all that
+    others have registered for its end.
+
+    Not by Python's own end: a thread of Arrow's or Ray's that then asks for Python's lock ends the process with
+    SIGABRT (before Python 3.14), and a verb that has found all well would be told as a crash.
+    """
+    ended = [1]
+    atexit.register(_end, ended)  # the last one registered is called first
+    try:
+        yield
+    except SystemExit as error:
+        ended[0] = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    ended[0] = 0
+
+
+def _end(ended: list[int]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # whoever read it has gone
+            ended[0] = ended[0] or 120  # as Python's own end says it
+    os._exit(ended[0])
 
 
 def leave(code: int, message: str) -> NoReturn:

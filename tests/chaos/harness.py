@@ -211,7 +211,7 @@ class Chaos:
         if state != "done":
             raise Violation(f"{name}: the status says {state}")
         if command_line:
-            command = [sys.executable, "-m", "batch_rerank.cli", "verify", str(output)]
+            command = [sys.executable, "-m", "batch_rerank", "verify", str(output)]
             result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
             problems = result.stderr.splitlines()[:3] if result.returncode else []
         else:
