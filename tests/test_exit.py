@@ -1,0 +1,46 @@
+"""The exit code of the command line is the verb's own, whatever a library's thread does while Python ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+READER_LEFT_BEHIND = """
+import io, threading, time
+import pyarrow as pa, pyarrow.parquet as pq
+from batch_rerank.cli import main
+
+class Slow(io.BytesIO):
+    def read(self, *size):
+        reading.set()
+        time.sleep(0.3)  # longer than the verb: this thread of Arrow's wants Python's lock when there is none any more
+        return super().read(*size)
+
+reading, sink = threading.Event(), io.BytesIO()
+pq.write_table(pa.table({f"c{i}": range(1000) for i in range(20)}), sink)
+footer = pq.ParquetFile(io.BytesIO(sink.getvalue())).metadata
+file = pq.ParquetFile(Slow(sink.getvalue()), metadata=footer, pre_buffer=True)
+threading.Thread(target=file.read, daemon=True).start()
+reading.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("main(['--version'])", 0),
+        ("main(['verify', '/nowhere'])", 6),
+        ("main(['no-such-verb'])", 2),
+        ("main(['models', 1])", 1),
+    ],
+)
+def test_a_thread_that_is_left_behind_does_not_change_it(call: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", READER_LEFT_BEHIND + call], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+
+
+def test_what_was_printed_arrives_and_a_reader_that_has_gone_is_no_traceback() -> None:
+    verb = f"{sys.executable} -m batch_rerank models --json"
+    done = subprocess.run(["bash", "-c", f"{verb} | head -c 10"], capture_output=True, text=True)
+    assert len(done.stdout) == 10
+    assert "Traceback" not in done.stderr
