@@ -22,6 +22,7 @@ settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 if not told: other tests' processes would starve Ray's
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
