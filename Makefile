@@ -17,7 +17,7 @@ distill: $(VENV)/.installed
 	$(BIN)/python -m batch_rerank.distill
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 $(ARGS)
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .ci/mkdocs.yml
@@ -26,7 +26,7 @@ labels-check: .venv-labels/.installed
 	PYTHONPATH=. .venv-labels/bin/python -m pytest -p no:cacheprovider tests/test_labels_readers.py $(ARGS)
 
 chaos: $(VENV)/.installed
-	$(BIN)/python -m pytest -m chaos $(ARGS)
+	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
 	$(BIN)/python tests/chaos/campaign.py --kills 50
 
 gpu:

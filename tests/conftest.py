@@ -81,13 +81,20 @@ def job(input_path: str | Path, output: str | Path, **keys: Any) -> JobConfig:
     return parse_config(raw, "test")
 
 
-SLOW = ("run_ray", "chaos", "s3", "docs", "stage", "reuse", "resume", "hostile", "poison", "lease_window", "selftest")
-"""Files that take long, the longest first: several processes that each take a file at a time end together then."""
+SLOW = ("chaos", "docs", "poison", "s3", "stage", "reuse", "resume", "hostile", "selftest")
+"""Files that take long: several processes that each take a group of tests at a time end together when these come
+first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
+    """A group is a file; and all tests on the session's Ray are one, so that it is started once."""
+    order = {f"test_{name}": place for place, name in enumerate(SLOW, 1)}
+    places = {}
+    for item in items:
+        on_ray = "local_ray" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.stem))
+        places[item] = 0 if on_ray else order.get(item.path.stem, len(SLOW) + 1)
+    items.sort(key=places.__getitem__)
 
 
 class Killed(BaseException):

@@ -29,11 +29,12 @@ def marked(mark: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the demo has run, as the README says, by the command that `make demo` calls."""
+    """A directory in which a small demo has run; its collection stands at the name that the README's commands have."""
     directory = tmp_path_factory.mktemp("readme")
-    done = bash("batch-rerank demo", directory)
+    (directory / "demo-data" / "code-search-20").mkdir(parents=True)
+    (directory / "demo-data" / "code-search-200").symlink_to("code-search-20")
+    done = bash("batch-rerank demo --queries 20", directory)
     assert done.returncode == 0, done.stderr
-    (directory / "demo.txt").write_text(done.stdout)
     return directory
 
 
@@ -52,8 +53,12 @@ def test_every_block_is_run_checked_or_marked_with_what_it_needs() -> None:
     assert "$(BIN)/batch-rerank demo" in (ROOT / "Makefile").read_text()
 
 
-def test_the_demos_output_has_the_shape_and_the_promise_that_is_shown(workspace: Path) -> None:
-    shown, printed = marked("output: demo", "text")[0], (workspace / "demo.txt").read_text()
+@pytest.mark.slow
+def test_the_demos_output_has_the_shape_and_the_promise_that_is_shown(tmp_path: Path) -> None:
+    """By the command that `make demo` calls."""
+    done = bash("batch-rerank demo", tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown, printed = marked("output: demo", "text")[0], done.stdout
     for text in (shown, printed):
         values = {
             name: (float(before), float(after))

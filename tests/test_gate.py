@@ -576,6 +576,7 @@ def test_a_gate_reads_score_files_wherever_they_are(nights: Nights, cli: Cli) ->
     assert evaluate(str(output), gate["qrels"], ["RR"]).after["RR"] == pytest.approx(found)
 
 
+@pytest.mark.slow
 def test_on_ray_it_is_the_same(nights: Nights, local_ray: None) -> None:
     with pytest.raises(GateError, match=r"does not hold|do not hold"):
         run(nights.job("two", gate=AGAINST))

@@ -65,6 +65,7 @@ def test_a_bench_is_what_the_next_plan_goes_by(tmp_path: Path, given: Path, cli:
     assert plan["deadline"]["actors_p90"] == 1 and plan["estimate"]["gpu_hours"] == 0
 
 
+@pytest.mark.slow
 def test_a_bench_on_ray_has_the_rates_of_an_actor(tmp_path: Path, given: Path, local_ray: None) -> None:
     config = job(given, tmp_path / "out")
     found = bench(config, seconds=1)

@@ -308,7 +308,7 @@ if os.environ.get("POISON"):
 """
 
 
-@pytest.mark.parametrize("kind", ["lost", "kill"])
+@pytest.mark.parametrize("kind", [pytest.param("lost", marks=pytest.mark.slow), "kill"])
 def test_on_ray_a_bad_pair_is_found_across_processes_and_a_killer_is_set_aside(kind: str, tmp_path: Path) -> None:
     (tmp_path / "hooks").mkdir()
     (tmp_path / "hooks/sitecustomize.py").write_text(FAULTS)

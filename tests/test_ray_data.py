@@ -104,6 +104,7 @@ def test_what_is_wrong_with_a_model_or_a_setting_ends_the_pipeline_with_its_mess
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.slow
 def test_another_batch_format_is_told_what_to_give() -> None:
     import ray
 

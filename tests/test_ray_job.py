@@ -258,6 +258,7 @@ def test_the_upload_is_the_repository_without_what_git_ignores(head: Head, submi
     assert sum(path.stat().st_size for path in upload.rglob("*")) < 20 * 2**20
 
 
+@pytest.mark.slow
 def test_the_same_submission_again_has_nothing_to_do(head: Head, submitted: Submitted) -> None:
     again = head.submit(submitted.file, "--set", "output.top_k=20", name="again")
     assert again.returncode == 0, again.stderr
@@ -297,6 +298,7 @@ def test_a_broken_job_file_fails_and_the_last_line_has_the_exit_code(head: Head,
         ({"RAY_AUTH_TOKEN": "0" * 64}, "Invalid authentication token"),
     ],
 )
+@pytest.mark.slow
 def test_a_submission_without_the_token_is_refused(
     head: Head, submitted: Submitted, environment: dict[str, str], reason: str
 ) -> None:

@@ -31,7 +31,7 @@ from batch_rerank.store.manifest import Manifest
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("layout", ["flat", pytest.param("nested", marks=pytest.mark.slow)])
 def test_ray_and_the_local_loop_write_the_same_bytes(
     layout: str, flat_shards: Path, nested_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +95,7 @@ def test_a_real_model_scores_as_in_the_local_loop_loaded_once_an_actor_with_its_
     assert all(" cpu threads=1 load=" in tag for tag in tags)
 
 
+@pytest.mark.slow
 def test_an_actor_takes_the_threads_that_are_asked_for(model: Path, flat_shards: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"model__name": str(model), "model__kind": "auto", "model__max_length": 256}
     config = job(flat_shards, tmp_path / "out", **keys, cluster__actors=1, cluster__cpus_per_actor=2)
@@ -103,6 +104,7 @@ def test_an_actor_takes_the_threads_that_are_asked_for(model: Path, flat_shards:
     assert all("threads=2" in json.loads(path.read_text())["scorer"] for path in receipts)
 
 
+@pytest.mark.slow
 def test_the_driver_logs_one_self_test_and_one_fallback_of_its_two_actors(
     model: Path, flat_shards: Path, tmp_path: Path, logged: list[str]
 ) -> None:
@@ -118,6 +120,7 @@ def test_the_driver_logs_one_self_test_and_one_fallback_of_its_two_actors(
     assert summary.totals.padded_units == summary.units == len(receipts)
 
 
+@pytest.mark.slow
 def test_a_failed_self_test_comes_back_as_itself(tmp_path: Path, flat_shards: Path) -> None:
     broken = qwen3_reranker(tmp_path / "broken", tied=False)
     weights = load_file(broken / "model.safetensors")
@@ -150,6 +153,7 @@ def test_an_error_of_the_input_comes_back_as_itself(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_growing_pools_of_actors_are_taken(flat_shards: Path, tmp_path: Path) -> None:
     run(job(flat_shards, tmp_path / "out", cluster__actors={"min": 1, "max": 2}))
     assert pc.sum(pc.is_valid(rows_of(tmp_path / "out")["score"])).as_py() == 300
@@ -158,6 +162,7 @@ def test_growing_pools_of_actors_are_taken(flat_shards: Path, tmp_path: Path) ->
 # ---- GPUs or CPUs
 
 
+@pytest.mark.slow
 def test_a_job_of_defaults_runs_on_the_cores_of_a_cluster_without_gpus(
     flat_shards: Path, tmp_path: Path, logged: list[str]
 ) -> None:
@@ -204,6 +209,7 @@ for name, gpus, kind in (("auto", "auto", "null"), ("half", 0.5, "L4"), ("two", 
 """
 
 
+@pytest.mark.slow
 def test_a_cluster_with_a_gpu_is_used_as_far_as_it_goes(flat_shards: Path, tmp_path: Path) -> None:
     """Ray is told of a GPU, and the free scorer does not miss it."""
     raw = job(flat_shards, tmp_path / "unused").model_dump(exclude={"limit"})
@@ -316,6 +322,7 @@ print(caught >> (signal.SIGTERM - 1) & 1, signal.getsignal(signal.SIGTERM) is si
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_ray_has_ended_is_still_the_jobs_own(flat_shards: Path, tmp_path: Path) -> None:
     raw = job(flat_shards, tmp_path / "out").model_dump(exclude={"limit"})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))

@@ -72,6 +72,7 @@ def test_the_ray_job_from_s3_to_s3_equals_the_local_one(
     assert verify(summary.output).problems == []
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_its_own_ray_and_its_workers_reach_the_store(bucket: str, tmp_path: Path) -> None:
     put_shards(bucket)
     path = tmp_path / "job.yaml"
@@ -89,7 +90,7 @@ def test_the_command_line_starts_its_own_ray_and_its_workers_reach_the_store(buc
     assert SECRET not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["local", "ray"])
 def test_labels_are_exported_from_s3_to_s3_as_on_a_disk(
     bucket: str, local: bool, nested_shards: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_job_on_s3_resumes_and_repairs(bucket: str, tmp_path: Path) -> None:
     assert verify(f"s3://{bucket}/out").problems == []
 
 
+@pytest.mark.slow
 def test_no_secret_is_written_or_shown(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Credentials from the job file: none of them in the output, on the terminal, or in Ray's own logs."""
     put_shards(bucket)
@@ -207,6 +209,7 @@ def test_globs_on_s3_that_begin_with_a_name(bucket: str) -> None:
         list_files(locate(f"s3://{bucket}/a/p**/x"))
 
 
+@pytest.mark.slow
 def test_a_beir_folder_on_s3_is_staged_there_and_scored(bucket: str, local_ray: None, tmp_path: Path) -> None:
     rows = candidate_rows(6, 10)
     texts = {row["doc_id"]: row["text"] for row in rows}

@@ -205,7 +205,7 @@ def test_the_same_data_in_any_layout_gives_the_same_rows(
         )
 
 
-@pytest.mark.parametrize("layout", ["scattered flat", "run of JSONL"])
+@pytest.mark.parametrize("layout", [pytest.param("scattered flat", marks=pytest.mark.slow), "run of JSONL"])
 def test_ray_stages_the_same_bytes(
     layout: str, tmp_path: Path, expected: pa.Table, small_tasks: None, local_ray: None
 ) -> None:

@@ -161,6 +161,7 @@ def parts(output: str) -> list[bytes]:
     return [locate(f"{output}/*").at(file.path).read_bytes() for file in list_files(locate(f"{output}/part-*.parquet"))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_actors_have_the_credentials(azurite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite)

@@ -167,7 +167,7 @@ def check(receipts: list[Receipt], wall: float) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("mode", ["free", "tiny", "local"])
+@pytest.mark.parametrize("mode", ["free", pytest.param("tiny", marks=pytest.mark.slow), "local"])
 def test_an_actors_receipts_add_up_to_its_wall_time(mode: str, flat_shards: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"input__unit_pairs": 25, "cluster__cpus_per_actor": 1}
     if mode != "free":
@@ -185,6 +185,7 @@ def test_an_actors_receipts_add_up_to_its_wall_time(mode: str, flat_shards: Path
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.slow
 def test_units_that_were_reused_took_no_actors_time_and_those_of_a_bundle_share_it(tmp_path: Path) -> None:
     rows = candidate_rows(48, 10)
     write(tmp_path / "in" / "0.parquet", rows)

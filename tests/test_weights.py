@@ -189,6 +189,7 @@ def with_model(name: str, given: Path, out: Path | str, **keys: Any) -> JobConfi
     return job(given, out, **raw)
 
 
+@pytest.mark.slow
 def test_a_job_scores_with_it_as_with_the_directory(
     bucket: str, model: Path, flat_shards: Path, tmp_path: Path, local_ray: None
 ) -> None:

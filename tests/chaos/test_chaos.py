@@ -62,6 +62,7 @@ def survive_each(
     return problems
 
 
+@pytest.mark.slow
 def test_killed_at_each_step(chaos: Chaos) -> None:
     steps = {step: count for step, count in chaos.run("steps").steps().items() if step[:2] in DISTINCT}
     assert len(steps) >= 15
@@ -85,6 +86,7 @@ def mending(chaos: Chaos) -> tuple[dict[Step, int], dict[Step, int]]:
     return {step: count for step, count in steps.items() if step not in between}, between
 
 
+@pytest.mark.slow
 def test_killed_at_each_step_that_mends_a_damaged_output(chaos: Chaos) -> None:
     assert survive_each(chaos, mending(chaos)[0], "mending", damaged=True) == []
 
@@ -226,6 +228,7 @@ def test_ray_workers_killed_while_loading_while_scoring_and_between_part_and_rec
     assert ended.scored().total() - UNITS <= 4
 
 
+@pytest.mark.slow
 def test_a_model_that_always_kills_its_actor_ends_the_job(chaos: Chaos) -> None:
     kill: Fault = {"operation": "load", "when": "before", "match": "", "nth": 1, "action": "SIGKILL"}
     ended = chaos.run("loading", [kill], local=False)
