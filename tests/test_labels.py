@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,9 @@ def test_the_same_query_under_two_ids_is_on_one_side_and_added_data_moves_nothin
     assert 300 < first.sum() < 500
     assert held_out(["new one", *queries], 0.2)[1:].tolist() == first.tolist()
     assert held_out([f"  QUERY   {number}" for number in range(2000)], 0.2).tolist() == first.tolist()
+    composed = [f"Größe é {number}" for number in range(500)]
+    decomposed = [unicodedata.normalize("NFD", query) for query in composed]
+    assert held_out(decomposed, 0.5).tolist() == held_out(composed, 0.5).tolist() and decomposed != composed
     assert not held_out(queries, 0).any() and (held_out(queries, 0.3) | first == held_out(queries, 0.3)).all()
 
 

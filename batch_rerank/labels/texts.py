@@ -1,6 +1,7 @@
 """The texts of what was chosen, out of the input that was scored; and what texts alone can rule out."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -87,11 +88,12 @@ def taken(rows: UnitRows, choice: Choice, given: pa.Table, at: Int64, takes_inst
 
 
 def held_out(queries: Sequence[str], share: float) -> np.typing.NDArray[np.bool_]:
-    """bool[n]: which queries are held out, by a hash of their text without its case and spacing: the same query under
-    two ids is on one side, and data that is added moves none."""
+    """bool[n]: which queries are held out, by a hash of their text without its case, its spacing and the two ways in
+    which Unicode writes a letter (NFKC): the same query under two ids is on one side, and data that is added moves
+    none."""
     found = np.zeros(len(queries), np.bool_)
     for number, query in enumerate(queries):
-        plain = " ".join(query.split()).casefold().encode()
+        plain = " ".join(unicodedata.normalize("NFKC", query).casefold().split()).encode()
         found[number] = int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little") < share * 2**64
     return found
 
