@@ -89,7 +89,7 @@ def read_mirror(place: Location, listed: Mapping[str, File]) -> Mirror | None:
         with storage_errors(place, ModelError):
             found = parse(Mirror, (place / MIRROR).read_bytes())
     except ValueError as error:
-        raise ModelError(f"{place / MIRROR}: damaged ({error}); mirror the model again (batch-rerank fetch)") from None
+        raise ModelError(f"{place / MIRROR}: damaged ({error}); mirror the model again (batch-rerank fetch --replace)") from None
     wrong = [one.name for one in found.files if one.name not in listed or listed[one.name].size != one.size]
     if wrong:
         raise ModelError(
@@ -153,7 +153,7 @@ def _recorded(location: Location, listed: Mapping[str, File]) -> Mirror | None:
     try:
         return parse(Mirror, location.read_bytes())
     except ValueError as error:
-        log.warning("%s: damaged (%s), made again", location, error)
+        log.warning("%s: damaged (%s)", location, error)
         return None
 
 
@@ -167,6 +167,11 @@ def _refuse_other(
                 "model; use another one"
             )
         return
+    if not earlier and not replacing:
+        raise ConflictError(
+            f"{place}: what it says of its model cannot be read (see above), so it may be another one; expected an "
+            "empty place; use another one, or replace what is there with --replace (jobs that fetch it meanwhile end)"
+        )
     others = [one for one in earlier if not wanted.same_as(one)]
     # the newest is begun: killed while it replaced another, it goes on
     if others and not replacing and not (len(earlier) == 2 and wanted.same_as(earlier[1])):
