@@ -148,6 +148,7 @@ def test_what_was_done_again_is_told_apart(counted: Metrics, tmp_path: Path) -> 
     assert total(found, "batch_rerank_pairs_total") == 10
 
 
+@pytest.mark.slow
 def test_every_metric_and_every_expression_of_the_dashboard_is_at_the_endpoint(
     series: list[Sample], counted: Metrics, tmp_path: Path
 ) -> None:

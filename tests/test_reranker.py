@@ -91,8 +91,8 @@ def test_documents_without_a_text_are_named(plain: Reranker) -> None:
         plain.rank(None, ["x"])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"found one text; expected a list"):
         plain.rank("q", "x")
-    for top_k in (0, -1):
-        with pytest.raises(ConfigError, match=f"top_k: found {top_k}"):
+    for top_k in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ConfigError, match=f"top_k: found {top_k!r}"):
             plain.rank("q", ["x"], top_k=top_k)
 
 

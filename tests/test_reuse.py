@@ -510,9 +510,12 @@ def test_an_index_of_none_finds_none() -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_night_on_ray_is_the_same(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_model", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["free", "model"])
+def test_a_night_on_ray_is_the_same(with_model: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     rows = corpus(20, 10)
-    keys = of_model(model, input__unit_pairs=20)
+    keys: dict[str, Any] = {"input__unit_pairs": 20}
+    if with_model:
+        keys |= of_model(request.getfixturevalue("model"))
     run(job(shards(tmp_path / "in", rows), tmp_path / "first", **keys), local=True)
     for row in rows[::37]:
         row["text"] += " changed"

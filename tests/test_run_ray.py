@@ -133,6 +133,7 @@ def test_a_failed_self_test_comes_back_as_itself(tmp_path: Path, flat_shards: Pa
     assert not list((tmp_path / "out").glob("part-*"))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_load_comes_back_as_itself(tmp_path: Path, flat_shards: Path) -> None:
     broken = qwen3_reranker(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
@@ -230,6 +231,7 @@ def test_a_cluster_with_a_gpu_is_used_as_far_as_it_goes(flat_shards: Path, tmp_p
         assert {receipt["scorer"].split()[1] for receipt in receipts} == {"cuda"}
 
 
+@pytest.mark.slow
 def test_what_is_waited_for_is_told_by_stage(tmp_path: Path) -> None:
     # so many units that both actors are still needed when the first one is done: Ray lets idle ones go
     shard = write(tmp_path / "in.parquet", candidate_rows(300, 2))

@@ -112,8 +112,8 @@ class Reranker:
         the best `top_k`. Raises what `score` raises."""
         if isinstance(documents, str):
             raise InputError("documents: found one text; expected a list of texts: [document]")
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k: found {top_k}; expected 1 or more, or None for all documents")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
+            raise ConfigError(f"top_k: found {top_k!r}; expected a whole number from 1, or None for all documents")
         documents = list(documents)
         _refuse_no_text(query, "the query")
         for position, document in enumerate(documents):

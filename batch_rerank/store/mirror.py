@@ -89,7 +89,9 @@ def read_mirror(place: Location, listed: Mapping[str, File]) -> Mirror | None:
         with storage_errors(place, ModelError):
             found = parse(Mirror, (place / MIRROR).read_bytes())
     except ValueError as error:
-        raise ModelError(f"{place / MIRROR}: damaged ({error}); mirror the model again (batch-rerank fetch --replace)") from None
+        raise ModelError(
+            f"{place / MIRROR}: damaged ({error}); mirror the model again (batch-rerank fetch --replace)"
+        ) from None
     wrong = [one.name for one in found.files if one.name not in listed or listed[one.name].size != one.size]
     if wrong:
         raise ModelError(
