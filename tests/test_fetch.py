@@ -222,7 +222,7 @@ def test_a_copy_that_lost_a_file_or_its_record_says_so(place: str, model: Path) 
     with pytest.raises(ModelError, match="1 files are not there with the sizes that _MIRROR says"):
         planned(place)
     fs.pipe_file(f"{place[5:]}/_MIRROR", b'{"identity": 1')
-    with pytest.raises(ConflictError, match="cannot be read .*, so it may be another one; .*--replace"):
+    with pytest.raises(ConflictError, match=r"cannot be read .*, so it may be another one; .*--replace"):
         copied(model, place)
     with pytest.raises(ModelError, match="_MIRROR: damaged"):
         planned(place)
