@@ -95,7 +95,7 @@ def test_killed_between_the_two_removals_of_a_damaged_part(chaos: Chaos) -> None
     assert survive_each(chaos, mending(chaos)[1], "between", damaged=True, last=True) == []
 
 
-@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("sent", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_interrupted_at_a_step(sent: str, chaos: Chaos) -> None:
     for number, match in enumerate(["^_work/", "receipts/", "^part", "/parts/", "_manifest/scores/"]):
         name = f"{sent}-{number}"
@@ -115,21 +115,25 @@ def fault(operation: str, match: str, action: str, **more: object) -> Fault:
     return {"operation": operation, "when": "before", "match": match, "action": action, **more}
 
 
+FULL = [
+    ("create_exclusive", "^_work/", 5),
+    ("create_exclusive", "receipts/", 5),
+    ("link", "^part", 5),
+    ("create_exclusive", "^_SUCCESS$", 1),
+]
+FULL_TOO = [
+    ("link", "^_work/", 5),
+    ("create_exclusive", "/parts/", 5),
+    ("create_exclusive", "publication.json$", 1),
+    ("create_exclusive", "^_scores/", 2),
+    ("create", r"receipts/\.", 5),
+    ("create_exclusive", "plan.json$", 1),
+    ("create", "", 12),
+]
+
+
 @pytest.mark.parametrize(
-    ("operation", "match", "nth"),
-    [
-        ("create_exclusive", "^_work/", 5),
-        ("link", "^_work/", 5),
-        ("create_exclusive", "receipts/", 5),
-        ("link", "^part", 5),
-        ("create_exclusive", "/parts/", 5),
-        ("create_exclusive", "publication.json$", 1),
-        ("create_exclusive", "^_scores/", 2),
-        ("create", r"receipts/\.", 5),
-        ("create_exclusive", "^_SUCCESS$", 1),
-        ("create_exclusive", "plan.json$", 1),
-        ("create", "", 12),
-    ],
+    ("operation", "match", "nth"), [*FULL, *(pytest.param(*one, marks=pytest.mark.slow) for one in FULL_TOO)]
 )
 def test_a_full_disk(operation: str, match: str, nth: int, chaos: Chaos, tmp_path: Path) -> None:
     name = f"full-{tmp_path.name}"
@@ -168,6 +172,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, chaos: Chaos) -> None:
     chaos.check_done(small_disk.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("days", [-400, 400])
 def test_a_clock_that_jumps(days: int, chaos: Chaos) -> None:
     """Forward or back in the middle of a run that is killed later, and back to the true time in the next."""
