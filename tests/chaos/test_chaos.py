@@ -214,6 +214,7 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_ray_workers_killed_while_loading_while_scoring_and_between_part_and_receipt(chaos: Chaos) -> None:
     """An actor that loads, an actor that scores and a task that commits, in one job, which ends by itself."""
     steps = {"load": "", "score": "", "link": "receipts/"}
