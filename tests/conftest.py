@@ -86,15 +86,25 @@ SLOW = ("chaos", "docs", "poison", "s3", "stage", "reuse", "resume", "hostile", 
 first."""
 
 
+def on_ray(item: pytest.Item) -> bool:
+    return "local_ray" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A group is a file; and all tests on the session's Ray are one, so that it is started once."""
+    """A group is a file; and all tests on the session's Ray are one, which comes first, so that it is started once."""
     order = {f"test_{name}": place for place, name in enumerate(SLOW, 1)}
-    places = {}
     for item in items:
-        on_ray = "local_ray" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.stem))
-        places[item] = 0 if on_ray else order.get(item.path.stem, len(SLOW) + 1)
-    items.sort(key=places.__getitem__)
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray(item) else item.path.stem))
+    items.sort(key=lambda item: 0 if on_ray(item) else order.get(item.path.stem, len(SLOW) + 1))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After the last test on it the session's Ray ends: its processes would take a tenth of a core from the others."""
+    if on_ray(item) and not (nextitem and on_ray(nextitem)):
+        import ray
+
+        ray.shutdown()
 
 
 class Killed(BaseException):
