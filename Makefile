@@ -17,13 +17,13 @@ distill: $(VENV)/.installed
 	$(BIN)/python -m batch_rerank.distill
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 -rs $(ARGS)
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .ci/mkdocs.yml
 
 labels-check: .venv-labels/.installed
-	PYTHONPATH=. .venv-labels/bin/python -m pytest -p no:cacheprovider tests/test_labels_readers.py $(ARGS)
+	PYTHONPATH=. .venv-labels/bin/python -m pytest -p no:cacheprovider -rs tests/test_labels_readers.py $(ARGS)
 
 chaos: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
