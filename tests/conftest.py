@@ -90,6 +90,7 @@ def on_ray(item: pytest.Item) -> bool:
     return "local_ray" in getattr(item, "fixturenames", ())
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A group is a file; and all tests on the session's Ray are one, which comes first, so that it is started once."""
     order = {f"test_{name}": place for place, name in enumerate(SLOW, 1)}
