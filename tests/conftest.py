@@ -81,31 +81,26 @@ def job(input_path: str | Path, output: str | Path, **keys: Any) -> JobConfig:
     return parse_config(raw, "test")
 
 
-SLOW = ("chaos", "docs", "poison", "s3", "stage", "reuse", "resume", "hostile", "selftest")
-"""Files that take long: several processes that each take a group of tests at a time end together when these come
-first."""
+SLOW = (
+    "run_ray",
+    "docs",
+    "chaos",
+    "reuse",
+    "poison",
+    "s3",
+    "ray_job",
+    "stage",
+    "labels",
+    "resume",
+    "hostile",
+    "selftest",
+)
+"""Files that take long, the longest first: several processes that each take a file at a time end together then."""
 
 
-def on_ray(item: pytest.Item) -> bool:
-    return "local_ray" in getattr(item, "fixturenames", ())
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A group is a file; and all tests on the session's Ray are one, which comes first, so that it is started once."""
-    order = {f"test_{name}": place for place, name in enumerate(SLOW, 1)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray(item) else item.path.stem))
-    items.sort(key=lambda item: 0 if on_ray(item) else order.get(item.path.stem, len(SLOW) + 1))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """After the last test on it the session's Ray ends: its processes would take a tenth of a core from the others."""
-    if on_ray(item) and not (nextitem and on_ray(nextitem)):
-        import ray
-
-        ray.shutdown()
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
 
 
 class Killed(BaseException):
@@ -173,7 +168,7 @@ def local_ray() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _system_config={"metrics_report_interval_ms": 1000},  # tests of metrics wait for a report
+        _system_config={"metrics_report_interval_ms": 3000},  # tests of metrics wait for a report
     )
     yield
     ray.shutdown()
