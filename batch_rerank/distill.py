@@ -1,8 +1,8 @@
 """The loop closed, with real weights: a teacher's scores, labels, a student trained on them, and both measured.
 
-MiniLM scores the demo's collection; labels of it are exported, a fifth of the queries held out; a student with the
-first layers of MiniLM learns from the others with sentence-transformers; then the student, as it was before and after,
-scores the collection as a job of this project, as the teacher has, and all are measured on the held-out queries.
+MiniLM scores the demo's collection; labels of it are exported, a fifth of the queries held out; a student with two of
+MiniLM's six layers learns from the others with sentence-transformers; then the student, as it was before and after,
+scores the held-out queries as a job of this project, as the teacher has, and all are measured on them.
 """
 
 import json
@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
@@ -31,14 +32,16 @@ from batch_rerank.publish.output import Place
 
 log = logging.getLogger("batch_rerank")
 
-QUERIES = 1000
+QUERIES = 2000
 HELD_OUT = 0.2
-LAYERS = 2
-NEGATIVES = 7
-MAX_LENGTH = 128
-"""Of teacher and students, in tokens: most functions are shorter."""
+LAYERS = (0, 5)
+"""The first and the last: what is learnt begins at 0.36 in nDCG@10; with the first two at 0.23."""
 
-EPOCHS = 3
+NEGATIVES = 7
+MAX_LENGTH = 96
+"""Of teacher and students, in tokens: the teacher is as good as with 128."""
+
+EPOCHS = 1
 MEASURE = "nDCG@10"
 
 
@@ -61,7 +64,7 @@ def distill(directory: str = "demo-data", queries: int = QUERIES, epochs: float 
         build_collection(root, queries)
     hold_out(root)
     teacher = packaged_model()
-    labels = label(root, _score(root, teacher, "teacher")[0])
+    labels = label(root, _score(root, teacher, "teacher", "nested")[0])
     told = labels.counts
     log.info(
         "labels of %s queries: %s, spread %s, temperature %g",
@@ -77,7 +80,7 @@ def distill(directory: str = "demo-data", queries: int = QUERIES, epochs: float 
         (trained / "done").touch()
     rows: list[Row] = []
     for name, model in (("untrained", str(untrained)), ("trained", str(trained)), ("teacher", teacher)):
-        output, rate = _score(root, model, name)
+        output, rate = _score(root, model, name, "nested" if name == "teacher" else "held-out")
         found = evaluate(output, str(root / "heldout-qrels.tsv"), [MEASURE])
         if not rows:
             rows.append(Row("BM25", found.before[MEASURE]))
@@ -96,19 +99,22 @@ def _need_trainer() -> None:
 
 
 def hold_out(root: Path) -> None:
-    """Judgements of the queries that the export holds out, by the same hash."""
+    """The candidates and judgements of the queries that the export holds out, by the same hash."""
     rows = [row for path in sorted((root / "nested").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     apart = held_out([row["query"] for row in rows], HELD_OUT)
-    names = {row["query_id"] for row, out in zip(rows, apart.tolist(), strict=True) if out}
+    rows = [row for row, out in zip(rows, apart.tolist(), strict=True) if out]
+    names = {row["query_id"] for row in rows}
+    (root / "held-out").mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), root / "held-out" / "0.parquet", compression="zstd")
     first, *judged = (root / "qrels.tsv").read_text(encoding="utf-8").splitlines()
     mine = [first, *(line for line in judged if line.split("\t")[0] in names)]
     (root / "heldout-qrels.tsv").write_text("\n".join(mine) + "\n", encoding="utf-8")
 
 
-def _score(root: Path, model: str, name: str) -> tuple[str, float]:
-    """A job over the collection, in this process: its output, and pairs/s of scoring."""
+def _score(root: Path, model: str, name: str, candidates: str) -> tuple[str, float]:
+    """A job over a folder of candidates, in this process: its output, and pairs/s of scoring."""
     raw: dict[str, Any] = {
-        "input": {"layout": "nested", "path": f"{root}/nested/*.parquet", "unit_pairs": 500},
+        "input": {"layout": "nested", "path": f"{root}/{candidates}/*.parquet", "unit_pairs": 500},
         "output": {"path": f"{root}/{name}-output"},
         "model": {"name": model, "max_length": MAX_LENGTH},
         "cluster": {"gpus_per_actor": 0},
@@ -138,15 +144,21 @@ def label(root: Path, output: str) -> Exported:
 
 
 def cut_layers(teacher: Path, student: Path) -> None:
-    """A checkpoint with the teacher's embeddings, its first LAYERS layers and its pooling."""
+    """A checkpoint with the teacher's embeddings, LAYERS of its layers and its pooling."""
     from safetensors.torch import load_file, save_file
 
     shutil.rmtree(student, ignore_errors=True)
     shutil.copytree(teacher, student)
     config = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}, indent=1))
+    (student / "config.json").write_text(json.dumps({**config, "num_hidden_layers": len(LAYERS)}, indent=1))
     weights = load_file(student / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if _layer(name) < LAYERS}
+    kept = {}
+    for name, value in weights.items():
+        layer = _layer(name)
+        if layer in LAYERS:
+            kept[name.replace(f".layer.{layer}.", f".layer.{LAYERS.index(layer)}.")] = value
+        elif layer < 0:
+            kept[name] = value
     save_file(kept, student / "model.safetensors", metadata={"format": "pt"})
 
 

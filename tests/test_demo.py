@@ -12,6 +12,7 @@ from test_resume import start, wait_for
 
 from batch_rerank.config import load_config
 from batch_rerank.demo import build_collection, choose_queries, standard_library
+from batch_rerank.distill import distill
 from batch_rerank.errors import ConfigError
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
@@ -61,3 +62,15 @@ def test_a_demo_killed_in_the_middle_and_started_again_gives_the_same_rows(tmp_p
     assert disturbed.select(same) == undisturbed.select(same)
     np.testing.assert_allclose(disturbed["score"].to_numpy(), undisturbed["score"].to_numpy(), atol=1e-5)
     assert verify(str(receipts.parent.parent)).problems == []
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_the_exported_labels(tmp_path: Path) -> None:
+    rows = distill(str(tmp_path), queries=120)
+    assert [row.name for row in rows] == ["BM25", "student, untrained", "student, trained", "teacher"]
+    judged = (tmp_path / "distill-120" / "heldout-qrels.tsv").read_text().splitlines()[1:]
+    held_out = pq.read_table(tmp_path / "distill-120" / "held-out" / "0.parquet")
+    assert {line.split("\t")[0] for line in judged} == set(held_out["query_id"].to_pylist())
+    assert 10 < len(judged) < 40
+    assert [row.rate is None for row in rows] == [True, False, False, False]
+    assert distill(str(tmp_path), queries=120) == rows, "nothing is done again"
