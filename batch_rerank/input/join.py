@@ -62,6 +62,11 @@ class Join:
     counts: dict[str, int]
     missing: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def needed(self) -> Int64:
+        """int64[pieces]: how many rows go to how many shards."""
+        return np.diff(np.searchsorted(self.needs, self.starts * len(self.units)))
+
     def wanted(self, piece: int) -> tuple[Int32, Int32]:
         """The rows of one piece that are needed, counted from its first, and where."""
         first, last = np.searchsorted(self.needs, self.starts[piece : piece + 2] * len(self.units))
