@@ -21,7 +21,7 @@ from test_resume import start, wait_for, wait_for_silence
 
 from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
-from batch_rerank.input import candidates, exchange, join, passes, sources, text_files
+from batch_rerank.input import candidates, exchange, join, passes, sources, spill, text_files
 from batch_rerank.job.ahead import plan_job
 from batch_rerank.job.run import run
 from batch_rerank.job.staging import stage as stage_input
@@ -183,6 +183,8 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "FLUSH_BYTES", 300)
     monkeypatch.setattr(join, "SHARD_PAIRS", 25)
     monkeypatch.setattr(candidates, "MERGE_VALUES", 5)
+    monkeypatch.setattr(candidates, "BUCKET", 30)
+    monkeypatch.setattr(spill, "CHUNK", 17)
 
 
 @pytest.mark.parametrize("tasks", ["large", "small"])
