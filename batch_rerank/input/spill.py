@@ -21,11 +21,10 @@ Records = npt.NDArray[Any]
 
 
 class Spill:
-    """A folder below TMPDIR, made with its first file and removed with all of them when this is left. A process that is
-    killed leaves it. Raises StorageError where nothing can be written."""
+    """Files without a name in TMPDIR: the system frees them when this is left, and also where the process is killed.
+    Raises StorageError where nothing can be written."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files: list[IO[bytes]] = []
         self.bytes = 0
 
@@ -35,24 +34,17 @@ class Spill:
     def __exit__(self, *_: object) -> None:
         for file in self._files:
             file.close()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
     def column(self, kind: npt.DTypeLike) -> "Column":
         """A new file of records of one type."""
-        with self.errors():
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="batch-rerank-join-")
-            # unbuffered: records are appended and read some MB at a time
-            path = os.path.join(self._folder.name, str(len(self._files)))
-            self._files.append(open(path, "w+b", buffering=0))  # noqa: SIM115 (closed when this is left)
+        with self.errors():  # unbuffered: records are appended and read some MB at a time
+            file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed when this is left)
+        self._files.append(file)
         return Column(self, self._files[-1], np.dtype(kind))
 
     def say(self) -> None:
         """How much has been written where."""
-        if self._folder is not None:
-            log.info("the join of ids has written %s bytes below %s", f"{self.bytes:,}", self._folder.name)
+        log.info("the join of ids has written %s bytes to temporary files in %s", f"{self.bytes:,}", _place())
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -60,13 +52,19 @@ class Spill:
         try:
             yield
         except OSError as error:
-            where = self._folder.name if self._folder else "the temporary directory"
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             needs = "staging needs some 60 bytes a candidate there; " if full else ""
             raise StorageError(
-                f"{where}: {error.strerror or error} after {self.bytes:,} bytes of the join; {needs}set TMPDIR to a "
+                f"{_place()}: {error.strerror or error} after {self.bytes:,} bytes of the join; {needs}set TMPDIR to a "
                 "directory with more room that can be written, and run again"
             ) from None
+
+
+def _place() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return "the temporary directory"
 
 
 class Column:
@@ -95,7 +93,7 @@ class Column:
             self._file.seek(start * self.kind.itemsize)
             found = np.fromfile(self._file, self.kind, stop - start)
         if len(found) != stop - start:
-            raise StorageError(f"{self._file.name}: ends early; was it removed or cut while the job ran? run again")
+            raise StorageError(f"{_place()}: a temporary file of the join ends early; run again")
         return found
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Records]:
