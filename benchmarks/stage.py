@@ -9,11 +9,12 @@
 scale: the staging of a job, on a Ray of its own, whose memory is the most that its processes held together (PSS), less
 what an idle Ray holds. ways: the same join through the stage, through Ray Data's join, and with the corpus in Ray's
 object store for every task to look up (`broadcast`). join: the driver's part alone, which reads ids and says which row
-goes where; bytes a candidate are those that the largest run takes more than the smallest. The corpus is 1 KB texts in
-Parquet (join: none), the run is Parquet ids; each query's documents are drawn at random, a tenth of them from a
-hundredth of the corpus. text: one shard of 50,000 candidates over 50,000 to 500 documents, its texts written once a
-candidate, once a document in the column's dictionary, and once a document in a second file. skew: a whole job of the
-free scorer over queries of 10 candidates and one of 100,000. Ends with one JSON line.
+goes where; bytes a candidate are of memory, those that the largest run takes more than the smallest; `spilled` is what
+it writes to temporary files. The corpus is 1 KB texts in Parquet (join: none), the run is Parquet ids; each query's
+documents are drawn at random, a tenth of them from a hundredth of the corpus. text: one shard of 50,000 candidates over
+50,000 to 500 documents, its texts written once a candidate, once a document in the column's dictionary, and once a
+document in a second file. skew: a whole job of the free scorer over queries of 10 candidates and one of 100,000. Ends
+with one JSON line.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +73,18 @@ IDS = """
 import json, sys, time
 from batch_rerank.input.join import join_run
 from batch_rerank.input.sources import find_source
+from batch_rerank.input.spill import Spill
 folder, shuffled = sys.argv[1], sys.argv[2]
 given = {"run": f"{folder}/{shuffled}", "queries": f"{folder}/queries.parquet", "corpus": f"{folder}/corpus.parquet"}
 sources = [find_source(kind, [path], {}, {}) for kind, path in given.items()]
 kib = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
 peak = lambda: 1024 * kib("VmHWM")  # not ru_maxrss, which begins with what the parent held
 before, started, cpu = peak(), time.monotonic(), time.process_time()
-join = join_run(*sources, None, 0.0, {})
+with Spill() as spill:
+    join = join_run(*sources, None, 0.0, {}, spill)
 print(json.dumps({"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu,
-                  "peak_mib": (peak() - before) / 2**20, "candidates": join.counts["candidates"]}))
+                  "peak_mib": (peak() - before) / 2**20, "spilled_mib": spill.bytes / 2**20,
+                  "candidates": join.counts["candidates"]}))
 """
 
 JOIN = """
@@ -156,20 +161,11 @@ def join_ids(documents: int, sizes: list[int], place: str | None) -> dict[str, A
             random = np.random.default_rng(1)
             queries = pa.array([f"query-{q}" for q in range(size // DEPTH)])
             pq.write_table(pa.table({"query_id": queries, "query": queries}), folder / "queries.parquet")
-            first = np.repeat(random.integers(0, documents, len(queries)), DEPTH)
-            position = np.tile(np.arange(DEPTH), len(queries))
-            table = pa.table(
-                {
-                    "query_id": queries.take(np.repeat(np.arange(len(queries)), DEPTH)),
-                    "doc_id": names.take((first + position * 7919) % documents),
-                    "score": (20 - position / 10).astype(np.float32),
-                    "rank": (position + 1).astype(np.int32),
-                }
-            )
-            pq.write_table(table, folder / "ordered.parquet")
-            shuffled = table.drop_columns("rank").take(random.permutation(size))
-            pq.write_table(shuffled, folder / "shuffled.parquet")
-            del table, shuffled
+            first = random.integers(0, documents, len(queries))
+            order = random.permutation(size).astype(np.int32)
+            write_ids(folder / "ordered.parquet", names, queries, first, None)
+            write_ids(folder / "shuffled.parquet", names, queries, first, order)
+            del order
             for way, seen in peaks.items():
                 command = [sys.executable, "-c", IDS, name, f"{way}.parquet"]
                 found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -180,6 +176,27 @@ def join_ids(documents: int, sizes: list[int], place: str | None) -> dict[str, A
         for way, seen in peaks.items():
             result[f"{way}_bytes_a_candidate"] = round((seen[-1] - seen[0]) * 2**20 / (sizes[-1] - sizes[0]))
     return result
+
+
+def write_ids(path: Path, names: pa.Array, queries: pa.Array, first: Any, order: Any) -> None:
+    """A run of ids, a row group at a time: in order with ranks, or its rows in another order without them."""
+    with ExitStack() as stack:
+        out = None
+        for start in range(0, len(first) * DEPTH, 2**20):
+            row = np.arange(start, min(start + 2**20, len(first) * DEPTH))
+            row = row if order is None else order[row]
+            query, position = np.divmod(row, DEPTH)
+            table = pa.table(
+                {
+                    "query_id": queries.take(query),
+                    "doc_id": names.take((first[query] + position.astype(np.int64) * 7919) % len(names)),
+                    "score": (20 - position / 10).astype(np.float32),
+                }
+            )
+            if order is None:
+                table = table.append_column("rank", pa.array((position + 1).astype(np.int32)))
+            out = out or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            out.write_table(table)
 
 
 def carry_text() -> None:

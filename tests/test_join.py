@@ -4,16 +4,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_stage import given_as, job_of
+from test_stage import given_as, job_of, run_rows
 
 from batch_rerank.errors import InputError
-from batch_rerank.input import candidates, join, join_checks
+from batch_rerank.input import candidates, join, join_checks, sources
 from batch_rerank.input.exchange import Spread, _read
+from batch_rerank.input.known import Fingerprints, know
 from batch_rerank.input.sources import Source, pieces, read_piece
+from batch_rerank.input.spill import Spill
 from batch_rerank.input.stage_sources import find_sources
 from batch_rerank.store.filesystem import File
 
@@ -55,10 +56,13 @@ def test_every_id_and_text_that_is_put_together_has_large_offsets(layout: str, t
     for table in _read(Spread(0, found[-1], piece, 0, np.empty(0, np.int32), np.empty(0, np.int32)), config):
         assert {field.type for field in table.schema if field.name in large} == {pa.large_string()}
     if layout != "scattered flat":
-        ids, _ = candidates.ids_of(found[-1], pieces(found[-1]), "doc_id", {})
-        assert isinstance(ids, pa.ChunkedArray)
-        run = candidates.read_run(found[0], {})
-        assert {ids.type, run.queries.type, run.documents.type} == {pa.large_string()}
+        assert {ids.type for ids in candidates.ids_of(found[-1], pieces(found[-1]), "doc_id", {})} == {
+            pa.large_string()
+        }
+        with Spill() as spill:
+            run = candidates.read_run(found[0], {}, spill, know([], Fingerprints()))
+        assert {run.queries.type, run.lost.type} == {pa.large_string()}
+        assert len(run.lost) == len({row["doc_id"] for row in run_rows()})
 
 
 @pytest.mark.parametrize("merge", [1, 7, 10_000])
@@ -74,14 +78,6 @@ def test_codes_are_in_the_order_of_first_appearance(merge: int, monkeypatch: pyt
     assert distinct.to_pylist() == list(dict.fromkeys(values))
     assert [distinct[int(code)].as_py() for code in found] == values
     assert found.dtype == np.int32
-
-
-def run_of(
-    query: npt.NDArray[np.int32], score: npt.NDArray[np.float32] | None, rank: npt.NDArray[np.int32] | None
-) -> candidates.Run:
-    documents = np.arange(len(query), dtype=np.int32)
-    names = pa.array([str(one) for one in range(len(query))], pa.large_string())
-    return candidates.Run(names, names, query, documents, score, rank, [], np.array([0, len(query)]))
 
 
 @pytest.mark.parametrize("ranked", [True, False])
@@ -107,20 +103,23 @@ def test_candidates_are_ordered_by_query_rank_and_score(ranked: bool, scored: bo
             query = random.permutation(query)
         keys = (np.zeros(size) if score is None else -score, np.zeros(size) if rank is None else rank, query)
         expected = np.lexsort(keys)
-        found = candidates.order_of(run_of(query, score, rank))
+        found = candidates.order_of(query, score, rank)
         assert (np.arange(size) if found is None else found).tolist() == expected.tolist()
 
 
 def test_what_a_piece_is_asked_for_is_what_its_rows_are_needed_for() -> None:
     random = np.random.default_rng(2)
-    row, shard = random.integers(0, 50, 400).astype(np.int32), random.integers(0, 6, 400).astype(np.int32)
-    units = [join.Unit(str(i), 0, i, i + 1, 1, 1) for i in range(6)]
+    shard = np.sort(random.integers(0, 6, 400)).astype(np.int32)
+    row = random.integers(0, 50, 400).astype(np.int32)
     starts = np.array([0, 13, 13, 50], np.int64)
-    made = join.Join([], starts, join._needs(row, shard, 6), units, lambda unit: pa.array([]), {})
-    found = [
-        (int(starts[piece]) + int(r), int(s)) for piece in range(3) for r, s in zip(*made.wanted(piece), strict=True)
-    ]
-    assert found == sorted(set(zip(row.tolist(), shard.tolist(), strict=True)))
+    some = [(row[shard // 2 == two], shard[shard // 2 == two]) for two in range(3)]
+    with Spill() as spill:
+        needs = join._needs(iter(some), starts, 6, spill)
+        found = [divmod(int(key), 6) for piece in range(3) for key in np.sort(needs.read(piece))]
+        counts = needs.counts.tolist()
+    expected = sorted(set(zip(row.tolist(), shard.tolist(), strict=True)))
+    assert found == expected
+    assert counts == [sum(r < 13 for r, _ in expected), 0, sum(r >= 13 for r, _ in expected)]
 
 
 def test_a_corpus_of_two_files_has_one_numbering(tmp_path: Path) -> None:
@@ -135,8 +134,9 @@ def test_a_corpus_of_two_files_has_one_numbering(tmp_path: Path) -> None:
             for path in sorted(tmp_path.iterdir())
         ],
         {"doc_id": "doc_id", "text": "text"},
-        groups=[[1, 1, 1], [1, 1, 1]],
+        groups=[[sources.PIECE_BYTES] * 3] * 2,
     )
-    ids, starts = candidates.ids_of(source, pieces(source), "doc_id", {})
+    starts = np.zeros(7, np.int64)
+    ids = pa.chunked_array(candidates.ids_of(source, pieces(source), "doc_id", {}, starts))
     assert ids.to_pylist() == [f"d{number}-{i}" for number in range(2) for i in range(5)]
-    assert starts.tolist() == [0, 5, 10]
+    assert starts.tolist() == [0, 2, 4, 5, 7, 9, 10]

@@ -21,7 +21,7 @@ from test_resume import start, wait_for, wait_for_silence
 
 from batch_rerank.config import Input, JobConfig, parse_config
 from batch_rerank.errors import BatchRerankError, ConfigError, ConflictError, InputError
-from batch_rerank.input import candidates, exchange, join, passes, sources, text_files
+from batch_rerank.input import candidates, exchange, join, passes, sources, spill, text_files
 from batch_rerank.job.ahead import plan_job
 from batch_rerank.job.run import run
 from batch_rerank.job.staging import stage as stage_input
@@ -183,6 +183,8 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "FLUSH_BYTES", 300)
     monkeypatch.setattr(join, "SHARD_PAIRS", 25)
     monkeypatch.setattr(candidates, "MERGE_VALUES", 5)
+    monkeypatch.setattr(candidates, "BUCKET", 30)
+    monkeypatch.setattr(spill, "CHUNK", 17)
 
 
 @pytest.mark.parametrize("tasks", ["large", "small"])
@@ -416,7 +418,7 @@ def test_a_stage_killed_while_it_cleans_its_exchange_makes_a_lost_shard_again(
     assert not list(exchange_files.iterdir())
 
 
-@pytest.mark.parametrize("harm", ["lost", "cut short", "no note", "no leftovers"])
+@pytest.mark.parametrize("harm", ["lost", "cut short", "no note", "an earlier version's", "no leftovers"])
 def test_an_exchange_that_is_not_whole_is_made_again(
     harm: str, tmp_path: Path, expected: pa.Table, small_tasks: None, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,16 +431,20 @@ def test_an_exchange_that_is_not_whole_is_made_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(passes, "gather", dies)
         run(config, local=True)
-    data, note = sorted(exchange_files.glob("*.arrows"))[2], sorted(exchange_files.glob("*.json"))[3]
+    data, note = sorted(exchange_files.glob("*.arrows"))[2], sorted(exchange_files.glob("*.note"))[3]
     if harm == "lost":
         data.unlink()
     elif harm == "cut short":
         data.write_bytes(data.read_bytes()[:-1])
     elif harm == "no note":
         note.write_text('{"files": [["00003-0000.arrows", []]], "rows": 3, "retries": 0}')
+    elif harm == "an earlier version's":
+        note.replace(note.with_suffix(".json"))
     run(config, local=True)
     assert rows_of(tmp_path / "out").equals(expected)
-    assert sum("the exchange is not whole there" in message for message in logged) == (harm != "no leftovers")
+    said = "is of an earlier version" if harm == "an earlier version's" else "the exchange is not whole there"
+    assert sum(said in message for message in logged) == (harm != "no leftovers")
+    assert not list(exchange_files.iterdir())
 
 
 def test_an_exchange_left_by_a_finished_stage_is_removed(tmp_path: Path) -> None:
@@ -917,12 +923,12 @@ def test_a_stage_that_is_killed_goes_on_from_there(local: bool, tmp_path: Path) 
     exchange_files = tmp_path / "staged" / "_manifest" / "exchange"
     for notes in (5, 20):
         process = start(arguments, tmp_path / "log")
-        wait_for(lambda notes=notes: len(list(exchange_files.glob("*.json"))) >= notes, process)  # type: ignore[misc]
+        wait_for(lambda notes=notes: len(list(exchange_files.glob("*.note"))) >= notes, process)  # type: ignore[misc]
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "staged" / "_SUCCESS").exists()
     wait_for_silence(exchange_files)  # Ray's workers outlive a killed driver for a moment
-    kept = list(exchange_files.glob("*.json"))
+    kept = list(exchange_files.glob("*.note"))
     again = start(arguments, tmp_path / "log")
     assert again.wait(300) == 0, (tmp_path / "log").read_text()
     needed = len({row["doc_id"] for row in run_rows()})

@@ -1,21 +1,19 @@
 """The two passes of a stage: spread the rows of a source over the shards that need them, then build each shard.
 
 Between them lie files under `_manifest/exchange`: for each piece of the source, what each shard needs of it, one Arrow
-stream a shard behind the other, and a JSON note with the offsets, written last, which says that the piece is done.
+stream a shard behind the other, and a note with the offsets, written last, which says that the piece is done.
 A row goes once to each shard that needs it. A task holds one piece's needed rows, or one shard.
 """
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
@@ -23,6 +21,7 @@ from batch_rerank.input.candidates import Int32, Int64
 from batch_rerank.input.canonical import canonical, with_title
 from batch_rerank.input.join import Ranked
 from batch_rerank.input.layouts import Columns, find_columns
+from batch_rerank.input.notes import PORTION, Note, Portions, data_name
 from batch_rerank.input.shards import TEXT_ROWS, check_unchanged, leaf_paths, open_parquet, read_groups, reading
 from batch_rerank.input.sources import NUMBERS, Piece, Source, read_piece
 from batch_rerank.schema import PASSED
@@ -31,7 +30,6 @@ from batch_rerank.store.filesystem import locate, storage_errors
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Unit
 from batch_rerank.store.receipts import SUMMED, Receipt
-from batch_rerank.store.records import Count, parse
 
 EXCHANGE = "_manifest/exchange"
 FLUSH_BYTES = 64 * 2**20
@@ -39,8 +37,6 @@ FLUSH_BYTES = 64 * 2**20
 
 DICTIONARY_BYTES = 2**30
 """Of a staged shard's column, up to which a value that repeats is written once."""
-
-FileName = Annotated[str, Field(pattern=r"^[0-9]{5,9}-[0-9]{4,9}\.arrows$")]
 
 OURS = ("query_id", "query", "instruction", "doc_id", "text", "score", "rank")
 
@@ -56,63 +52,30 @@ class Spread:
     rows: Int32
     shards: Int32
 
-    @property
-    def name(self) -> str:
-        """Of its files."""
-        return f"{self.index:05d}"
-
-
-@dataclass(frozen=True)
-class Portion:
-    """Bytes of an exchange file."""
-
-    file: str
-    start: int
-    stop: int
-
 
 @dataclass(frozen=True)
 class Gather:
     """One staged shard: where its rows lie, and what its task needs besides (`Join.details`)."""
 
     unit: Unit
-    portions: list[Portion]
+    portions: Portions
     details: Ranked | pa.Array
-
-
-@dataclass(frozen=True)
-class Note:
-    """What a piece's files hold: of each, its name, and for every shard that it serves [shard, start, stop]."""
-
-    files: list[tuple[FileName, list[tuple[Count, Count, Count]]]]
-    rows: Count
-    retries: Count = 0
-
-    @staticmethod
-    def from_json(data: bytes) -> "Note | None":
-        """None where the content is no note."""
-        try:
-            note = parse(Note, data)
-        except ValueError:
-            return None
-        return note if all(found for _, found in note.files) else None
 
 
 def spread(work: Spread, config: JobConfig, stage: str) -> Note:
     """Write what shards need of a piece. Raises InputError and StorageError."""
     root = locate(stage, config.output.storage_options, reached=True)
     exchange = root / EXCHANGE
-    files: list[tuple[str, list[tuple[int, int, int]]]] = []
+    found = []
     for number, table in enumerate(_flushes(_needed(work, config))):
-        name = f"{work.name}-{number:04d}.arrows"
+        location = exchange / data_name(work.index, number)
         data, portions = _by_shard(table, work)
-        with storage_errors(exchange / name):
-            (exchange / name).write_bytes(data)
-        files.append((name, portions))
-    note = Note(files, len(work.rows), root.patience.retries)
-    location = exchange / f"{work.name}.json"
-    with storage_errors(location):
-        location.write_bytes(json.dumps({"files": files, "rows": note.rows, "retries": note.retries}).encode())
+        with storage_errors(location):
+            location.write_bytes(data)
+        found += [(work.index, number, *portion) for portion in portions]
+    note = Note(work.index, np.array(found, PORTION), len(work.rows), root.patience.retries)
+    with storage_errors(exchange / note.name):
+        (exchange / note.name).write_bytes(note.to_bytes())
     return note
 
 
@@ -198,14 +161,14 @@ def gather(work: Gather, config: JobConfig, stage: str, fingerprint: str) -> Rec
     """Build a shard and commit it. Raises InputError and StorageError."""
     root = locate(stage, config.output.storage_options, reached=True)
     tables = []
-    for portion in work.portions:
-        location = root / EXCHANGE / portion.file
+    for piece, number, _, start, stop in work.portions.tolist():
+        location = root / EXCHANGE / data_name(piece, number)
         with storage_errors(location):
-            data = location.read_range(portion.start, portion.stop)
+            data = location.read_range(start, stop)
         try:
             tables.append(pa.ipc.open_stream(data).read_all())
         except (pa.ArrowException, OSError) as error:
-            raise StorageError(f"{location}: damaged ({error}); delete it and its .json, and run again") from None
+            raise StorageError(f"{location}: damaged ({error}); delete it and its .note, and run again") from None
     read = pa.concat_tables(tables).combine_chunks()
     if isinstance(work.details, Ranked):
         rows = _of_run(read, work.details)

@@ -1,10 +1,11 @@
 """Which row of a corpus, or of a scattered flat input, goes to which staged shard.
 
-Ids only: no text passes here but the queries' own. At its peak the driver holds some 40 bytes a candidate, the distinct
-ids of the run and all ids of the corpus. Ids are large strings: together they may be more than 2 GiB.
+Ids only: no text passes here but the queries' own. Candidates lie in temporary files (spill.py), documents are known by
+their fingerprints (known.py): the driver holds 20 bytes a document of the corpus and the queries with their ids. Ids
+are large strings: together they may be more than 2 GiB.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,16 +15,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
-from batch_rerank.input.candidates import Int32, Int64, ids_of, positions, rank_candidates, read_all, read_run
+from batch_rerank.input import candidates
+from batch_rerank.input.candidates import Int32, Int64, Run, ids_of, order_of, positions, read_all, read_run
 from batch_rerank.input.join_checks import (
+    Twice,
     files_of,
     refuse_missing,
+    refuse_padded_documents,
     refuse_repeated,
     refuse_repeated_ids,
+    refuse_repeated_rows,
     refuse_spaces,
     refuse_unranked,
 )
+from batch_rerank.input.known import Fingerprints, Repeated, know
 from batch_rerank.input.sources import Piece, Source, pieces
+from batch_rerank.input.spill import Column, Sorted, Spill
 from batch_rerank.input.units import cut_units
 from batch_rerank.store.filesystem import Options
 from batch_rerank.store.plans import Unit
@@ -50,123 +57,206 @@ class Ranked:
 class Join:
     """How the rows of `pieces` are spread over shards. Rows are numbered through all; `starts` int64[pieces + 1].
 
-    needs int64[n]: row * len(units) + shard for each row and a shard that needs it, ascending; units: the shards;
-    details: what a shard's task needs besides; missing: what the run names and the sources lack.
+    needed: int64[pieces], how many pairs of a row and a shard a piece has; wanted: the rows of one piece that are
+    needed, counted from its first, and where, ascending; units: the shards; details: what a shard's task needs besides;
+    missing: what the run names and the sources lack. `wanted` and `details` read the files of the join's Spill.
     """
 
     pieces: list[Piece]
     starts: Int64
-    needs: Int64
+    needed: Int64
+    wanted: Callable[[int], tuple[Int32, Int32]]
     units: list[Unit]
     details: Callable[[Unit], Ranked | pa.Array]
     counts: dict[str, int]
     missing: dict[str, list[str]] = field(default_factory=dict)
 
-    def wanted(self, piece: int) -> tuple[Int32, Int32]:
-        """The rows of one piece that are needed, counted from its first, and where."""
-        first, last = np.searchsorted(self.needs, self.starts[piece : piece + 2] * len(self.units))
-        rows, shards = np.divmod(self.needs[first:last], max(1, len(self.units)))
-        return (rows - self.starts[piece]).astype(np.int32), shards.astype(np.int32)
-
 
 def join_run(
-    run: Source, queries: Source, corpus: Source, depth: int | None, max_missing: float, options: Options
+    run: Source, queries: Source, corpus: Source, depth: int | None, max_missing: float, options: Options, spill: Spill
 ) -> Join:
     """Join a run with its queries and its corpus, by id. Queries are in the order of their first candidate, candidates
     by rank: the run's, else that of their scores, else their order.
 
     Raises InputError: an empty run, a candidate twice, ids that differ by space only, more than `max_missing` of the
-    candidates without a document or a query.
+    candidates without a document or a query. Raises StorageError where the temporary directory is full.
     """
-    found = read_run(run, options)
-    if not len(found.query):
-        raise InputError(f"input.run: {files_of(run)} has no candidates; expected at least one; check the first stage")
-    known = pa.concat_tables(read_all(queries, ("query_id", "query", "instruction"), options)).combine_chunks()
+    asked = pa.concat_tables(read_all(queries, ("query_id", "query", "instruction"), options)).combine_chunks()
     corpus_pieces = pieces(corpus)
-    ids, starts = ids_of(corpus, corpus_pieces, "doc_id", options)
-    refuse_repeated_ids(known["query_id"], queries)
-    refuse_repeated_ids(ids, corpus)
-    refuse_spaces("query_id", found.queries, known["query_id"], run, queries)
-    refuse_spaces("doc_id", found.documents, ids, run, corpus)
-    refuse_repeated(found, run)
-    refuse_unranked(found, run)
+    starts = np.zeros(len(corpus_pieces) + 1, np.int64)
+    known = know(ids_of(corpus, corpus_pieces, "doc_id", options, starts), Fingerprints())
+    refuse_repeated_ids(asked["query_id"], queries)
+    if isinstance(known, Repeated):
+        refuse_repeated_rows(known, corpus, options)
+    found = read_run(run, options, spill, known)
+    if not len(found.column):
+        raise InputError(f"input.run: {files_of(run)} has no candidates; expected at least one; check the first stage")
+    refuse_spaces("query_id", found.queries, asked["query_id"], run, queries)
+    refuse_padded_documents(found, known, run, corpus, options)
 
-    query_row, document_row = _rows_of(found.queries, known["query_id"]), _rows_of(found.documents, ids)
-    total = len(found.query)
-    rank_candidates(found, depth)
-    cut = total - len(found.query)
-    lost = (query_row < 0)[found.query] | (document_row < 0)[found.document]
+    query_row = _rows_of(found.queries, asked["query_id"])
+    ranked = _rank(found, query_row, depth, len(known), spill)
+    if ranked.twice.count:
+        refuse_repeated(found, ranked.twice, run, options)
+    refuse_unranked(found, run, options)
     missing = {
-        "queries": found.queries.take(_used(found.query, query_row < 0)).to_pylist(),
-        "documents": found.documents.take(_used(found.document, document_row < 0)).to_pylist(),
+        "queries": found.queries.take(pa.array(np.flatnonzero(ranked.lost_queries))),
+        "documents": found.lost.take(pa.array(np.flatnonzero(ranked.lost_documents))),
     }
-    refuse_missing(int(lost.sum()), len(lost), missing, max_missing, (found, known["query_id"], ids), (queries, corpus))
-    if lost.any():
-        found.keep(~lost)
+    every = {"queries": found.queries, "documents": found.lost if not found.used.any() else None}
+    first = {"queries": asked["query_id"], "documents": known.first}
+    lost, total = ranked.lost, int(found.pairs.sum()) - ranked.cut
+    refuse_missing(lost, total, missing, max_missing, every, first, (queries, corpus))
 
-    pairs = np.bincount(found.query, minlength=len(found.queries)).astype(np.int64)
-    present = np.flatnonzero(pairs)
-    pairs = pairs[present]
-    row = document_row[found.document]
-    scores, ranks = found.score, found.rank
-    del found  # of every candidate its row, score and rank are left
+    present = np.flatnonzero(ranked.pairs)
+    pairs = ranked.pairs[present]
     units, borders = _shards(pairs)
     ends = np.concatenate([[0], np.cumsum(pairs)])
-    if "instruction" in known.column_names and known["instruction"].null_count == len(known):
-        known = known.drop_columns("instruction")  # a JSONL file is read as if it might have one
+    if "instruction" in asked.column_names and asked["instruction"].null_count == len(asked):
+        asked = asked.drop_columns("instruction")  # a JSONL file is read as if it might have one
+    column = ranked.column
+    needs = _needs(_by_shard(column, ends[borders]), starts, len(units), spill)
+    spill.say()
 
     def details(unit: Unit) -> Ranked:
-        here = slice(int(ends[unit.start]), int(ends[unit.stop]))
+        records = column.read(int(ends[unit.start]), int(ends[unit.stop]))
         counts = pairs[unit.start : unit.stop]
+        numbers = {name: np.ascontiguousarray(records[name]) for name in records.dtype.names or ()}
         return Ranked(
-            known.take(query_row[present[unit.start : unit.stop]]),
+            asked.take(pa.array(query_row[present[unit.start : unit.stop]])),
             counts,
-            row[here],
-            None if scores is None else scores[here],
-            positions(counts) if ranks is None else ranks[here],
+            numbers["document"],
+            numbers.get("score"),
+            numbers["rank"] if "rank" in numbers else positions(counts),
         )
+
+    def wanted(piece: int) -> tuple[Int32, Int32]:
+        keys = np.sort(needs.read(piece))
+        rows, shards = np.divmod(keys, max(1, len(units)))
+        return (rows - starts[piece]).astype(np.int32), shards.astype(np.int32)
 
     return Join(
         pieces=corpus_pieces,
         starts=starts,
-        needs=_needs(row, np.repeat(np.arange(len(units), dtype=np.int32), np.diff(ends[borders])), len(units)),
+        needed=needs.counts,
+        wanted=wanted,
         units=units,
         details=details,
         counts={
             "queries": len(present),
-            "candidates": len(row),
-            "documents": len(_used(row, np.ones(len(ids), np.bool_))),
-            "corpus": len(ids),
-            "candidates_cut": cut,
-            "queries_without_candidates": len(known) - len(present),
-            "missing_candidates": int(lost.sum()),
+            "candidates": len(column),
+            "documents": ranked.documents,
+            "corpus": len(known),
+            "candidates_cut": ranked.cut,
+            "queries_without_candidates": len(asked) - len(present),
+            "missing_candidates": lost,
             "missing_documents": len(missing["documents"]),
             "missing_queries": len(missing["queries"]),
         },
-        missing=missing,
+        missing={name: ids.to_pylist() for name, ids in missing.items()},
     )
 
 
-def join_flat(source: Source, options: Options) -> Join:
+def join_flat(source: Source, options: Options, spill: Spill) -> Join:
     """Group a flat input by query_id. Queries are in the order of their first row, rows keep their order.
 
-    Raises InputError for a candidate that is there twice.
+    Raises InputError for a candidate that is there twice, StorageError where the temporary directory is full.
     """
-    found = read_run(source, options)
-    if not len(found.query):
+    found = read_run(source, options, spill)
+    if not len(found.column):
         raise InputError(f"input.path: {files_of(source)} has no rows; there is nothing to stage")
-    refuse_repeated(found, source)
-    pairs = np.bincount(found.query, minlength=len(found.queries)).astype(np.int64)
-    units, borders = _shards(pairs)
+    twice = Twice()
+    for records in found.buckets(spill):
+        twice.look(found, records)
+    if twice.count:
+        refuse_repeated(found, twice, source, options)
+    units, borders = _shards(found.pairs)
     shard_of_query = np.repeat(np.arange(len(units), dtype=np.int32), np.diff(borders))
+    spill.say()
+
+    def wanted(piece: int) -> tuple[Int32, Int32]:
+        start, stop = found.starts[piece : piece + 2].tolist()
+        return np.arange(stop - start, dtype=np.int32), shard_of_query[found.column.read(start, stop)["query"]]
+
     return Join(
         pieces=found.pieces,
         starts=found.starts,
-        needs=np.arange(len(found.query), dtype=np.int64) * len(units) + shard_of_query[found.query],
+        needed=np.diff(found.starts),
+        wanted=wanted,
         units=units,
         details=lambda unit: found.queries[unit.start : unit.stop],
-        counts={"queries": len(found.queries), "candidates": len(found.query)},
+        counts={"queries": len(found.queries), "candidates": len(found.column)},
     )
+
+
+@dataclass
+class _Candidates:
+    """What is left of a run, in the order of the stage: document int32, the row in the corpus, score and rank where the
+    run has them. pairs: int64[queries]; cut, lost: how many candidates are not there; lost_queries, lost_documents:
+    bool, which ids the sources lack; documents: how many distinct ones are left; twice: candidates that repeat."""
+
+    column: Column
+    pairs: Int64
+    cut: int
+    lost: int
+    lost_queries: npt.NDArray[np.bool_]
+    lost_documents: npt.NDArray[np.bool_]
+    documents: int
+    twice: Twice
+
+
+def _rank(run: Run, query_row: Int32, depth: int | None, corpus: int, spill: Spill) -> _Candidates:
+    """Order the candidates by query and rank, keep `depth` of each query, and drop those without query or document."""
+    kept = [name for name in run.names if name != "query"]
+    column = spill.column([(name, run.column.kind[name]) for name in kept])
+    pairs, used = np.zeros(len(run.pairs), np.int64), np.zeros(corpus, np.bool_)
+    lost_queries, lost_documents = np.zeros(len(run.pairs), np.bool_), np.zeros(len(run.lost), np.bool_)
+    cut = lost = 0
+    twice = Twice()
+    for records in run.buckets(spill):
+        twice.look(run, records)
+        order = order_of(records["query"], *(records[name] if name in kept else None for name in ("score", "rank")))
+        if order is not None:
+            records = records[order]
+        query = records["query"]
+        if depth is not None:
+            chosen = positions(np.diff(np.flatnonzero(np.diff(query, prepend=-1, append=-1)))) <= depth
+            cut += len(chosen) - int(chosen.sum())
+            records, query = records[chosen], query[chosen]
+        no_query, no_document = query_row[query] < 0, records["document"] < 0
+        lost_queries[query[no_query]] = True
+        lost_documents[run.lacked[-1 - records["document"][no_document]]] = True
+        left = ~(no_query | no_document)
+        lost += len(left) - int(left.sum())
+        records = records[left]
+        used[records["document"]] = True
+        counts = np.bincount(records["query"])
+        pairs[: len(counts)] += counts
+        column.append(records[kept])
+    return _Candidates(column, pairs, cut, lost, lost_queries, lost_documents, int(used.sum()), twice)
+
+
+def _by_shard(column: Column, stops: Int64) -> Iterator[tuple[Int32, Int32]]:
+    """The documents and the shards of some whole shards' candidates at a time; `stops` int64[shards + 1]."""
+    first = 0
+    while first < len(stops) - 1:
+        last = max(first + 1, int(np.searchsorted(stops, stops[first] + candidates.BUCKET, side="right")) - 1)
+        rows = column.read(int(stops[first]), int(stops[last]))["document"]
+        yield rows, np.repeat(np.arange(first, last, dtype=np.int32), np.diff(stops[first : last + 1]))
+        first = last
+
+
+def _needs(some: Iterator[tuple[Int32, Int32]], starts: Int64, shards: int, spill: Spill) -> Sorted:
+    """Distinct row * shards + shard by the pieces of `starts`. Each shard is in one of `some`."""
+    needs = Sorted(spill, np.int64, starts * shards)
+    for row, shard in some:
+        keys = row.astype(np.int64)
+        keys *= shards
+        keys += shard
+        keys.sort()  # not np.unique: in numpy 2.4 it takes 100 times a sort
+        keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
+        needs.add(keys, keys)
+    return needs
 
 
 def _rows_of(ids: pa.Array, known: pa.ChunkedArray) -> Int32:
@@ -179,22 +269,6 @@ def _rows_of(ids: pa.Array, known: pa.ChunkedArray) -> Int32:
         rows[found[here]] = first + here
         first += len(found)
     return rows
-
-
-def _used(codes: Int32, among: npt.NDArray[np.bool_]) -> Int64:
-    """The distinct codes, of those that `among` has, ascending."""
-    used = np.zeros(len(among), np.bool_)
-    used[codes] = True
-    return np.flatnonzero(used & among)
-
-
-def _needs(row: Int32, shard: Int32, shards: int) -> Int64:
-    """Distinct row * shards + shard, ascending. Not np.unique: in numpy 2.4 it takes 100 times a sort."""
-    keys = row.astype(np.int64)
-    keys *= shards
-    keys += shard
-    keys.sort()
-    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
 
 
 def _shards(pairs: Int64) -> tuple[list[Unit], Int64]:

@@ -2,15 +2,24 @@
 differ by space only. All raise InputError."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
 from batch_rerank.input.candidates import Run
-from batch_rerank.input.sources import Source
+from batch_rerank.input.known import Known, Repeated, know, padded_of
+from batch_rerank.input.sources import Source, pieces, read_piece
+from batch_rerank.input.spill import Records
+from batch_rerank.store.filesystem import Options
+
+Prints = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
 
 
 def files_of(source: Source) -> str:
@@ -33,6 +42,27 @@ def refuse_repeated_ids(ids: pa.ChunkedArray, source: Source) -> None:
     )
 
 
+def refuse_repeated_rows(repeated: Repeated, source: Source, options: Options) -> NoReturn:
+    """The same of a corpus, whose ids are not held."""
+    rows = repeated.rows
+    doc_id = id_at(source, "doc_id", rows[0], options)
+    raise InputError(
+        f"input.{source.kind}: {files_of(source)}: doc_id {doc_id!r} stands in rows {rows[0] + 1} and {rows[1] + 1} "
+        f"({repeated.count} such ids; a number and its digits are one id); expected each once; drop one"
+    )
+
+
+def id_at(source: Source, name: str, row: int, options: Options) -> str:
+    """The id of a row of a source, which is read again up to it: errors alone ask."""
+    for piece in pieces(source):
+        for table in read_piece(source, piece, (name,), options):
+            if row < len(table):
+                found: str = table[name][row].as_py()
+                return found
+            row -= len(table)
+    raise InputError(f"{files_of(source)}: changed while it was read; run again")
+
+
 def refuse_spaces(name: str, run: pa.Array, known: pa.ChunkedArray, first: Source, second: Source) -> None:
     """Ids that are the same but for space around them: nobody means two documents by that."""
     for ids, source in ((pa.chunked_array([run]), first), (known, second)):
@@ -51,39 +81,111 @@ def refuse_spaces(name: str, run: pa.Array, known: pa.ChunkedArray, first: Sourc
                 )
 
 
-def refuse_repeated(run: Run, source: Source) -> None:
+def refuse_padded_documents(run: Run, known: Known, first: Source, second: Source, options: Options) -> None:
+    """The same of documents, which are known by their fingerprints."""
+    at, without = padded_of(run.lost)
+    lost = know([run.lost], known.prints)
+    assert isinstance(lost, Known)  # they are distinct
+    padded = known.padded
+    asked = run.used[padded.rows]  # the rows of padded ids that are candidates
+
+    def in_corpus(prints: Prints) -> Flags:
+        return known.rows_of(prints) >= 0
+
+    def in_run(prints: Prints) -> Flags:
+        rows = known.rows_of(prints)
+        return np.where(rows >= 0, run.used[np.maximum(rows, 0)] if len(known) else False, lost.rows_of(prints) >= 0)
+
+    def of_lost(index: int) -> str:
+        found: str = run.lost[int(at[index])].as_py()
+        return found
+
+    def of_corpus(index: int) -> str:
+        return id_at(second, "doc_id", int(padded.rows[index]), options)
+
+    every = np.ones(len(padded.rows), np.bool_)
+    odd: list[tuple[Source, Prints, Flags, Callable[[int], str]]] = [
+        (first, known.prints.of(without), np.ones(len(at), np.bool_), of_lost),
+        (first, padded.trimmed, asked, of_corpus),
+        (second, padded.trimmed, every, of_corpus),
+    ]
+    for source, trimmed, here, of in odd:
+        for twin_in, other in ((in_run, first), (in_corpus, second)):
+            twins = np.flatnonzero(here & twin_in(trimmed))
+            if len(twins):
+                one = of(int(twins[0]))
+                twin = pc.utf8_trim_whitespace(pa.scalar(one)).as_py()
+                raise InputError(
+                    f"input.{source.kind}: {files_of(source)}: doc_id {one!r} differs from {twin!r} in "
+                    f"input.{other.kind} only by space around it; expected one way to write an id; trim it"
+                )
+
+
+@dataclass
+class Twice:
+    """Candidates that stand twice under one query: how many rows too many; the query and the document (`Run.documents`)
+    of the first."""
+
+    count: int = 0
+    query: int = 0
+    document: int = 0
+
+    def look(self, run: Run, records: Records) -> None:
+        """At the candidates of some whole queries."""
+        document = run.documents(records)
+        query = records["query"]
+        if "high" in run.names:
+            keys = document ^ (query.astype(np.int64) * np.int64(0x1E3779B97F4A7C15))
+            order = np.argsort(keys, kind="stable")
+            keys = keys[order]
+            same = np.flatnonzero(keys[1:] == keys[:-1])
+            first, second = order[same], order[same + 1]
+            real = (query[first] == query[second]) & (records["low"][first] == records["low"][second])
+            first = first[real]
+        else:
+            keys = (query.astype(np.int64) << 32) + (document + 2**31)
+            if len(np.flatnonzero(np.diff(np.sort(keys)) == 0)) == 0:
+                return
+            order = np.argsort(keys, kind="stable")
+            first = order[np.flatnonzero(np.diff(keys[order]) == 0)]
+        if not self.count and len(first):
+            one = first[np.lexsort((first, query[first]))[0]]
+            self.query, self.document = int(query[one]), int(document[one])
+        self.count += len(first)
+
+
+def refuse_repeated(run: Run, twice: Twice, source: Source, options: Options) -> None:
     """A document twice under one query."""
-    keys = run.query.astype(np.int64)
-    keys *= len(run.documents)
-    keys += run.document
-    keys.sort()
-    twice = keys[1:][keys[1:] == keys[:-1]]
-    if not len(twice):
-        return
-    query, document = divmod(int(twice[0]), len(run.documents))
-    rows = np.flatnonzero((run.query == query) & (run.document == document))[:2].tolist()
-    query_id = run.queries[query].as_py()
-    doc_id = run.documents[document].as_py()
-    places = " and ".join(_place(run, source, row) for row in rows)
-    scores = "" if run.score is None else f" with scores {run.score[rows[0]]:g} and {run.score[rows[1]]:g}"
+    rows: list[int] = []
+    scores: list[float] = []
+    done = 0
+    for records in run.column.chunks():
+        here = np.flatnonzero((records["query"] == twice.query) & (run.documents(records) == twice.document))
+        rows += (here + done).tolist()
+        scores += records["score"][here].tolist() if "score" in run.names else []
+        done += len(records)
+        if len(rows) > 1:
+            break
+    query_id = run.queries[twice.query].as_py()
+    doc_id = id_at(source, "doc_id", rows[0], options)
+    places = " and ".join(_place(run, source, row) for row in rows[:2])
+    told = f" with scores {scores[0]:g} and {scores[1]:g}" if scores else ""
     raise InputError(
-        f"query_id {query_id!r} has doc_id {doc_id!r} twice{scores}: {places} ({len(twice)} such rows); expected "
+        f"query_id {query_id!r} has doc_id {doc_id!r} twice{told}: {places} ({twice.count} such rows); expected "
         "each document once per query; drop one"
     )
 
 
-def refuse_unranked(run: Run, source: Source) -> None:
+def refuse_unranked(run: Run, source: Source, options: Options) -> None:
     """A Parquet run's score may be null or NaN where ranks say the order; alone it has to say it."""
-    if run.rank is not None or run.score is None:
+    row, count = run.unscored
+    if "rank" in run.names or not count:
         return
-    unknown = np.flatnonzero(np.isnan(run.score))
-    if len(unknown):
-        row = int(unknown[0])
-        raise InputError(
-            f"query_id {run.queries[int(run.query[row])].as_py()!r} has doc_id "
-            f"{run.documents[int(run.document[row])].as_py()!r} ({_place(run, source, row)}; {len(unknown)} such rows) "
-            "without a score, and the run has no rank; expected one of them in every row; fill or drop it"
-        )
+    query_id, doc_id = (id_at(source, name, row, options) for name in ("query_id", "doc_id"))
+    raise InputError(
+        f"query_id {query_id!r} has doc_id {doc_id!r} ({_place(run, source, row)}; {count} such rows) "
+        "without a score, and the run has no rank; expected one of them in every row; fill or drop it"
+    )
 
 
 def _place(run: Run, source: Source, row: int) -> str:
@@ -98,28 +200,27 @@ def _place(run: Run, source: Source, row: int) -> str:
 def refuse_missing(
     lost: int,
     total: int,
-    missing: dict[str, list[str]],
+    missing: Mapping[str, pa.Array],
     max_missing: float,
-    ids: tuple[Run, pa.ChunkedArray, pa.ChunkedArray],
+    run: Mapping[str, pa.Array | None],
+    known: Mapping[str, pa.Array | pa.ChunkedArray],
     sources: tuple[Source, Source],
 ) -> None:
-    """More candidates without their query or document than allowed, or all."""
-    run, queries, documents = ids
-    for name, ours, known, source in (
-        ("query_id", run.queries, queries, sources[0]),
-        ("doc_id", run.documents, documents, sources[1]),
-    ):
-        kind = "queries" if name == "query_id" else "documents"
-        if len(missing[kind]) == len(ours):
+    """More candidates without their query or document than allowed, or all. run: all ids of it, of documents only where
+    the corpus has none of them; known: ids of the sources, the first few at least."""
+    for kind, source in zip(("queries", "documents"), sources, strict=True):
+        ours = run[kind]
+        if ours is not None and len(missing[kind]) == len(ours):
             raise InputError(
-                f"no {name} of the run is in input.{source.kind} ({files_of(source)}): the run "
-                f"has {_some(ours)}, {source.kind} has {_some(known)}; expected the same ids; do they belong together?"
+                f"no {'query_id' if kind == 'queries' else 'doc_id'} of the run is in input.{source.kind} "
+                f"({files_of(source)}): the run has {_some(ours)}, {source.kind} has {_some(known[kind])}; expected "
+                "the same ids; do they belong together?"
             )
     if lost > max_missing * total or lost == total:
         parts = [
             f"{len(missing[kind]):,} {kind} that {files_of(source)} lacks, e.g. {_some(missing[kind])}"
             for kind, source in zip(("queries", "documents"), sources, strict=True)
-            if missing[kind]
+            if len(missing[kind])
         ]
         allowed = f"expected at most input.max_missing = {max_missing:g} of them; mend the run, or raise it to go on"
         raise InputError(
@@ -128,8 +229,8 @@ def refuse_missing(
         )
 
 
-def _some(ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> str:
-    first = ids[:3] if isinstance(ids, Sequence) else ids.slice(0, 3).to_pylist()
+def _some(ids: pa.Array | pa.ChunkedArray) -> str:
     if not len(ids):
         return "none"
+    first = ids.slice(0, 3).to_pylist()
     return ", ".join(json.dumps(one, ensure_ascii=False)[:60] for one in first) + (", …" if len(ids) > 3 else "")

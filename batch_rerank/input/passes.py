@@ -2,27 +2,30 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+
+import numpy as np
 
 from batch_rerank.calls import Each
 from batch_rerank.config import JobConfig
-from batch_rerank.input.exchange import EXCHANGE, Gather, Note, Portion, Spread, gather, spread
+from batch_rerank.input.exchange import EXCHANGE, Gather, Spread, gather, spread
 from batch_rerank.input.join import Join
+from batch_rerank.input.notes import Note, Portions, data_name, note_name, of_shards
 from batch_rerank.input.sources import Source
 from batch_rerank.store.bookkeeping import Expected, status_of
 from batch_rerank.store.filesystem import storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.names import EXCHANGED
-from batch_rerank.store.plans import Plan
+from batch_rerank.store.plans import Plan, Unit
 from batch_rerank.store.receipts import Totals
 
 log = logging.getLogger("batch_rerank")
-T = TypeVar("T")
 LOG_SECONDS = 10.0
+SHARDS_AT_ONCE = 1000
+"""Whose portions are looked up together."""
 
 
 def run_passes(
@@ -42,32 +45,20 @@ def run_passes(
         return
     root = manifest.root
     source = replace(sources[-1], files=[], groups=[])  # goes along with every task
-    works = [
-        Spread(index, source, piece, int(join.starts[index]), *join.wanted(index))
-        for index, piece in enumerate(join.pieces)
-    ]
-    works = [work for work in works if len(work.rows)]
-    notes = _whole(manifest, works, len(plan.units))
-    pending = [work for work in works if work.name not in notes]
+    needed = np.flatnonzero(join.needed).tolist()
+    notes = _whole(manifest, needed, len(plan.units))
+    pending = [piece for piece in needed if piece not in notes]
     progress = _Progress(manifest, plan, totals, lease)
-    portions: list[list[Portion]] = [[] for _ in plan.units]
-    for note in notes.values():
-        _add_portions(portions, note)
-    for note in each([partial(spread, work, config, str(root)) for work in pending]):
+    portions = [note.portions for note in notes.values()]
+    works = (  # made as they are run: together they would be as large as the run
+        Spread(piece, source, join.pieces[piece], int(join.starts[piece]), *join.wanted(piece)) for piece in pending
+    )
+    for note in each(partial(spread, work, config, str(root)) for work in works):
         progress.count("pieces of the sources read", len(pending), note.rows)
         totals.storage_retries += note.retries
-        _add_portions(portions, note)
+        portions.append(note.portions)
     progress = _Progress(manifest, plan, totals, lease)
-    gathers = [
-        partial(
-            gather,
-            Gather(unit, portions[int(unit.id)], join.details(unit)),
-            config,
-            str(root),
-            plan.fingerprint,
-        )
-        for unit in units
-    ]
+    gathers = (partial(gather, work, config, str(root), plan.fingerprint) for work in _gathers(units, join, portions))
     expected = Expected(manifest, plan, done)
     for receipt in each(gathers):
         if expected.take(receipt):
@@ -76,31 +67,35 @@ def run_passes(
     expected.check({})
 
 
-def _whole(manifest: Manifest, works: Sequence[Spread], shards: int) -> dict[str, Note]:
-    """The notes of the pieces that are in the exchange already, by piece; one whose files are not all there as it says
-    is spread again."""
+def _gathers(units: Sequence[Unit], join: Join, portions: list[Portions]) -> Iterator[Gather]:
+    """What each shard's task needs, made as it is asked for."""
+    for start in range(0, len(units), SHARDS_AT_ONCE):
+        some = units[start : start + SHARDS_AT_ONCE]
+        here = of_shards(portions, int(some[0].id), int(some[-1].id) + 1)
+        for unit in some:
+            first, last = np.searchsorted(here["shard"], [int(unit.id), int(unit.id) + 1])
+            yield Gather(unit, here[first:last], join.details(unit))
+
+
+def _whole(manifest: Manifest, needed: Sequence[int], shards: int) -> dict[int, Note]:
+    """The notes of the pieces that are in the exchange already, by piece; one whose files are not all there as it says,
+    or that an earlier version has written, is spread again."""
     files = manifest.list_files()
     found = {}
-    for work in works:
-        location = manifest.root / f"{EXCHANGE}/{work.name}.json"
-        if files.size(f"{EXCHANGE}/{work.name}.json") is None:
+    for piece in needed:
+        location = manifest.root / f"{EXCHANGE}/{note_name(piece)}"
+        if files.size(f"{EXCHANGE}/{note_name(piece)}") is None:
+            if files.size(f"{EXCHANGE}/{piece:05d}.json") is not None:
+                log.info("%s: the exchange is of an earlier version; piece %d is spread again", manifest.root, piece)
             continue
         with storage_errors(location):
-            note = Note.from_json(location.read_bytes())
-        if note and all(
-            files.size(f"{EXCHANGE}/{name}") == portions[-1][2] and all(shard < shards for shard, _, _ in portions)
-            for name, portions in note.files
-        ):
-            found[work.name] = note
+            note = Note.from_bytes(location.read_bytes(), piece, shards)
+        sizes = note.sizes() if note else []
+        if note and all(files.size(f"{EXCHANGE}/{data_name(piece, i)}") == size for i, size in enumerate(sizes)):
+            found[piece] = note
         else:
             log.warning("%s: the exchange is not whole there; the piece is spread again", location)
     return found
-
-
-def _add_portions(portions: list[list[Portion]], note: Note) -> None:
-    for name, found in note.files:
-        for shard, start, stop in found:
-            portions[shard].append(Portion(name, start, stop))
 
 
 class _Progress:
@@ -125,5 +120,5 @@ def clean(manifest: Manifest) -> None:
     """Remove the exchange: notes first, so that none is left that promises what is gone."""
     with storage_errors(manifest.root):
         files = manifest.list_files()
-        for name in sorted(files.matching(EXCHANGED), key=lambda name: not name.endswith(".json")):
+        for name in sorted(files.matching(EXCHANGED), key=lambda name: name.endswith(".arrows")):
             manifest.remove_seen(name, files)

@@ -21,6 +21,7 @@ from batch_rerank.input.join import SHARD_PAIRS, Join, join_flat, join_run
 from batch_rerank.input.passes import clean, run_passes
 from batch_rerank.input.places import is_within, same_store
 from batch_rerank.input.sources import Source
+from batch_rerank.input.spill import Spill
 from batch_rerank.input.stage_place import Place, at, find_place, held, noted, of_output, pattern_of
 from batch_rerank.input.stage_sources import find_sources
 from batch_rerank.store.bookkeeping import expected_parts, mark_done, recording, resume
@@ -73,6 +74,19 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
     """
     started = time.monotonic()
     sources, plan, place = _open(config)
+    with Spill() as spill:
+        return _stage(config, sources, plan, place, each, spill, started)
+
+
+def _stage(
+    config: JobConfig,
+    sources: Sequence[Source],
+    plan: Plan,
+    place: Place,
+    each: Each,
+    spill: Spill,
+    started: float,
+) -> Staged:
     join: Join | None = None
     while True:
         manifest, existing = place.manifest, place.existing
@@ -84,7 +98,7 @@ def stage_with(config: JobConfig, each: Each) -> Staged:
                     with hold(manifest.root, _lease_seconds(config, existing)):
                         clean(manifest)
                 return _staged(config, manifest, existing, True, started)
-        join = join or join_sources(config, sources)
+        join = join or join_sources(config, sources, spill)
         if place.note:
             log.info("%s", place.note)
         with ExitStack() as stack:
@@ -155,7 +169,8 @@ def find_stage(config: JobConfig) -> Staged | None:
 def plan_stage(config: JobConfig) -> tuple[str, Plan]:
     """Where staging would go, and what it would do. Reads ids, writes nothing. Raises ConfigError and InputError."""
     sources, plan, place = _open(config)
-    join = join_sources(config, sources)
+    with Spill() as spill:
+        join = join_sources(config, sources, spill)
     return str(place.manifest.root), replace(plan, units=join.units, counts=_counts(plan, sources, join))
 
 
@@ -190,13 +205,14 @@ def describe_stage(plan: Plan) -> str:
     return "; ".join([whole, *([", ".join(parts)] if parts else [])])
 
 
-def join_sources(config: JobConfig, sources: Sequence[Source]) -> Join:
-    """Which row goes where. Reads ids. Raises InputError."""
+def join_sources(config: JobConfig, sources: Sequence[Source], spill: Spill) -> Join:
+    """Which row goes where. Reads ids; larger inputs need room in `spill`. Raises InputError and StorageError."""
     options = config.input.storage_options
     if config.input.layout == "flat":
-        return join_flat(sources[0], options)
+        return join_flat(sources[0], options, spill)
     run, queries, corpus = sources
-    return join_run(run, queries, corpus, config.input.candidates_per_query, config.input.max_missing, options)
+    depth, max_missing = config.input.candidates_per_query, config.input.max_missing
+    return join_run(run, queries, corpus, depth, max_missing, options, spill)
 
 
 def _skeleton(config: JobConfig, known: Mapping[Key, str], sources: Sequence[Source]) -> Plan:

@@ -23,8 +23,8 @@ _LEFTOVER = re.compile(
 ROLL = r"_manifest/receipts/rolled-[0-9]{5,9}\.jsonl"
 """Many receipts in one file."""
 
-EXCHANGED = rf"_manifest/exchange/(?:[0-9]{{5,9}}(?:-[0-9]{{4,9}}\.arrows|\.json)|{TEMPORARY_NAME})"
-"""What a stage exchanges between its passes."""
+EXCHANGED = rf"_manifest/exchange/(?:[0-9]{{5,9}}(?:-[0-9]{{4,9}}\.arrows|\.note|\.json)|{TEMPORARY_NAME})"
+"""What a stage exchanges between its passes. Notes of earlier versions are JSON."""
 
 NOTE = rf"_manifest/damaged/(?:part-|scores-)?{UNIT}\.json"
 PART = r"part-[0-9]{5,9}\.parquet"
