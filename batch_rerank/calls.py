@@ -1,7 +1,7 @@
 """Independent calls of a room, run by whoever knows where: one after the other in this process, or each in a task."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 class Each(Protocol):
     """Runs calls and gives what they return, in any order. `shared`: an argument of all of them, sent once."""
 
-    def __call__(self, calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
+    def __call__(self, calls: Iterable[Callable[..., T]], shared: Any = None) -> Iterator[T]:
         """Raises what they raise."""
         ...
 
 
-def in_turn(calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
+def in_turn(calls: Iterable[Callable[..., T]], shared: Any = None) -> Iterator[T]:
     """What each call returns, in this process."""
     return (call() if shared is None else call(shared) for call in calls)
 

@@ -8,6 +8,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +238,40 @@ def test_what_is_waited_for_is_told_by_stage(tmp_path: Path) -> None:
     receipts = run_ray.run_ray(config, model, plan, frozenset())
     next(receipts)
     waits = run_ray._waits()
-    assert len(list(receipts)) == len(plan.units) - 1
+    assert len(list(islice(receipts, 200))) == 200
+    kept = [len(blocks) for stage in run_ray._stages() for blocks in stage.get_stats().values()]
+    assert len(kept) == 3 and max(kept) < 50, "of blocks that are done nothing is kept"
+    assert len(list(receipts)) == len(plan.units) - 201
     pattern = r"read_and_encode: \d+ tasks; Score: (\d) actors alive, (\d) waited for, \d+ tasks; "
     found = re.match(
         pattern + r"rank_and_write: \d+ tasks; the cluster \(4 CPUs, 0 GPUs\), free: [\d.]+ CPUs, 0 GPUs", waits
     )
     assert found, waits
     assert int(found[1]) + int(found[2]) == 2
+
+
+def test_many_ranges_are_read_by_few_tasks_in_the_same_order() -> None:
+    ranges: list[Any] = list(range(103))
+    tasks = run_ray.together([[one] for one in ranges], most=10)
+    assert len(tasks) == 10 and max(map(len, tasks)) == 11
+    assert [one for task in tasks for one in task] == ranges
+    assert run_ray.together([[one] for one in ranges], most=103) == [[one] for one in ranges]
+    assert run_ray.together([]) == []
+
+
+def test_calls_are_made_in_groups_as_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_ray, "MOST_TASKS", 3)
+    made: list[int] = []
+
+    def calls() -> Iterator[Callable[[int], int]]:
+        for number in range(7):
+            made.append(number)
+            yield partial(add, number)
+
+    results = run_ray.each_on_ray(job(tmp_path, tmp_path / "out"), calls(), 10)
+    first = [next(results)]
+    assert len(made) == 3
+    assert sorted([*first, *results]) == [10 + number for number in range(7)]
 
 
 def test_silence_is_broken_as_often_as_it_lasts(logged: list[str]) -> None:

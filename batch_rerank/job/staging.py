@@ -1,6 +1,6 @@
 """Staging a job's input, on Ray or in this process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from batch_rerank.calls import Each, in_turn
@@ -18,7 +18,7 @@ def stage(config: JobConfig, *, local: bool = False) -> Staged:
 def on_ray(config: JobConfig) -> Each:
     """Each call in a task of Ray's."""
 
-    def each(calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
+    def each(calls: Iterable[Callable[..., T]], shared: Any = None) -> Iterator[T]:
         from batch_rerank.job.run_ray import each_on_ray  # not at the top: --local does without ray
 
         return each_on_ray(config, calls, shared)
