@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.step:
         told = globals()[f"step_{arguments.step}"](arguments.dir, arguments.units[0])
-        print(json.dumps({**told, "peak_mib": peak_mib()}))
+        print(json.dumps({**told, "cpu_s": round(time.process_time(), 1), "peak_mib": peak_mib()}))
         return
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}", flush=True)
     result = {}

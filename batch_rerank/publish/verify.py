@@ -9,6 +9,7 @@ score files are compared with the input.
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 
@@ -157,7 +158,7 @@ class _Checks:
                 fingerprint=self._plan.fingerprint,
                 shard=self._plan.shards[shard],
                 units=mine,
-                receipts={unit: receipts[unit] for unit in ids if unit in receipts},
+                receipts={unit: replace(receipts[unit], shape="") for unit in ids if unit in receipts},
                 broken={unit: found.broken[unit] for unit in ids if unit in found.broken},
                 config=self._input,
             )
