@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -29,17 +30,32 @@ def in_turn(calls: Iterable[Callable[..., T]], shared: Any = None) -> Iterator[T
 AHEAD = 8
 """Calls that are begun before their result is wanted: small requests to a store far away."""
 
+SMALL_BYTES = 512 * 2**20
+"""Of files that this process goes through itself: Ray would take longer to start."""
 
-def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+
+def ahead(calls: Iterable[Callable[[], T]], threads: int = AHEAD) -> Iterator[T]:
     """What each call returns, in their order, some of them begun early by threads."""
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[T]] = deque()
         for call in calls:
             waiting.append(pool.submit(call))
-            if len(waiting) >= AHEAD:
+            if len(waiting) >= threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def in_order(calls: Iterable[Callable[[], T]], each: Each | None, threads: int) -> list[T]:
+    """What each call returns, in their order, whatever ends first: by `each`, or by threads of this process."""
+    if each is None:
+        return list(ahead(calls, threads))
+    numbered = (partial(_numbered, number, call) for number, call in enumerate(calls))
+    return [result for _, result in sorted(each(numbered), key=lambda pair: pair[0])]
+
+
+def _numbered(number: int, call: Callable[[], T]) -> tuple[int, T]:
+    return number, call()
 
 
 @dataclass(frozen=True)

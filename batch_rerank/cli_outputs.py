@@ -82,15 +82,18 @@ def verify(
     output_only: Annotated[
         bool, typer.Option("--output-only", help="Without the input: for when it has expired.")
     ] = False,
+    local: Local = False,
     limit: LimitOfJob = None,
     overrides: SetOfJob = None,
     as_json: Json = False,
 ) -> None:
     """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
+    from batch_rerank.job.staging import on_ray
     from batch_rerank.publish.output import find_place
     from batch_rerank.publish.verify import verify as verify_output
 
-    verdict = verify_output(find_place(output, overrides or (), limit), repair, output_only)
+    place = find_place(output, overrides or (), limit)
+    verdict = verify_output(place, repair, output_only, None if local else on_ray)
     if as_json:
         print_json({**asdict(verdict), "ok": not verdict.problems})
     for problem in verdict.problems[:20]:
@@ -111,17 +114,20 @@ def evaluate(
     qrels: Annotated[str, typer.Option(help="TREC qrels, or a BEIR TSV with a header.")],
     measures: Annotated[list[str] | None, typer.Argument(help="As in ir_measures; nDCG@10 RR@10 R@10 if none.")] = None,
     per_query: Annotated[bool, typer.Option("--per-query", help="Also each query's values.")] = False,
+    local: Local = False,
     limit: LimitOfJob = None,
     overrides: SetOfJob = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate the first stage and the reranked run against qrels."""
+    from batch_rerank.job.staging import on_ray
     from batch_rerank.judge.evaluate import DEFAULT_MEASURES
     from batch_rerank.judge.evaluate import evaluate as evaluate_output
     from batch_rerank.publish.output import find_place
 
     place = find_place(run_, overrides or (), limit)
-    result = evaluate_output(place, qrels, measures or DEFAULT_MEASURES, per_query=per_query)
+    on = None if local else on_ray
+    result = evaluate_output(place, qrels, measures or DEFAULT_MEASURES, per_query=per_query, on=on)
     if as_json:
         values = asdict(result)
         if not per_query:

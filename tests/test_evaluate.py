@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -119,22 +121,45 @@ def test_some_parts_at_a_time_give_what_all_at_once_give(tmp_path: Path, monkeyp
             patched.setattr(module, "ROWS_AT_ONCE", 1)
             parts = evaluate(str(tmp_path / name), str(tmp_path / "qrels"))
         assert parts.after_by_query == whole.after_by_query and parts.before_by_query == whole.before_by_query
-        assert parts.after == pytest.approx(whole.after) and parts.before == pytest.approx(whole.before)
+        assert parts.after == whole.after and parts.before == whole.before
         assert (parts.queries, parts.queries_missing) == (15, 0)
         sums = evaluate(str(tmp_path / name), str(tmp_path / "qrels"), per_query=False)
         assert sums.after == whole.after and not any(sums.after_by_query.values())
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_the_numbers_are_the_same_whoever_computes_them_and_whatever_ends_first(
+    top_k: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "in.parquet", candidate_rows(30, 20))
+    (tmp_path / "qrels").write_text("".join(f"q{n} 0 d{n % 20} {1 + n % 3}\n" for n in range(0, 34, 2)))
+    keys = {"output__top_k": top_k, "output__file_bytes": 1, "input__unit_pairs": 60}
+    run(job(path, tmp_path / "out", **keys), local=True)
+    here = evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"))
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    asked: list[int] = []
+
+    def elsewhere(calls: Iterable[Callable[[Any], Any]], shared: Any = None) -> Iterator[Any]:
+        sent = [pickle.dumps(call) for call in calls]
+        asked.append(len(sent))
+        return (pickle.loads(call)(shared) for call in reversed(sent))
+
+    there = evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), on=lambda config: elsewhere)
+    assert asked == [10 if top_k is None else 11]
+    assert there == here and there.queries_missing == 2
+    assert list(there.after_by_query["RR@10"]) == list(here.after_by_query["RR@10"])
+
+
 def test_only_some_rows_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 1000)
     qrels = {str(query): {"1": 1} for query in range(5000)}
-    sums = module.Sums([module.measure_of("RR@10")], qrels, per_query=False)
+    sums = module.Sums([module.measure_of("RR@10")], qrels)
     held = []
     for start in range(0, 5000, 50):
         query = np.repeat(np.arange(start, start + 50), 10).astype(str)
         rank = np.tile(np.arange(1, 11), 50)
         sums.add(pa.table({"query_id": query, "doc_id": rank.astype(str), "rank": rank}), "rank")
         held.append(sum(map(len, sums._run.values())))
-    assert max(held) <= 1000 and sums.by_query == {"RR@10": {}}
+    assert max(held) <= 1000
     sums.calculate()
     assert (sums.queries, sums.means()) == (5000, {"RR@10": pytest.approx(1.0)})

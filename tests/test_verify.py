@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -73,6 +75,45 @@ def test_an_unfinished_output(output: Path) -> None:
 def test_an_input_that_changed(output: Path, flat_shards: Path) -> None:
     write(flat_shards / "1.parquet", candidate_rows(4, 25, first=4))
     assert any("1.parquet: changed since the plan" in problem for problem in verify(str(output)).problems)
+
+
+def test_the_verdict_is_the_same_whoever_looks_and_whatever_ends_first(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch_rerank.publish.verify.SMALL_BYTES", 0)
+    (output / PART).unlink()
+    (output / "_manifest/parts/00001.json").unlink()
+    scores = next((output / "_scores").glob("*.parquet"))
+    scores.write_bytes(scores.read_bytes()[:-1] + b"?")
+    sizes: list[int] = []
+
+    def elsewhere(calls: Iterable[Callable[[], Any]], shared: Any = None) -> Iterator[Any]:
+        sent = [pickle.dumps(call) for call in calls]
+        sizes.extend(map(len, sent))
+        return (pickle.loads(call)() for call in reversed(sent))
+
+    here = verify(str(output))
+    assert len(here.damaged) == 3 and here.problems[0].startswith("part-00001")
+    assert verify(str(output), on=lambda config: elsewhere) == here
+    assert len(sizes) == 6 + len(list((output / "_scores").glob("*.parquet")))
+    assert max(sizes) < 8000, "neither the plan nor all receipts"
+
+
+@pytest.mark.parametrize("output_only", [False, True])
+def test_units_that_are_not_published_are_looked_at_anywhere_too(
+    output_only: bool, flat_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch_rerank.publish.verify.SMALL_BYTES", 0)
+    monkeypatch.setattr("batch_rerank.job.run.finish", lambda *given: None)
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    next((tmp_path / "out/_work").glob("*.parquet")).write_bytes(b"PAR1")
+
+    def elsewhere(calls: Iterable[Callable[[], Any]], shared: Any = None) -> Iterator[Any]:
+        return (pickle.loads(pickle.dumps(call))() for call in reversed(list(calls)))
+
+    here = verify(str(tmp_path / "out"), output_only=output_only)
+    assert (here.units, here.candidates, len(here.problems)) == (5, 250, 2)
+    assert verify(str(tmp_path / "out"), output_only=output_only, on=lambda config: elsewhere) == here
 
 
 def test_no_output_at_all(tmp_path: Path) -> None:

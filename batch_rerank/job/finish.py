@@ -1,6 +1,6 @@
 """The end of a job: its scores are published, and what only the scoring needed goes."""
 
-from batch_rerank.calls import Each, in_turn
+from batch_rerank.calls import SMALL_BYTES, Each, in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.publish.keep import tidy
@@ -12,9 +12,6 @@ from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import scan
-
-SMALL_BYTES = 512 * 2**20
-"""Of score files that the driver publishes itself: Ray would take longer to start."""
 
 
 def finish(

@@ -7,10 +7,11 @@ Expected errors come back as values in the stream and are raised in the driver; 
 import logging
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import ActorPoolInfo
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from batch_rerank.calls import Packed, packs
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import StuckError, UnfinishedError, from_value
@@ -26,7 +28,7 @@ from batch_rerank.job.cluster import gone, machines, nodes_followed, notice, on_
 from batch_rerank.job.devices import reservations, room, settle
 from batch_rerank.job.watch import Heartbeat, Watch
 from batch_rerank.score.bundles import Bundling
-from batch_rerank.score.read_unit import read_ranges
+from batch_rerank.score.read_unit import ReadRange, read_ranges
 from batch_rerank.score.tasks import Job, Life, Scoring, call, environment, rank_and_write, read_and_encode
 from batch_rerank.sections import Cluster
 from batch_rerank.store.plans import Plan
@@ -42,6 +44,13 @@ UNIT_TRIES = 40
 """Starts of an actor for one unit. Attempts ends the tries of a unit sooner; units that wait behind it use theirs up
 with it."""
 
+CALL_BYTES = 256 * 2**20
+"""Of compressed calls in a group: the driver holds each three times while it hands it on."""
+
+MOST_TASKS = 10_000
+"""Read tasks of a dataset, and calls of one: the driver makes an object of each before the first one begins, in some
+2 ms, and holds it to the end."""
+
 
 def run_ray(
     config: JobConfig,
@@ -56,7 +65,7 @@ def run_ray(
 
     Raises the expected errors of every step, and UnfinishedError where Ray gives up.
     """
-    works = bundling.tasks(plan, done) if bundling else [[work] for work in read_ranges(plan, done)]
+    works = together(bundling.tasks(plan, done) if bundling else [[work] for work in read_ranges(plan, done)])
     ranges = [{"ranges": pickle.dumps(work)} for work in works]
     if not ranges:
         return
@@ -88,6 +97,12 @@ def run_ray(
             yield receipt
 
 
+def together(works: Sequence[list[ReadRange]], most: int = MOST_TASKS) -> list[list[ReadRange]]:
+    """What is read, in the same order, as at most so many tasks."""
+    size = -(-len(works) // most) or 1
+    return [[work for task in works[at : at + size] for work in task] for at in range(0, len(works), size)]
+
+
 class _Shared:
     """A value in Ray's object store."""
 
@@ -99,15 +114,24 @@ class _Shared:
         return ray.get(self._reference)
 
 
-def each_on_ray(config: JobConfig, calls: Sequence[Callable[..., T]], shared: Any = None) -> Iterator[T]:
+def each_on_ray(config: JobConfig, calls: Iterable[Callable[..., T]], shared: Any = None) -> Iterator[T]:
     """What each call returns, as they finish, each in a task of its own; of `shared`, if that is given, which each node
-    has once. Raises their expected errors, and UnfinishedError where Ray gives up."""
-    if not calls:
+    has once. Calls that are made as they are asked for are made in groups, one dataset after the other. Raises their
+    expected errors, and UnfinishedError where Ray gives up."""
+    groups = packs(calls, MOST_TASKS, CALL_BYTES)
+    first = next(groups, None)
+    if first is None:
         return
-    variables = environment()
-    with on_cluster(config), _data_context():
-        items = [{"call": pickle.dumps((function, variables))} for function in calls]
+    with on_cluster(config):
         of = {"shared": None if shared is None else _Shared(ray.put(shared))}
+        for group in chain([first], groups):
+            yield from _each_of(group, config, of)
+
+
+def _each_of(calls: Sequence[Packed], config: JobConfig, of: dict[str, _Shared | None]) -> Iterator[Any]:
+    variables = environment()
+    with _data_context():
+        items = [{"call": pickle.dumps((function, variables))} for function in calls]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             call, batch_size=1, batch_format="pyarrow", num_cpus=1, fn_kwargs=of
         )
@@ -160,13 +184,19 @@ def _set_aside(error: bytes) -> SetAside:
 
 
 class Execution(ExecutionCallback):
-    """Keeps what Ray Data is executing within reach, for `_waits`."""
+    """Keeps what Ray Data is executing within reach, for `_waits`, and lets go of what it keeps of every block."""
 
     latest: ClassVar["StreamingExecutor | None"] = None
 
     def before_execution_starts(self, executor: "StreamingExecutor") -> None:
         """Called by Ray Data."""
         Execution.latest = executor
+
+    def on_execution_step(self, executor: "StreamingExecutor") -> None:
+        """Called by Ray Data in the thread that adds to these lists, which are for `Dataset.stats()` alone."""
+        for stage in executor._topology or {}:
+            for blocks in stage.get_stats().values():
+                blocks.clear()
 
 
 def _stages() -> list[Any]:

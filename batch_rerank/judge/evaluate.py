@@ -5,20 +5,26 @@ own way (trec_eval by doc_id), which would not be the order that was written. A 
 not have counts as zero.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from math import fsum
+from typing import TypeVar
 
 import ir_measures
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_rerank.calls import SMALL_BYTES, Each, in_turn
 from batch_rerank.conditions import measure_of
+from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
-from batch_rerank.judge.rankings import published_rows
-from batch_rerank.publish.output import Place, config_of, input_ids, open_output
+from batch_rerank.publish.output import Opened, Place, config_of, input_ids, open_output
+from batch_rerank.publish.read_parts import read_part
 from batch_rerank.store.filesystem import Options, locate, storage_errors
 from batch_rerank.store.manifest import PUBLICATION
+from batch_rerank.store.plans import Shard, Unit
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@10")
 
@@ -27,6 +33,16 @@ ROWS_AT_ONCE = 100_000
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
+Values = dict[str, dict[str, float]]
+"""Measure -> query_id -> value."""
+
+Seen = dict[str, Values]
+"""Of the run `before` or `after`, or of both."""
+
+CALLS = 1000
+"""Pieces of a large output at most: each is sent the qrels."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,50 +60,89 @@ class Evaluation:
 
 
 def evaluate(
-    output: Place | str, qrels_path: str, measures: Sequence[str] = DEFAULT_MEASURES, *, per_query: bool = True
+    output: Place | str,
+    qrels_path: str,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    *,
+    per_query: bool = True,
+    on: Callable[[JobConfig], Each] | None = None,
 ) -> Evaluation:
     """Evaluate an output against qrels (TREC or BEIR). Raises ConfigError, InputError and StorageError.
 
-    A query's rows are in one part, so parts are evaluated some at a time and their sums are kept; without `per_query`
-    memory grows with the qrels alone.
+    A query's rows are in one part, so parts are evaluated some at a time: memory grows with the qrels alone. `on` says
+    where those of a large output are; None, and a small one: in this process. The numbers are the same to the last bit.
     """
     parsed = [measure_of(name) for name in measures]
     qrels = read_qrels(qrels_path)
-    manifest, plan = open_output(output)
-    config = config_of(plan, output)
+    place = Place(output) if isinstance(output, str) else output
+    manifest, plan = open_output(place)
+    config = config_of(plan, place)
     if not manifest.success.exists():
         raise InputError(
             f"{manifest.root}: no _SUCCESS, the job has not finished; run it again to the end, then evaluate"
         )
-    publication = manifest.read_publication()
+    publication, mark = manifest.read_publication(), manifest.read_mark()
     if publication is None:
         raise StorageError(f"{manifest.root}: _SUCCESS without {PUBLICATION}; the manifest is damaged; run it again")
-    whole = publication.fields.get("top_k") is None
-    before, after = (Sums(parsed, qrels, per_query) for _ in range(2))
-    for part in published_rows(manifest, ["query_id", "doc_id", "rank", "first_stage_rank"]):
-        after.add(part, "rank")
-        if whole:
-            before.add(part, "first_stage_rank")
-    if not whole:  # the output lacks the tail
-        for _, units in groupby(plan.units, key=lambda unit: unit.shard):
-            for _, candidates in input_ids(plan, config, list(units)):
-                before.add(candidates, "first_stage_rank")
-    before.calculate()
-    after.calculate()
+    small = on is None or mark is None or sum(part.size for part in mark.parts) < SMALL_BYTES
+    each = in_turn if small or on is None else on(config)
+    whole = publication.fields.get("top_k") is None  # else the output lacks the tail
+    ranks = {"after": "rank", **({"before": "first_stage_rank"} if whole else {})}
+    opened = Opened.of(manifest, place.options)
+    calls: list[Callable[[Qrels], Seen]] = [
+        partial(_of_parts, opened, numbers, ranks, list(measures)) for numbers in _some(range(len(publication.parts)))
+    ]
+    if not whole:
+        shards = [(plan.shards[shard], list(units)) for shard, units in groupby(plan.units, lambda unit: unit.shard)]
+        calls += [partial(_of_shards, config, some, list(measures)) for some in _some(shards)]
+    sums = {run: Sums(parsed, qrels) for run in ("before", "after")}
+    for seen in each(calls, qrels):
+        for run, values in seen.items():
+            sums[run].take(values)
+    before, after = sums["before"], sums["after"]
     return Evaluation(
         queries=len(qrels),
         queries_missing=len(qrels) - after.queries,
         before=before.means(),
         after=after.means(),
-        before_by_query=before.by_query,
-        after_by_query=after.by_query,
+        before_by_query=before.by_query if per_query else {name: {} for name in before.seen},
+        after_by_query=after.by_query if per_query else {name: {} for name in after.seen},
         limit=config.limit,
     )
 
 
+def _some(works: Sequence[T]) -> Iterator[Sequence[T]]:
+    """In order, so many together that there are at most CALLS."""
+    size = -(-len(works) // CALLS) or 1
+    return (works[at : at + size] for at in range(0, len(works), size))
+
+
+def _of_parts(output: Opened, numbers: Sequence[int], ranks: dict[str, str], measures: list[str], qrels: Qrels) -> Seen:
+    manifest, sums = output.manifest(), {run: _sums(measures, qrels) for run in ranks}
+    for number in numbers:
+        for rows in read_part(manifest.part(number), ["query_id", "doc_id", "rank", "first_stage_rank"]):
+            for run, rank in ranks.items():
+                sums[run].add(rows, rank)
+    return {run: one.whole() for run, one in sums.items()}
+
+
+def _of_shards(
+    config: JobConfig, shards: Sequence[tuple[Shard, list[Unit]]], measures: list[str], qrels: Qrels
+) -> Seen:
+    sums = _sums(measures, qrels)
+    for shard, units in shards:
+        for _, candidates in input_ids(shard, config, units):
+            sums.add(candidates, "first_stage_rank")
+    return {"before": sums.whole()}
+
+
+def _sums(measures: Sequence[str], qrels: Qrels) -> "Sums":
+    return Sums([measure_of(name) for name in measures], qrels)
+
+
 def by_query(tables: Iterable[pa.Table], qrels: Qrels, measures: Sequence[str]) -> dict[str, dict[str, float]]:
     """Measure -> query_id -> value, of rows of whole queries with their `rank`."""
-    sums = Sums([measure_of(name) for name in measures], qrels, per_query=True)
+    sums = _sums(measures, qrels)
     for rows in tables:
         sums.add(rows, "rank")
     sums.calculate()
@@ -95,16 +150,13 @@ def by_query(tables: Iterable[pa.Table], qrels: Qrels, measures: Sequence[str]) 
 
 
 class Sums:
-    """Sums of measures over queries, fed with whole queries."""
+    """Measures of queries, fed with whole queries."""
 
-    def __init__(self, measures: Sequence["ir_measures.Measure"], qrels: Qrels, per_query: bool) -> None:
+    def __init__(self, measures: Sequence["ir_measures.Measure"], qrels: Qrels) -> None:
         self._measures, self._qrels, self._ids = measures, qrels, pa.array(list(qrels), pa.string())
-        self._sums = dict.fromkeys(map(str, measures), 0.0)
-        self.by_query = {name: dict.fromkeys(qrels, 0.0) if per_query else {} for name in self._sums}
-        self._per_query = per_query
+        self.seen: Values = {str(measure): {} for measure in measures}
         self._run: Run = {}
         self._rows = 0
-        self.queries = 0
 
     def add(self, rows: pa.Table, rank: str) -> None:
         """More whole queries: `query_id`, `doc_id` and a column of ranks. Only judged queries are looked at."""
@@ -117,19 +169,37 @@ class Sums:
             self.calculate()
 
     def calculate(self) -> None:
-        """Take what was added into the sums."""
+        """Evaluate what was added."""
         if self._run:
             qrels = {query_id: self._qrels[query_id] for query_id in self._run}
             for result in ir_measures.iter_calc(list(self._measures), qrels, self._run):
-                self._sums[str(result.measure)] += float(result.value)
-                if self._per_query:
-                    self.by_query[str(result.measure)][result.query_id] = float(result.value)
-        self.queries += len(self._run)
+                self.seen[str(result.measure)][result.query_id] = float(result.value)
         self._run, self._rows = {}, 0
 
+    def whole(self) -> Values:
+        """The values of all queries that were added."""
+        self.calculate()
+        return self.seen
+
+    def take(self, seen: Values) -> None:
+        """Values of other queries."""
+        for name, values in seen.items():
+            self.seen[name] |= values
+
+    @property
+    def queries(self) -> int:
+        """Judged queries that were added."""
+        return max(map(len, self.seen.values()), default=0)
+
+    @property
+    def by_query(self) -> Values:
+        """Of all queries of the qrels, in their order; those that the run does not have are zero."""
+        zeros = dict.fromkeys(self._qrels, 0.0)
+        return {name: zeros | values for name, values in self.seen.items()}
+
     def means(self) -> dict[str, float]:
-        """Over all queries of the qrels."""
-        return {name: value / len(self._qrels) for name, value in self._sums.items()}
+        """Over all queries of the qrels. The sum is exact, so in whatever order they came it is the same."""
+        return {name: fsum(values.values()) / len(self._qrels) for name, values in self.seen.items()}
 
 
 def read_qrels(path: str, options: Options | None = None) -> Qrels:

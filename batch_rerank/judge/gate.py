@@ -123,7 +123,7 @@ class _Seen:
 
 def _sums(conditions: Sequence[Condition], qrels: Qrels) -> Sums | None:
     names = dict.fromkeys(one.name for one in conditions)
-    return Sums([measure_of(name) for name in names], qrels, per_query=True) if names else None
+    return Sums([measure_of(name) for name in names], qrels) if names else None
 
 
 def _watched(tables: Iterator[pa.Table], sums: Sums | None) -> Iterator[pa.Table]:

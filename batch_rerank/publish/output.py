@@ -16,7 +16,7 @@ from batch_rerank.outside import problem_of
 from batch_rerank.sections import Cluster
 from batch_rerank.store.filesystem import Options, locate
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.plans import Plan, Unit
+from batch_rerank.store.plans import Plan, Shard, Unit
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -28,6 +28,24 @@ class Place:
     path: str
     options: Options = field(default_factory=dict)
     job: JobConfig | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An output that is there, or a staged input, in what a task anywhere needs to open it again."""
+
+    path: str
+    options: Options
+    staged: bool
+
+    @staticmethod
+    def of(manifest: Manifest, options: Options) -> "Opened":
+        """options: of the store that it is on."""
+        return Opened(str(manifest.root), options, manifest.staged)
+
+    def manifest(self) -> Manifest:
+        """Its files; an outage of its store is waited for."""
+        return Manifest(locate(self.path, self.options, reached=True), self.staged)
 
 
 def find_place(output: str, overrides: Sequence[str] = (), limit: int | None = None) -> Place:
@@ -107,8 +125,7 @@ def model_of(plan: Plan) -> ModelSpec:
         ) from None
 
 
-def input_ids(plan: Plan, config: JobConfig, units: list[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-    """Canonical rows of units of one shard, re-read from the input. Raises InputError where it changed."""
-    shard = plan.shards[units[0].shard]
+def input_ids(shard: Shard, config: JobConfig, units: list[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+    """Canonical rows of units of a shard, re-read from the input. Raises InputError where it changed."""
     location = locate(shard.url, config.input.storage_options)
     return read_units(location, shard, units, config.input.layout, config.input.columns, [], ids_only=True)

@@ -1,6 +1,6 @@
 """What is wrong with units' files: of a staged input, or of an output that is not published yet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -8,13 +8,12 @@ import pyarrow as pa
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.publish.compare_rows import COMPARED
-from batch_rerank.publish.output import input_ids
+from batch_rerank.publish.output import Opened, input_ids
 from batch_rerank.store.commit import read_footer
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.manifest import Manifest, sha256
-from batch_rerank.store.plans import Plan, Unit
+from batch_rerank.store.plans import Shard, Unit
 from batch_rerank.store.receipts import SUMMED, Receipt
-from batch_rerank.store.scan import Scan
 
 
 @dataclass
@@ -44,20 +43,30 @@ class Verdict:
         self.damaged += other.damaged
 
 
-def verify_shard(
-    manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, output_only: bool, units: list[Unit]
-) -> Verdict:
+@dataclass(frozen=True)
+class ShardCheck:
+    """Units of a shard that are not published yet. receipts: of those that are done; broken: what is wrong with others;
+    config: of the input, None where that is not looked at."""
+
+    fingerprint: str
+    shard: Shard
+    units: list[Unit]
+    receipts: Mapping[str, Receipt]
+    broken: Mapping[str, str]
+    config: JobConfig | None
+
+
+def verify_shard(output: Opened, check: ShardCheck) -> Verdict:
     """The score files of units that are not published yet."""
-    verdict = Verdict()
-    receipts = {receipt.unit: receipt for receipt in found.committed}
-    rows = ((unit, None) for unit in units) if output_only else input_ids(plan, config, units)
+    verdict, manifest, units = Verdict(), output.manifest(), check.units
+    rows = ((unit, None) for unit in units) if check.config is None else input_ids(check.shard, check.config, units)
     try:
         for unit, candidates in rows:
-            receipt = receipts.get(unit.id)
+            receipt = check.receipts.get(unit.id)
             if receipt is None:
-                verdict.add(f"unit {unit.id}", [found.broken.get(unit.id, no_receipt(manifest, unit))])
+                verdict.add(f"unit {unit.id}", [check.broken.get(unit.id, no_receipt(manifest, unit))])
                 continue
-            table, problems = _read_unit(manifest, plan, unit, receipt)
+            table, problems = _read_unit(manifest, check.fingerprint, unit, receipt)
             if table is not None:
                 same = candidates is None or table.select(COMPARED).equals(candidates.select(COMPARED))
                 problems = [] if same else ["its rows are not the candidates of the input"]
@@ -77,15 +86,16 @@ def no_receipt(manifest: Manifest, unit: Unit) -> str:
     return f"its receipt is missing ({manifest.receipt(unit.id)})"
 
 
-def verify_staged(manifest: Manifest, plan: Plan, unit: Unit) -> Verdict:
+def verify_staged(output: Opened, fingerprint: str, unit: Unit) -> Verdict:
     """A staged shard against its receipt."""
+    manifest = output.manifest()
     verdict, body = Verdict(), content(manifest.receipt(unit.id))
     if body is None:
         verdict.add(f"unit {unit.id}", [no_receipt(manifest, unit)])
         return verdict
     try:
         receipt = Receipt.from_json(body, manifest.receipt(unit.id))
-        table, problems = _read_unit(manifest, plan, unit, receipt)
+        table, problems = _read_unit(manifest, fingerprint, unit, receipt)
     except StorageError as error:
         table, problems = None, [str(error)]
     if table is not None and table.column_names[:2] != ["query_id", "query"]:
@@ -96,7 +106,7 @@ def verify_staged(manifest: Manifest, plan: Plan, unit: Unit) -> Verdict:
     return verdict
 
 
-def _read_unit(manifest: Manifest, plan: Plan, unit: Unit, receipt: Receipt) -> tuple[pa.Table | None, list[str]]:
+def _read_unit(manifest: Manifest, fingerprint: str, unit: Unit, receipt: Receipt) -> tuple[pa.Table | None, list[str]]:
     """A unit's rows, or what is wrong with its file."""
     data, what = content(manifest.unit_file(unit.id)), "part" if manifest.staged else "score file"
     if data is None:
@@ -108,10 +118,10 @@ def _read_unit(manifest: Manifest, plan: Plan, unit: Unit, receipt: Receipt) -> 
     # a count that one of the two versions did not have yet is 0 in both
     edited = sorted(name for name in SUMMED if counts.get(name, 0) != getattr(receipt, name))
     checks = {
-        "the receipt is of another job or unit": (receipt.fingerprint, receipt.unit) == (plan.fingerprint, unit.id),
+        "the receipt is of another job or unit": (receipt.fingerprint, receipt.unit) == (fingerprint, unit.id),
         f"the {what} has {len(data):,} bytes, its receipt says {receipt.size:,}": len(data) == receipt.size,
         f"the {what}'s checksum is not its receipt's": sha256(data) == receipt.sha256,
-        f"the {what} is of another job": metadata.get("batch_rerank.fingerprint") == plan.fingerprint,
+        f"the {what} is of another job": metadata.get("batch_rerank.fingerprint") == fingerprint,
         f"the {what} is of another unit": metadata.get("batch_rerank.unit") == unit.id,
         f"the {what} has {len(table)} rows, its receipt says {receipt.rows_out}": len(table) == receipt.rows_out,
         f"the receipt's counts are not the {what}'s: {', '.join(edited)}": not edited,

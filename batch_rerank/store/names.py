@@ -76,6 +76,11 @@ class Files:
 
     found: dict[str, File]
 
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(file.size for file in self.found.values())
+
     def size(self, name: str) -> int | None:
         """Bytes, or None where there is no such file."""
         return self.found[name].size if name in self.found else None

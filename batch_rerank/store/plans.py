@@ -3,7 +3,7 @@
 import json
 import posixpath
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from batch_rerank.errors import BatchRerankError, StorageError
@@ -91,7 +91,7 @@ class Plan:
 
     def to_json(self) -> bytes:
         """Units and shards as lists of values: 50,000 units are about 3 MB."""
-        value = {**asdict(self), "manifest_version": MANIFEST_VERSION}
+        value = {**vars(self), "manifest_version": MANIFEST_VERSION}
         value["shards"] = [[s.url, s.file.path, s.file.size, s.file.version, s.rows] for s in self.shards]
         value["units"] = [[u.id, u.shard, u.start, u.stop, u.queries, u.pairs] for u in self.units]
         return json.dumps(value, separators=(",", ":")).encode()

@@ -1,6 +1,7 @@
 """Receipts: the proof that a unit is scored, or a shard staged, alone or some 1,000 in a roll; and sums over them."""
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -44,7 +45,11 @@ TIMES = (
 """Seconds of a receipt that may be summed over units."""
 
 
-@dataclass(frozen=True)
+ALIKE = ("fingerprint", "scorer", "self_test", "fallback", "host", "device", "actor")
+"""Texts of a receipt of which a job has few."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Proof that a unit is committed: what came in, what went out, and what was odd about it.
 
@@ -117,6 +122,11 @@ class Receipt:
     shape: Text = ""
     fetched_bytes: Count = 0
     fetch_seconds: Seconds = 0.0
+
+    def __post_init__(self) -> None:
+        # once for all receipts: a driver holds those of a million units
+        for name in ALIKE:
+            object.__setattr__(self, name, sys.intern(getattr(self, name)))
 
     @property
     def counts(self) -> dict[str, int]:

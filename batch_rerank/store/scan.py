@@ -5,8 +5,8 @@ a whole file below `_scores/` with the receipt's checksum, or, where they were n
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from batch_rerank.errors import StorageError
@@ -29,15 +29,15 @@ Held = dict[str, list[tuple[str, int, str]]]
 @dataclass(frozen=True)
 class Scan:
     """An output as a listing shows it. broken: units with a receipt that does not fit, and why; loose: receipts that
-    are alone; rolled: those of each roll; held: what is below `_scores/`; spoiled: files there that `verify --repair`
-    has found damaged; publication and parts: what is published and whole; withdrawn: notes of publications that are
-    taken back, with their ids."""
+    are alone; rolled: the units of each roll; held: what is below `_scores/`; spoiled: files there that
+    `verify --repair` has found damaged; publication and parts: what is published and whole; withdrawn: notes of
+    publications that are taken back, with their ids."""
 
     files: Files
     committed: list[Receipt] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     loose: dict[str, bytes] = field(default_factory=dict)
-    rolled: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    rolled: dict[str, list[str]] = field(default_factory=dict)
     held: Held = field(default_factory=dict)
     publication: Publication | None = None
     parts: dict[int, PartReceipt] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def scan(manifest: Manifest, plan: Plan) -> Scan:
     rolls, scores, notes = files.matching(ROLL), files.matching(SCORES), files.matching(NOTE)
     with ThreadPoolExecutor(WORKERS) as pool:
         loose = {alone[name]: body for name, body in zip(names, pool.map(manifest.read, names), strict=True)}
-        rolled = dict(zip(rolls, map(unroll, pool.map(manifest.read, rolls)), strict=True))
+        rolled, told = _read_rolls(manifest, rolls, pool)
         receipts = dict(zip(scores, pool.map(manifest.read_scores_receipt, scores), strict=True))
         damaged = dict(zip(notes, pool.map(manifest.read, notes), strict=True))
         publication = None if manifest.staged else manifest.read_publication()
@@ -82,7 +82,8 @@ def scan(manifest: Manifest, plan: Plan) -> Scan:
         parts = {} if publication is None else manifest.read_part_receipts(publication, files, pool)
 
     def is_damaged(name: str, *files_of: str) -> bool:
-        return damaged.get(note_name(name)) == evidence(files, files_of)
+        noted = damaged.get(note_name(name)) if damaged else None
+        return noted is not None and noted == evidence(files, files_of)
 
     parts = {number: part for number, part in parts.items() if not is_damaged(part.part, *part_files(number))}
     spoiled = [name for name in scores if is_damaged(name, name)]
@@ -103,12 +104,11 @@ def scan(manifest: Manifest, plan: Plan) -> Scan:
         for number in parts
         for unit in plan.units[publication.parts[number][0] : publication.parts[number][1] + 1]  # type: ignore[union-attr]
     }
-    bodies = {unit: body for bodies in rolled.values() for unit, body in bodies.items()} | loose
+    told |= {unit: _receipt_of(unit, body) for unit, body in loose.items()}
     for unit in plan.units:
-        body = bodies.get(unit.id)
-        if body is None:
+        if unit.id not in told:
             continue
-        receipt = _fitting(manifest, found, plan.fingerprint, unit.id, body, unit.id in published)
+        receipt = _fitting(manifest, found, plan.fingerprint, unit.id, told[unit.id], unit.id in published)
         if isinstance(receipt, Receipt) and is_damaged(unit.id, *unit_files(manifest, unit.id)):
             receipt = FOUND_DAMAGED
         if isinstance(receipt, Receipt):
@@ -116,6 +116,30 @@ def scan(manifest: Manifest, plan: Plan) -> Scan:
         else:
             found.broken[unit.id] = receipt
     return found
+
+
+def _read_rolls(
+    manifest: Manifest, rolls: Sequence[str], pool: Executor
+) -> tuple[dict[str, list[str]], dict[str, Receipt | None]]:
+    """The units of each roll, and their receipts; of those in several the last one's. Some rolls at a time: their
+    content is larger than what is read of it."""
+    units: dict[str, list[str]] = {}
+    receipts: dict[str, Receipt | None] = {}
+    for at in range(0, len(rolls), WORKERS):
+        some = rolls[at : at + WORKERS]
+        for name, data in zip(some, pool.map(manifest.read, some), strict=True):
+            read = {unit: _receipt_of(unit, body) for unit, body in unroll(data).items()}
+            units[name] = list(read)
+            receipts |= read
+    return units, receipts
+
+
+def _receipt_of(unit_id: str, body: bytes) -> Receipt | None:
+    """None where it cannot be read."""
+    try:
+        return Receipt.from_json(body, receipt_name(unit_id))
+    except StorageError:
+        return None
 
 
 def _is_of(publication: Publication, plan: Plan) -> bool:
@@ -139,12 +163,10 @@ def _held(files: Files, plan: Plan, receipts: dict[str, ScoresReceipt | None]) -
 
 
 def _fitting(
-    manifest: Manifest, found: Scan, fingerprint: str, unit_id: str, body: bytes, published: bool
+    manifest: Manifest, found: Scan, fingerprint: str, unit_id: str, receipt: Receipt | None, published: bool
 ) -> Receipt | str:
     """A unit's receipt, or what is wrong with it or its file."""
-    try:
-        receipt = Receipt.from_json(body, receipt_name(unit_id))
-    except StorageError:
+    if receipt is None:
         return "its receipt cannot be read"
     if (receipt.unit, receipt.fingerprint) != (unit_id, fingerprint):
         return "its receipt is of another unit or job"
@@ -190,9 +212,9 @@ def discard(manifest: Manifest, found: Scan, unit_ids: Iterable[str]) -> None:
     for unit_id in gone:
         for name in (f"_manifest/failures/{unit_id}.json", *unit_files(manifest, unit_id)):
             manifest.remove_seen(name, found.files)
-    for name, bodies in found.rolled.items():
-        if gone & set(bodies):
-            kept = [body for unit, body in bodies.items() if unit not in gone]
+    for name, units in found.rolled.items():
+        if not gone.isdisjoint(units):
+            kept = [body for unit, body in unroll(manifest.read(name)).items() if unit not in gone]
             if kept:
                 write_roll(manifest, kept, found.files)
             manifest.remove_seen(name, found.files)

@@ -24,6 +24,7 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.receipts import unroll
 from batch_rerank.store.scan import scan
 
 FAULTS = Path(__file__).parent / "faults"
@@ -150,7 +151,8 @@ class Chaos:
         if plan is None:
             return {}
         found = scan(manifest, plan)
-        bodies = {unit: body for bodies in found.rolled.values() for unit, body in bodies.items()} | found.loose
+        bodies = {unit: body for name in found.rolled for unit, body in unroll(manifest.read(name)).items()}
+        bodies |= found.loose
         return {receipt.unit: json.dumps(json.loads(bodies[receipt.unit])).encode() for receipt in found.committed}
 
     def check_interrupted(self, name: str, damaged: Iterable[str] = ()) -> None:
