@@ -31,9 +31,9 @@ def marked(mark: str, language: str) -> list[str]:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which a small demo has run; its collection stands at the name that the README's commands have."""
     directory = tmp_path_factory.mktemp("readme")
-    (directory / "demo-data" / "code-search-6").mkdir(parents=True)
-    (directory / "demo-data" / "code-search-200").symlink_to("code-search-6")
-    done = bash("batch-rerank demo --queries 6", directory)
+    (directory / "demo-data" / "code-search-2").mkdir(parents=True)
+    (directory / "demo-data" / "code-search-200").symlink_to("code-search-2")
+    done = bash("batch-rerank demo --queries 2", directory)
     assert done.returncode == 0, done.stderr
     return directory
 

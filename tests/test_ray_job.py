@@ -126,6 +126,7 @@ def head() -> Iterator[Head]:
         "HOME": str(temporary),  # the user's own ~/.ray is neither read nor written
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # the job's python is this one
         "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_TOKEN_PATH": str(temporary / "token"),
     }
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))

@@ -195,14 +195,14 @@ def test_a_stopped_process_that_wakes_after_another_has_finished_changes_nothing
     sets = ["cluster.lease_seconds=1"]
     stopped = chaos.start("stopped", [fault("link", "receipts/", "SIGSTOP", nth=5)], sets=sets)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while process_state(stopped.process.pid) != "T":
             assert time.monotonic() < deadline
             time.sleep(0.02)
         chaos.resume("stopped", sets=sets)
         before = chaos.committed("stopped")
         os.kill(stopped.process.pid, signal.SIGCONT)
-        ended = stopped.wait(60)
+        ended = stopped.wait(240)
     finally:
         end_session(stopped.process.pid)
     assert ended.code == 4 and "another job has taken this output over" in ended.log
