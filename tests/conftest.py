@@ -22,6 +22,7 @@ settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for one that has no core leave theirs
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 if not told: other tests' processes would starve Ray's
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -73,7 +74,7 @@ def job(input_path: str | Path, output: str | Path, **keys: Any) -> JobConfig:
         "input": {"layout": "flat", "path": str(input_path), "unit_pairs": 40},
         "output": {"path": str(output), "report": False},
         "model": {"name": "none", "kind": "checksum"},
-        "cluster": {"actors": 2, "gpus_per_actor": 0},
+        "cluster": {"actors": 2, "gpus_per_actor": 0, "cpus_per_actor": 1},
     }
     for key, value in keys.items():
         section, _, name = key.partition("__")
