@@ -124,7 +124,7 @@ def build_collection(directory: Path, queries: int) -> None:
     rows = first_stage(functions, asked)
     for layout in ("nested", "flat"):
         (directory / layout).mkdir(parents=True, exist_ok=True)
-        for shard in range(SHARDS):
+        for shard in range(min(SHARDS, len(rows))):
             part = rows[shard::SHARDS]
             table = pa.Table.from_pylist(
                 part if layout == "nested" else [row for query in part for row in _flat(query)]

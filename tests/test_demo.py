@@ -27,6 +27,8 @@ def test_the_collection_is_large_enough_and_the_same_every_time(tmp_path: Path) 
     for name in ("a", "b"):
         build_collection(tmp_path / name, 25)
     assert (tmp_path / "a" / "qrels.tsv").read_text() == (tmp_path / "b" / "qrels.tsv").read_text()
+    build_collection(tmp_path / "few", 2)
+    assert [pq.read_metadata(path).num_rows for path in (tmp_path / "few" / "nested").iterdir()] == [1, 1]
     nested, flat = (
         [row for path in sorted((tmp_path / "a" / layout).glob("*")) for row in pq.read_table(path).to_pylist()]
         for layout in ("nested", "flat")
