@@ -509,7 +509,7 @@ def test_damaged_bytes_of_a_shard_end_in_an_error_or_in_rows(layout: str, tmp_pa
     whole = bytes(sink.getvalue())
     (tmp_path / "in").mkdir()
 
-    @settings(FUZZ, max_examples=10 * FUZZ.max_examples)
+    @settings(FUZZ, max_examples=4 * FUZZ.max_examples)
     @given(st.data())
     def damaged(data: st.DataObject) -> None:
         content = bytearray(whole)
@@ -637,7 +637,9 @@ def test_a_hundred_thousand_of_either(queries: int, candidates: int, layout: str
     assert output["rank"].to_pylist() == [*range(1, candidates + 1)] * queries
 
 
-@pytest.mark.parametrize(("long_documents", "size"), [("truncate", 1), ("chunk", 40)])
+@pytest.mark.parametrize(
+    ("long_documents", "size"), [pytest.param("truncate", 1, marks=pytest.mark.slow), ("chunk", 40)]
+)
 def test_documents_of_32_000_tokens_and_of_10_megabytes_are_scored(
     long_documents: str, size: int, tmp_path: Path, attempt: Run
 ) -> None:

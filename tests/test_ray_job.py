@@ -266,6 +266,7 @@ def test_the_same_submission_again_has_nothing_to_do(head: Head, submitted: Subm
     assert "nothing to do: all 6 units were done already" in untimed(head.log("again"))
 
 
+@pytest.mark.slow
 def test_the_readmes_line_resumes_as_it_is_written(head: Head, submitted: Submitted) -> None:
     (line,) = re.findall(r"^ray job submit .*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert "jobs/rerank.yaml --set cluster.actors=8" in line

@@ -201,7 +201,7 @@ def long_job(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["local", "ray"])
 @pytest.mark.parametrize(
     ("sent", "code", "state"),
     [(signal.SIGKILL, -9, "running"), (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 130, "interrupted")],

@@ -327,6 +327,7 @@ def test_ten_nights_are_ten_full_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert ten_nights(tmp_path, same, monkeypatch) > 1000
 
 
+@pytest.mark.slow
 def test_ten_nights_of_a_float32_model_are_within_rounding(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
