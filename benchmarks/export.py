@@ -26,20 +26,22 @@ from batch_rerank.labels.export import export
 from batch_rerank.publish.output import Place
 
 CANDIDATES, TEXT_BYTES, SHARD_QUERIES, GROUP_QUERIES = 100, 1000, 2000, 100
+HOW = ("local", "ray")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--local", action="store_true", help="In one process alone.")
+    parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW))
+    parser.add_argument("--to", nargs="+", default=["flagembedding", "pylate"])
     parser.add_argument("--write", action="store_true", help="Write benchmarks/results/export.json.")
     given = parser.parse_args()
     queries = given.pairs // CANDIDATES
     print(f"{queries:,} queries x {CANDIDATES} candidates of {TEXT_BYTES} bytes, {psutil.cpu_count()} CPUs")
     root = Path(tempfile.mkdtemp(prefix="export-"))
     try:
-        result = measure(root, queries, given.repeats, given.local)
+        result = measure(root, queries, given.repeats, given.how, given.to)
     finally:
         shutil.rmtree(root)
     line = json.dumps({"benchmark": "export", "pairs": queries * CANDIDATES, "text_bytes": TEXT_BYTES, **result})
@@ -48,7 +50,7 @@ def main() -> None:
     print(line)
 
 
-def measure(root: Path, queries: int, repeats: int, local: bool) -> dict[str, object]:
+def measure(root: Path, queries: int, repeats: int, hows: list[str], targets: list[str]) -> dict[str, object]:
     make_input(root / "in", queries)
     config = parse_config(
         {
@@ -63,15 +65,17 @@ def measure(root: Path, queries: int, repeats: int, local: bool) -> dict[str, ob
     run(config, local=True)
     print(f"scored and published in {time.monotonic() - started:.0f} s")
     found: dict[str, object] = {"cpus": psutil.cpu_count(), "load_before": psutil.getloadavg()[0]}
-    for how, each in (("local", in_turn), ("ray", None)):
-        if how == "ray" and local:
-            continue
-        for to in ("flagembedding", "pylate"):
+    for how in hows:
+        for to in targets:
             rates, peaks, cores = [], [], []
             for repeat in range(repeats):
                 place = root / f"{how}-{to}-{repeat}"
                 peak, used = Peak(), time.process_time()
-                done = export(Place(str(root / "out")), Labels(to=to, path=str(place)), each or on_ray(config))
+                done = export(
+                    Place(str(root / "out")),
+                    Labels(to=to, path=str(place)),
+                    in_turn if how == "local" else on_ray(config),
+                )
                 rates.append(queries * CANDIDATES / done.seconds)
                 cores.append(queries * CANDIDATES / (time.process_time() - used))
                 peaks.append(peak.stop())
