@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated
 
@@ -36,13 +37,16 @@ log = logging.getLogger("batch_rerank")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line. Signals are set here, not in the verbs: who calls a verb in their own process keeps theirs."""
+    """The command line. Signals are set here, not in the verbs: who calls a verb in their own process keeps theirs.
+
+    Without `arguments` they are the process's, which ends with the verb. With some it goes on with a SystemExit.
+    """
     signals = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signals.append(signal.SIGINT)
     for number in signals:
         signal.signal(number, interrupt)
-    with last_word():
+    with nullcontext() if arguments else last_word():
         app(arguments)
 
 

@@ -1,8 +1,10 @@
 """The verbs of outputs that are there: publish, status, verify, evaluate, clean."""
 
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +27,29 @@ from batch_rerank.cli_base import (
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.outside import shown_id
 
+if TYPE_CHECKING:
+    from batch_rerank.calls import Each
+    from batch_rerank.config import JobConfig
+    from batch_rerank.publish.output import Place
+
 log = logging.getLogger("batch_rerank")
+
+
+def _on(place: "Place", local: bool) -> "Callable[[JobConfig], Each] | None":
+    """Where a large output is gone through: in Ray's tasks, but not in those of a cluster whose nodes may not have the
+    disk that it is on."""
+    from batch_rerank.calls import in_turn
+    from batch_rerank.job.staging import on_ray
+    from batch_rerank.store.filesystem import locate
+
+    def on(config: "JobConfig") -> "Each":
+        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        if not (address and locate(place.path, place.options).is_local):
+            return on_ray(config)
+        log.info("%s is on a disk, which the nodes of %s may not have: this process reads it", place.path, address)
+        return in_turn
+
+    return None if local else on
 
 
 @app.command()
@@ -88,12 +112,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Re-read an output and its input, and prove that nothing is lost, doubled or changed."""
-    from batch_rerank.job.staging import on_ray
     from batch_rerank.publish.output import find_place
     from batch_rerank.publish.verify import verify as verify_output
 
     place = find_place(output, overrides or (), limit)
-    verdict = verify_output(place, repair, output_only, None if local else on_ray)
+    verdict = verify_output(place, repair, output_only, _on(place, local))
     if as_json:
         print_json({**asdict(verdict), "ok": not verdict.problems})
     for problem in verdict.problems[:20]:
@@ -120,13 +143,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate the first stage and the reranked run against qrels."""
-    from batch_rerank.job.staging import on_ray
     from batch_rerank.judge.evaluate import DEFAULT_MEASURES
     from batch_rerank.judge.evaluate import evaluate as evaluate_output
     from batch_rerank.publish.output import find_place
 
     place = find_place(run_, overrides or (), limit)
-    on = None if local else on_ray
+    on = _on(place, local)
     result = evaluate_output(place, qrels, measures or DEFAULT_MEASURES, per_query=per_query, on=on)
     if as_json:
         values = asdict(result)

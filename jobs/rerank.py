@@ -9,4 +9,5 @@ import sys
 from batch_rerank.cli import main
 
 if __name__ == "__main__":
-    main(["run", *sys.argv[1:]])
+    sys.argv.insert(1, "run")
+    main()

@@ -26,17 +26,33 @@ reading.wait()
 
 
 @pytest.mark.parametrize(
-    ("call", "code"),
+    ("arguments", "code"),
     [
-        ("main(['--version'])", 0),
-        ("main(['verify', '/nowhere'])", 6),
-        ("main(['no-such-verb'])", 2),
-        ("main(['models', 1])", 1),
+        (["--version"], 0),
+        (["verify", "/nowhere"], 6),
+        (["no-such-verb"], 2),
+        (["models", "--json"], 0),
     ],
 )
-def test_a_thread_that_is_left_behind_does_not_change_it(call: str, code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", READER_LEFT_BEHIND + call], capture_output=True, text=True)
+def test_a_thread_that_is_left_behind_does_not_change_it(arguments: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", READER_LEFT_BEHIND + "main()", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == code, done.stderr
+
+
+def test_a_process_that_calls_it_keeps_its_own_end() -> None:
+    script = """
+import atexit, sys
+from batch_rerank.cli import main
+atexit.register(print, "the end")
+try:
+    main(["--version"])
+except SystemExit as error:
+    sys.exit(3 + error.code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "the end"), done.stderr
 
 
 def test_what_was_printed_arrives_and_a_reader_that_has_gone_is_no_traceback() -> None:

@@ -344,3 +344,15 @@ def test_pandas_reads_the_directory_too(flat_shards: Path, tmp_path: Path) -> No
     pandas = pytest.importorskip("pandas", reason="pandas is no dependency of ours; it is not installed")
     run(job(flat_shards, tmp_path / "out", output__trec_run=True), local=True)
     assert len(pandas.read_parquet(tmp_path / "out")) == 300
+
+
+@pytest.mark.parametrize("columns", [{"x": [1]}, {"candidates": [1], "query_id": ["a"]}, {"candidates": [[{"a": 1}]]}])
+def test_a_part_with_the_columns_of_something_else_is_a_problem(
+    columns: dict[str, list[Any]], flat_shards: Path, tmp_path: Path
+) -> None:
+    run(job(flat_shards, tmp_path / "out"), local=True)
+    (part,) = (tmp_path / "out").glob("part-*.parquet")
+    pq.write_table(pa.table(columns), part)
+    verdict = verify(str(tmp_path / "out"))
+    assert verdict.damaged == [part.name]
+    assert f"{part.name}: its columns are {list(columns)}, which are not an output's" in verdict.problems

@@ -129,14 +129,18 @@ def each_on_ray(config: JobConfig, calls: Iterable[Callable[..., T]], shared: An
 
 
 def _each_of(calls: Sequence[Packed], config: JobConfig, of: dict[str, _Shared | None]) -> Iterator[Any]:
-    variables = environment()
-    with _data_context():
+    """Nobody holds what calls return against a plan: one that is lost ends the others."""
+    variables, ended = environment(), 0
+    with _data_context(most_lost=0):
         items = [{"call": pickle.dumps((function, variables))} for function in calls]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             call, batch_size=1, batch_format="pyarrow", num_cpus=1, fn_kwargs=of
         )
         for payload in _payloads(dataset, config.cluster):
+            ended += 1
             yield pickle.loads(cast(bytes, payload))
+    if ended != len(calls):
+        raise UnfinishedError(f"Ray has lost {len(calls) - ended} of {len(calls)} tasks without a word; run it again")
 
 
 class Score(Scoring):
@@ -273,8 +277,10 @@ def _dataset(job: Job, ranges: list[dict[str, bytes]], actors: int) -> "ray.data
 
 
 @contextmanager
-def _data_context() -> Iterator[None]:
-    """Ray Data's settings for one dataset, without changing those of the process."""
+def _data_context(most_lost: int = -1) -> Iterator[None]:
+    """Ray Data's settings for one dataset, without changing those of the process. most_lost: how many blocks may be
+    lost to errors that nobody expected; of -1 any, for the driver holds receipts against the plan, and misses a lost
+    unit by name."""
     with warnings.catch_warnings():
         # Copying the context touches Ray's own deprecated settings. And max_task_retries has no named parameter in Ray
         # 2.60, but without it a unit that kills its actor is tried for ever
@@ -286,6 +292,6 @@ def _data_context() -> Iterator[None]:
             -1
         )  # 30 minutes: a node, or a unit, may take longer, and _waits says so
         context.custom_execution_callback_classes = [Execution]
-        context.max_errored_blocks = -1  # the driver holds receipts against the plan: a lost unit is missed by name
+        context.max_errored_blocks = most_lost
         with DataContext.current(context):
             yield

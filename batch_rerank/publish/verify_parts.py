@@ -84,6 +84,8 @@ def _read_part(manifest: Manifest, check: PartCheck) -> tuple[pa.Table | None, l
         names = flat(schema.empty_table()).column_names
         whole = is_nested(schema.names) or not set(HELD) <= set(names)
         rows = flat(pq.read_table(io.BytesIO(data), columns=None if whole else HELD))
+    except (KeyError, AttributeError, TypeError):
+        return None, [f"its columns are {schema.names[:10]}, which are not an output's"]
     except (pa.ArrowException, OSError, ValueError) as error:
         return None, [(str(error) or type(error).__name__).splitlines()[0]]
     metadata = schema.metadata or {}

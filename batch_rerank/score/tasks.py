@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import pyarrow as pa
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoding import Encoder, make_encoder
-from batch_rerank.errors import BatchRerankError, ModelError
+from batch_rerank.errors import BatchRerankError, ModelError, UnfinishedError, lines_of
 from batch_rerank.model_settings import Model
 from batch_rerank.score.attempts import Attempts
 from batch_rerank.score.blocks import block, failure, row, unpack
@@ -195,3 +196,8 @@ def call(batch: pa.Table, shared: Shared | None = None) -> pa.Table:
         return row(pickle.dumps(function() if shared is None else function(shared.get())), None)
     except BatchRerankError as error:
         return failure(error)
+    except Exception as error:  # a defect: raised, Ray would tell of its own advice, and of this in a log at most
+        log.exception("a task has failed")
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {lines_of(error)[0][:300]} ({at.filename}:{at.lineno})"
+        return failure(UnfinishedError(f"a task has failed: {told}; a defect, or a machine without room; run it again"))
