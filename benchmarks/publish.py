@@ -43,8 +43,8 @@ def timed(module, name):
         finally:
             seconds[name] = round(time.monotonic() - started, 1)
     setattr(module, name, wrapped)
-import batch_rerank.job.finish as finish
-for module, name in ((jobs, "make_plan"), (finish, "publish"), (finish, "tidy")):
+import batch_rerank.job.ahead as ahead, batch_rerank.job.finish as finish
+for module, name in ((ahead, "make_plan"), (finish, "publish"), (finish, "tidy")):
     timed(module, name)
 config = load_config(sys.argv[1])
 what, started = sys.argv[2], time.monotonic()
