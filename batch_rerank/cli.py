@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         signals.append(signal.SIGINT)
     for number in signals:
         signal.signal(number, interrupt)
-    with nullcontext() if arguments else last_word():
+    with last_word() if arguments is None else nullcontext():
         app(arguments)
 
 

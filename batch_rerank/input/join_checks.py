@@ -2,7 +2,7 @@
 differ by space only. All raise InputError."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -36,19 +36,19 @@ def refuse_repeated_ids(ids: pa.ChunkedArray, source: Source) -> None:
     counted = pc.value_counts(ids)
     repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
     rows = np.flatnonzero(pc.equal(ids, repeated[0]).to_numpy())[:2].tolist()
-    raise InputError(
-        f"input.{source.kind}: {files_of(source)}: {name} {repeated[0].as_py()!r} stands in rows {rows[0] + 1} and "
-        f"{rows[1] + 1} ({len(repeated)} such ids; a number and its digits are one id); expected each once; drop one"
-    )
+    raise _repeated(source, name, repeated[0].as_py(), rows, len(repeated))
 
 
 def refuse_repeated_rows(repeated: Repeated, source: Source, options: Options) -> NoReturn:
     """The same of a corpus, whose ids are not held."""
-    rows = repeated.rows
-    doc_id = id_at(source, "doc_id", rows[0], options)
-    raise InputError(
-        f"input.{source.kind}: {files_of(source)}: doc_id {doc_id!r} stands in rows {rows[0] + 1} and {rows[1] + 1} "
-        f"({repeated.count} such ids; a number and its digits are one id); expected each once; drop one"
+    doc_id = id_at(source, "doc_id", repeated.rows[0], options)
+    raise _repeated(source, "doc_id", doc_id, repeated.rows, repeated.count)
+
+
+def _repeated(source: Source, name: str, found: str, rows: Sequence[int], count: int) -> InputError:
+    return InputError(
+        f"input.{source.kind}: {files_of(source)}: {name} {found!r} stands in rows {rows[0] + 1} and {rows[1] + 1} "
+        f"({count} such ids; a number and its digits are one id); expected each once; drop one"
     )
 
 
@@ -75,10 +75,14 @@ def refuse_spaces(name: str, run: pa.Array, known: pa.ChunkedArray, first: Sourc
             twin = trimmed.filter(pc.is_in(trimmed, value_set=others))
             if len(twin):
                 at = odd.filter(pc.equal(trimmed, twin[0]))[0].as_py()
-                raise InputError(
-                    f"input.{source.kind}: {files_of(source)}: {name} {at!r} differs from {twin[0].as_py()!r} in "
-                    f"input.{other.kind} only by space around it; expected one way to write an id; trim it"
-                )
+                raise _padded(source, name, at, twin[0].as_py(), other)
+
+
+def _padded(source: Source, name: str, found: str, twin: str, other: Source) -> InputError:
+    return InputError(
+        f"input.{source.kind}: {files_of(source)}: {name} {found!r} differs from {twin!r} in input.{other.kind} only "
+        "by space around it; expected one way to write an id; trim it"
+    )
 
 
 def refuse_padded_documents(run: Run, known: Known, first: Source, second: Source, options: Options) -> None:
@@ -115,10 +119,7 @@ def refuse_padded_documents(run: Run, known: Known, first: Source, second: Sourc
             if len(twins):
                 one = of(int(twins[0]))
                 twin = pc.utf8_trim_whitespace(pa.scalar(one)).as_py()
-                raise InputError(
-                    f"input.{source.kind}: {files_of(source)}: doc_id {one!r} differs from {twin!r} in "
-                    f"input.{other.kind} only by space around it; expected one way to write an id; trim it"
-                )
+                raise _padded(source, "doc_id", one, twin, other)
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Twice:
             first = first[real]
         else:
             keys = (query.astype(np.int64) << 32) + (document + 2**31)
-            if len(np.flatnonzero(np.diff(np.sort(keys)) == 0)) == 0:
+            if not (np.diff(np.sort(keys)) == 0).any():
                 return
             order = np.argsort(keys, kind="stable")
             first = order[np.flatnonzero(np.diff(keys[order]) == 0)]
