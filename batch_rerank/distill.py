@@ -79,13 +79,13 @@ def distill(directory: str = "demo-data", queries: int = QUERIES, epochs: float 
         train(untrained, trained, labels, epochs)
         (trained / "done").touch()
     rows: list[Row] = []
-    for name, model in (("untrained", str(untrained)), ("trained", str(trained)), ("teacher", teacher)):
-        output, rate = _score(root, model, name, "nested" if name == "teacher" else "held-out")
+    scorers = {"student, untrained": str(untrained), "student, trained": str(trained), "teacher": teacher}
+    for name, model in scorers.items():  # all of the same pairs: a rate depends on how often a document comes back
+        output, rate = _score(root, model, f"held-out-{name.split()[-1]}", "held-out")
         found = evaluate(output, str(root / "heldout-qrels.tsv"), [MEASURE])
         if not rows:
             rows.append(Row("BM25", found.before[MEASURE]))
-        shown = name if name == "teacher" else f"student, {name}"
-        rows.append(Row(shown, found.after[MEASURE], rate))
+        rows.append(Row(name, found.after[MEASURE], rate))
     show(rows, root, time.monotonic() - started)
     return rows
 

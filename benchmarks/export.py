@@ -5,12 +5,18 @@ exported to two targets. Before: the sizes. After: every list is held against th
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import shutil
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -18,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.calls import in_turn
-from batch_rerank.config import parse_config
+from batch_rerank.config import JobConfig, parse_config
+from batch_rerank.job.cluster import on_cluster
 from batch_rerank.job.run import run
 from batch_rerank.job.staging import on_ray
 from batch_rerank.label_settings import Labels
@@ -26,14 +33,15 @@ from batch_rerank.labels.export import export
 from batch_rerank.publish.output import Place
 
 CANDIDATES, TEXT_BYTES, SHARD_QUERIES, GROUP_QUERIES = 100, 1000, 2000, 100
-HOW = ("local", "ray")
+IDLE = {"local": "the process that has imported it", "ray": "an idle Ray"}
+T = TypeVar("T")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW))
+    parser.add_argument("--how", nargs="+", choices=list(IDLE), default=list(IDLE))
     parser.add_argument("--to", nargs="+", default=["flagembedding", "pylate"])
     parser.add_argument("--write", action="store_true", help="Write benchmarks/results/export.json.")
     given = parser.parse_args()
@@ -51,42 +59,69 @@ def main() -> None:
 
 
 def measure(root: Path, queries: int, repeats: int, hows: list[str], targets: list[str]) -> dict[str, object]:
-    make_input(root / "in", queries)
-    config = parse_config(
-        {
-            "input": {"layout": "nested", "path": str(root / "in"), "unit_pairs": 2000},
-            "output": {"path": str(root / "out")},
-            "model": {"name": "none", "kind": "checksum"},
-            "cluster": {"gpus_per_actor": 0},
-        },
-        "benchmark",
-    )
     started = time.monotonic()
-    run(config, local=True)
-    print(f"scored and published in {time.monotonic() - started:.0f} s")
+    apart(make_output, root, queries)
+    print(f"made, scored and published in {time.monotonic() - started:.0f} s")
     found: dict[str, object] = {"cpus": psutil.cpu_count(), "load_before": psutil.getloadavg()[0]}
     for how in hows:
         for to in targets:
-            rates, peaks, cores = [], [], []
-            for repeat in range(repeats):
-                place = root / f"{how}-{to}-{repeat}"
-                peak, used = Peak(), time.process_time()
-                done = export(
-                    Place(str(root / "out")),
-                    Labels(to=to, path=str(place)),
-                    in_turn if how == "local" else on_ray(config),
-                )
-                rates.append(queries * CANDIDATES / done.seconds)
-                cores.append(queries * CANDIDATES / (time.process_time() - used))
-                peaks.append(peak.stop())
-                assert done.counts["pairs"] == queries * CANDIDATES
-                check(place, root / "out")
-            found[f"{how}_{to}_pairs_per_second"] = round(statistics.median(rates))
+            done = [apart(export_once, root, queries, how, to, repeat) for repeat in range(repeats)]
+            rate, per_cpu, peak = (statistics.median(column) for column in zip(*done, strict=True))
+            found[f"{how}_{to}_pairs_per_second"] = round(rate)
             if how == "local":  # what a busy machine does not change
-                found[f"{how}_{to}_pairs_per_cpu_second"] = round(statistics.median(cores))
-            found[f"{how}_{to}_peak_mib"] = round(max(peaks))
-            print(f"{how} {to}: {statistics.median(rates):,.0f} pairs/s, {max(peaks):,.0f} MiB above the start")
+                found[f"{how}_{to}_pairs_per_cpu_second"] = round(per_cpu)
+            found[f"{how}_{to}_peak_mib"] = round(peak)
+            print(f"{how} {to}: {rate:,.0f} pairs/s, {peak:,.0f} MiB above {IDLE[how]}", flush=True)
     return found
+
+
+def apart(function: Callable[..., T], *given: object) -> T:
+    """In a process of its own: one that has worked before holds memory that nobody sees it take again."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
+
+
+def job(root: Path) -> JobConfig:
+    raw = {
+        "input": {"layout": "nested", "path": str(root / "in"), "unit_pairs": 2000},
+        "output": {"path": str(root / "out")},
+        "model": {"name": "none", "kind": "checksum"},
+        "cluster": {"gpus_per_actor": 0},
+    }
+    return parse_config(raw, "benchmark")
+
+
+def make_output(root: Path, queries: int) -> None:
+    make_input(root / "in", queries)
+    run(job(root), local=True)
+
+
+def export_once(root: Path, queries: int, how: str, to: str, repeat: int) -> tuple[float, float, float]:
+    """Pairs a second, pairs a second of this process's CPU time, and MiB."""
+    config, place, pairs = job(root), root / f"{how}-{to}-{repeat}", queries * CANDIDATES
+    with idle_ray(config) if how == "ray" else contextlib.nullcontext():
+        peak, used = Peak(), time.process_time()
+        done = export(
+            Place(str(root / "out")), Labels(to=to, path=str(place)), in_turn if how == "local" else on_ray(config)
+        )
+        used = time.process_time() - used
+        most = peak.stop()
+    assert done.counts["pairs"] == pairs
+    check(place, root / "out")
+    return pairs / done.seconds, pairs / used, most
+
+
+@contextlib.contextmanager
+def idle_ray(config: JobConfig) -> Iterator[None]:
+    """Ray with its workers begun and nothing to do."""
+    before = held()
+    with on_cluster(config):
+        seen = [0.0] * 5  # its processes are begun one after the other
+        while max(seen) - min(seen) > 2**20 or not min(seen):
+            time.sleep(1)
+            seen = [*seen[1:], held()]
+        print(f"idle Ray: {(seen[-1] - before) / 2**20:,.0f} MiB", flush=True)
+        yield
 
 
 def make_input(path: Path, queries: int) -> None:
@@ -123,36 +158,44 @@ def check(place: Path, output: Path) -> None:
 
 
 class Peak:
-    """The most memory that this process and its children held above what they had, looked at ten times a second."""
+    """The most memory that this process and its children held above what they had, looked at ten times a second; and
+    what each of them held then."""
 
     def __init__(self) -> None:
-        import threading
-
         self._ended = threading.Event()
         self._first = held()
         self._most = self._first
+        self._then: dict[str, float] = {}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._ended.wait(0.1):
-            self._most = max(self._most, held())
+            now = by_process()
+            if sum(now.values()) > self._most:
+                self._most, self._then = sum(now.values()), now
 
     def stop(self) -> float:
         """MiB."""
         self._ended.set()
         self._thread.join()
+        large = sorted(self._then.items(), key=lambda one: -one[1])[:8]
+        print("the most was held by " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in large), flush=True)
         return (self._most - self._first) / 2**20
 
 
-def held() -> int:
-    total = 0
+def held() -> float:
+    return sum(by_process().values())
+
+
+def by_process() -> dict[str, float]:
+    found = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         try:
-            total += process.memory_full_info().uss
+            found[f"{process.name()} {process.pid}"] = float(process.memory_full_info().uss)
         except psutil.Error:
             continue
-    return total
+    return found
 
 
 if __name__ == "__main__":

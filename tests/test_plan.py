@@ -1,16 +1,23 @@
 """Planning: units, the fingerprint, and what is said before anything runs."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import candidate_rows, job, nested, write
 
 from batch_rerank.config import load_config
+from batch_rerank.errors import InputError
+from batch_rerank.input import shards
+from batch_rerank.input.layouts import find_scattered
+from batch_rerank.input.shards import read_queries
 from batch_rerank.input.units import cut_units
 from batch_rerank.publish.publication import publishing_fields
 from batch_rerank.score.plan import make_plan
@@ -162,3 +169,67 @@ def test_plan_says_that_a_lease_has_to_be_watched(flat_shards: Path, tmp_path: P
     code, _, said = cli("plan", file)
     assert code == 0
     assert "was held by process 7 on far since 2026-01-01T00:00:00Z; a run waits up to 60 s" in said
+
+
+def _shard(seed: int, nested_rows: bool) -> pa.Table:
+    """Queries of 0 (nested only) to 9 candidates, some of one query far longer than a batch."""
+    random = np.random.default_rng(seed)
+    sizes = random.choice([1, 2, 3, 9, 20], 12)
+    ids = [f"q{number}" for number in range(len(sizes))]
+    documents = [[f"d{seed}-{place}" for place in range(size)] for size in sizes]
+    if nested_rows:
+        rows = [
+            {"query_id": name, "query": "a", "candidates": [{"doc_id": one, "text": "b"} for one in found]}
+            for name, found in zip(ids, documents, strict=True)
+        ]
+        return pa.Table.from_pylist(rows)
+    flat = [{"query_id": name, "doc_id": one} for name, found in zip(ids, documents, strict=True) for one in found]
+    return pa.Table.from_pylist([{**row, "query": "a", "text": "b"} for row in flat])
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_ids_that_are_read_some_at_a_time_are_the_same_queries(
+    layout: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(5):
+        table = _shard(seed, layout == "nested")
+        pq.write_table(table, tmp_path / "s.parquet", row_group_size=17)
+        at = locate(str(tmp_path / "s.parquet"))
+        _, whole, _, size, _ = read_queries(at, layout, {}, [])
+        monkeypatch.setattr(shards, "ID_ROWS", rows)
+        _, parts, _, again, _ = read_queries(at, layout, {}, [])
+        monkeypatch.undo()
+        assert parts.ids.equals(whole.ids) and parts.ids.to_pylist() == [f"q{number}" for number in range(12)]
+        assert parts.rows.tolist() == whole.rows.tolist() and parts.rows[-1] == len(table)
+        assert parts.pairs.tolist() == whole.pairs.tolist() and size == again
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (31, {"doc_id": None}, r"row 31: doc_id is null \(1 such up to row 31\)"),
+        (31, {"query_id": None}, r"row 31: query_id is null"),
+        (31, {"query_id": "q1", "doc_id": "d"}, "query_id 'q1' has doc_id 'd' 2 times (rows 20 and 31)"),
+    ],
+)
+def test_what_is_wrong_with_an_id_is_found_in_whichever_batch(
+    row: int, change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query's candidates are in many batches; rows are counted from the shard's first."""
+    rows = [{"query_id": f"q{n // 20}", "doc_id": f"d{n}", "query": "a", "text": "b"} for n in range(40)]
+    rows[20]["doc_id"] = "d"
+    rows[row] |= change
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s.parquet")
+    monkeypatch.setattr(shards, "ID_ROWS", 3)
+    with pytest.raises(InputError, match=message if "\\" in message else re.escape(message)):
+        read_queries(locate(str(tmp_path / "s.parquet")), "flat", {}, [])
+
+
+def test_a_query_that_comes_back_in_a_later_batch_is_scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"query_id": name, "doc_id": f"d{n}", "query": "a", "text": "b"} for n, name in enumerate("aaabbbaa")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s.parquet")
+    monkeypatch.setattr(shards, "ID_ROWS", 2)
+    found = read_queries(locate(str(tmp_path / "s.parquet")), "flat", {}, [])[1]
+    assert (found.ids.to_pylist(), found.pairs.tolist()) == (["a", "b", "a"], [3, 3, 2])
+    assert [one.second for one in find_scattered([("s", found)])] == [("s", 6)]

@@ -1,7 +1,7 @@
 """The input layouts: which columns of a shard are ours, nested (a row per query) or flat (a row per candidate), and
 which queries and candidates its id columns hold."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -173,22 +173,58 @@ class Scattered:
     second: tuple[str, int]
 
 
-def queries_of(table: pa.Table, columns: Columns, where: str, for_trec: bool = False) -> Queries:
-    """The queries of a shard's id columns. Raises InputError for a null id or a document twice under one query, and
-    `for_trec` for an id that a TREC run cannot hold."""
+def queries_of(tables: Iterable[pa.Table], columns: Columns, where: str, for_trec: bool = False) -> Queries:
+    """The queries of a shard's id columns, which come some rows at a time. Raises InputError for a null id or a
+    document twice under one query, and `for_trec` for an id that a TREC run cannot hold."""
+    found, row = [Queries(pa.array([], pa.large_string()), np.zeros(1, np.int64), np.empty(0, np.int64))], 0
+    for table in _whole_queries(tables, columns):
+        found.append(_queries_of(table, columns, where, for_trec, row))
+        row += len(table)
+    starts = [queries.rows[:-1] for queries in found]
+    return Queries(
+        ids=pa.chunked_array([queries.ids for queries in found]).combine_chunks(),
+        rows=np.concatenate([*starts, [row]]),
+        pairs=np.concatenate([queries.pairs for queries in found]),
+    )
+
+
+def _whole_queries(tables: Iterable[pa.Table], columns: Columns) -> Iterator[pa.Table]:
+    """The same rows, cut where a query ends."""
+    if columns.layout == "nested":
+        yield from tables
+        return
+    kept: list[pa.Table] = []  # rows of one query, whose end has not been seen
+    last = None
+    for table in tables:
+        ids = _ids(table[columns.names["query_id"]])
+        if not len(ids):
+            continue
+        start = int(run_starts(ids)[-1])
+        if start or ids[0] != last:
+            if kept or start:
+                yield pa.concat_tables([*kept, table.slice(0, start)])
+            kept, last = [table.slice(start)], ids[start]
+        else:
+            kept.append(table)
+    if kept:
+        yield pa.concat_tables(kept)
+
+
+def _queries_of(table: pa.Table, columns: Columns, where: str, for_trec: bool, first: int) -> Queries:
+    """Of whole queries, the first of whose rows is row `first` of the shard."""
     ids = _ids(table[columns.names["query_id"]])
     if columns.layout == "nested":
         lists = table[columns.names["candidates"]]
         pairs = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
         documents = _ids(field_of(pc.list_flatten(lists), columns.names["doc_id"]))
         group = np.repeat(np.arange(len(ids)), pairs)
-        rows = np.arange(len(ids) + 1)
-        row_of_pair = group
+        rows = first + np.arange(len(ids) + 1)
+        row_of_pair = first + group
     else:
-        _refuse_null(ids, "query_id", where, np.arange(len(ids)))
-        row_of_pair = np.arange(len(ids))
+        row_of_pair = first + np.arange(len(ids))
+        _refuse_null(ids, "query_id", where, row_of_pair)
         starts = run_starts(ids)
-        rows = np.append(starts, len(ids))
+        rows = first + np.append(starts, len(ids))
         ids, pairs = ids.take(pa.array(starts)), np.diff(rows)
         documents = _ids(table[columns.names["doc_id"]])
         group = np.repeat(np.arange(len(starts)), pairs)
@@ -211,9 +247,10 @@ def run_starts(ids: pa.Array) -> Int64:
 
 def _refuse_null(ids: pa.Array, name: str, where: str, rows: Int64) -> None:
     if ids.null_count:
-        row = int(rows[np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))[0]])
+        gone = rows[np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))]
         raise InputError(
-            f"{where}: row {row}: {name} is null ({ids.null_count} such); expected an id in every row; fill or drop it"
+            f"{where}: row {gone[0]}: {name} is null ({ids.null_count} such up to row {gone[-1]}); "
+            "expected an id in every row; fill or drop it"
         )
 
 

@@ -26,13 +26,8 @@ so that a row group of any size takes little memory."""
 BUFFER_BYTES = 2 * 2**20
 """Of a column, fetched at once from a row group that is streamed."""
 
-
 ID_ROWS, TEXT_ROWS = 65536, 2048
 """In a batch at most. What a dictionary in the file makes small is as large as its texts once it is decoded."""
-
-
-NESTED_ROWS = 8192
-"""Of ids in a batch at most, where a row has many: pyarrow cannot read 2 GiB of them at once."""
 
 ID_BYTES = 512 * 2**20
 """Of rows whose ids alone are read at a time."""
@@ -101,14 +96,14 @@ def read_queries(
             columns = find_columns(parquet.schema_arrow, layout, renamed, passthrough, str(location))
             row_groups = tuple(zip(group_rows(parquet), _group_bytes(parquet), strict=True))
             groups = _first_groups(parquet, rows)
-            size = _text_bytes(parquet, columns, groups)
+            size = sum(_sizes(parquet, groups, columns.leaves(leaf_paths(parquet), ["text"]))[0])
             types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
         with reading(location, "an id column"):
             leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
-            most = NESTED_ROWS if layout == "nested" else ID_ROWS
-            batches = list(read_groups(parquet, groups, leaves, location, most, ID_BYTES))
-            table = pa.Table.from_batches(batches) if batches else parquet.read_row_groups([], columns=leaves)
-            queries = queries_of(table, columns, str(location), for_trec)
+            count, ids = sum(group_rows(parquet)[: len(groups)]), max(_sizes(parquet, groups, leaves)[1], default=0)
+            most = max(1, ID_ROWS * count // max(1, ids))
+            batches = read_groups(parquet, groups, leaves, location, most, ID_BYTES)
+            queries = queries_of((pa.Table.from_batches([one]) for one in batches), columns, str(location), for_trec)
     return columns, queries, row_groups, size / max(1, int(queries.pairs.sum())), types
 
 
@@ -118,16 +113,17 @@ def _first_groups(parquet: pq.ParquetFile, rows: int | None) -> range:
     return range(min(enough, len(ends)))
 
 
-def _text_bytes(parquet: pq.ParquetFile, columns: Columns, groups: range) -> int:
-    """Bytes of the texts of row groups after decompression, as the footer says."""
-    texts = columns.leaves(leaf_paths(parquet), ["text"])
-    size = 0
+def _sizes(parquet: pq.ParquetFile, groups: range, leaves: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Of each leaf, bytes after decompression and values in row groups, as the footer says."""
+    sizes, values = [0] * len(leaves), [0] * len(leaves)
+    paths = leaf_paths(parquet)
     for group in groups:
-        for index, path in enumerate(leaf_paths(parquet)):
-            if path in texts:
-                probe(parquet, group, path)
-                size += parquet.metadata.row_group(group).column(index).total_uncompressed_size
-    return size
+        for place, leaf in enumerate(leaves):
+            probe(parquet, group, leaf)
+            column = parquet.metadata.row_group(group).column(paths.index(leaf))
+            sizes[place] += column.total_uncompressed_size
+            values[place] += column.num_values
+    return sizes, values
 
 
 def probe(parquet: pq.ParquetFile, group: int, path: str) -> None:
