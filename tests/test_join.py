@@ -10,7 +10,7 @@ import pytest
 from test_stage import given_as, job_of, run_rows
 
 from batch_rerank.errors import InputError
-from batch_rerank.input import candidates, join, join_checks, sources
+from batch_rerank.input import candidates, join, join_checks, known, sources
 from batch_rerank.input.exchange import Spread, _read
 from batch_rerank.input.known import Fingerprints, know
 from batch_rerank.input.sources import Source, pieces, read_piece
@@ -120,6 +120,15 @@ def test_what_a_piece_is_asked_for_is_what_its_rows_are_needed_for() -> None:
     expected = sorted(set(zip(row.tolist(), shard.tolist(), strict=True)))
     assert found == expected
     assert counts == [sum(r < 13 for r, _ in expected), 0, sum(r >= 13 for r, _ in expected)]
+
+
+def test_a_corpus_of_more_rows_than_their_numbers_go_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [pa.array(["a", "b"], pa.large_string()), pa.array(["c"], pa.large_string())]
+    monkeypatch.setattr(known, "MOST_ROWS", 3)
+    assert len(know(ids, Fingerprints()).rows) == 3
+    monkeypatch.setattr(known, "MOST_ROWS", 2)
+    with pytest.raises(InputError, match="more than 2 documents"):
+        know(ids, Fingerprints())
 
 
 def test_a_corpus_of_two_files_has_one_numbering(tmp_path: Path) -> None:

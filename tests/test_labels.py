@@ -25,6 +25,7 @@ from batch_rerank.job.run import run
 from batch_rerank.job.staging import on_ray
 from batch_rerank.label_settings import LAYOUTS, Labels
 from batch_rerank.labels.export import Exported, dry_run, export
+from batch_rerank.labels.targets import WRITERS, lists_of
 from batch_rerank.labels.texts import held_out
 from batch_rerank.publish.output import Place
 
@@ -200,6 +201,24 @@ def test_trec_qrels_have_the_teachers_order_or_bins(output: Path, tmp_path: Path
     assert [int(fields[3]) for fields in order[:6]] == [6, 5, 4, 3, 2, 1]
     expected = [int(float(fields[4]) >= np.float32(0.1)) + int(float(fields[4]) >= 0.5) for fields in run_]
     assert [int(fields[3]) for fields in bins] == expected and set(expected) == {0, 1, 2}
+
+
+def test_scores_that_tie_fall_from_rank_to_rank_in_a_trec_run() -> None:
+    """trec_eval orders ties by their ids, downwards: the run would be read in another order than its ranks."""
+    rows = pa.table(
+        {
+            "query_id": ["q", "q", "q", "r", "r"],
+            "doc_id": ["a", "b", "c", "a", "b"],
+            "rank": pa.array([1, 3, 2, 1, 2], pa.int32()),
+            "role": pa.array([1, 0, 0, 1, 0], pa.int8()),
+            "label": pa.array([1, 1, 1, 0, 0], pa.float32()),
+        }
+    )
+    content = WRITERS["trec", "run"](lists_of(rows), Labels(to="trec", path="x"), "here")
+    run = [line.split() for line in content["run"]]
+    assert [fields[2] for fields in run] == ["a", "c", "b", "a", "b"]
+    scores = [np.float32(fields[4]) for fields in run]
+    assert scores[0] == 1 > scores[1] > scores[2] > 0.9999 and scores[3] == 0 > scores[4] > -1e-30
 
 
 def test_an_instruction_goes_where_the_reader_looks_for_it(tmp_path: Path) -> None:

@@ -13,10 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_rerank.errors import InputError
+
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 BYTES = 2**20
 """Of ids, looked at together: each takes 30 more for a moment."""
+
+MOST_ROWS = 2**31 - 1
+"""Of a corpus: rows are int32, here and in what the stage keeps of them."""
 
 
 class Fingerprints:
@@ -98,10 +103,15 @@ class Repeated:
 
 
 def know(chunks: Iterable[pa.Array], prints: Fingerprints) -> Known | Repeated:
-    """The ids of a source, in the order of its rows."""
+    """The ids of a source, in the order of its rows. Raises InputError where there are more than MOST_ROWS."""
     highs, lows, odd, trimmed = [], [], [np.empty(0, np.int32)], [np.empty((2, 0), np.uint64)]
     first, count = pa.array([], pa.large_string()), 0
     for ids in chunks:
+        if count + len(ids) > MOST_ROWS:
+            raise InputError(
+                f"input.corpus: more than {MOST_ROWS:,} documents; expected no more in one job; split the run by "
+                "queries, and give each job the documents that it names"
+            )
         high, low = prints.of(ids)
         highs.append(high)
         lows.append(low)

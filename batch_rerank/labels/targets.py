@@ -20,6 +20,7 @@ from batch_rerank.errors import InputError
 from batch_rerank.input.layouts import NO_TREC_ID
 from batch_rerank.label_settings import Labels
 from batch_rerank.labels.choose import POSITIVE
+from batch_rerank.publish.trec import falling
 
 Int64 = npt.NDArray[np.int64]
 Content: TypeAlias = "pa.Table | list[str]"
@@ -207,7 +208,8 @@ def _messages(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
 
 
 def _trec(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
-    """A run, and qrels with the teacher's order (the last has 1) or with how many of the bounds a label reaches."""
+    """A run, whose scores fall from rank to rank as in an output's, and qrels with the teacher's order (the last has 1)
+    or with how many of the bounds a label reaches."""
     rows = lists.rows
     for name in ("query_id", "doc_id"):
         spaced = rows[name].filter(pc.match_substring_regex(rows[name], NO_TREC_ID))
@@ -225,7 +227,8 @@ def _trec(lists: Lists, labels: Labels, where: str) -> dict[str, Content]:
     else:
         grades = np.searchsorted(np.asarray(labels.grades, np.float32), values, side="right")
     named = list(zip(queries, documents, strict=True))
-    run = [f"{q} Q0 {d} {r} {v} batch_rerank" for (q, d), r, v in zip(named, rank.tolist(), values, strict=True)]
+    scores = falling(values, lists.first[:-1])
+    run = [f"{q} Q0 {d} {r} {v} batch_rerank" for (q, d), r, v in zip(named, rank.tolist(), scores, strict=True)]
     return {"run": run, "qrels": [f"{q} 0 {d} {g}" for (q, d), g in zip(named, grades.tolist(), strict=True)]}
 
 
