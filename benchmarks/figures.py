@@ -72,6 +72,21 @@ def main() -> None:
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
     most = max(run["peak_mib_above_idle"] for run in runs)
     print(f"| staging 1, 3 and 10 million candidates over 2 million documents | {seconds} s, {most:,} MiB |")
+    large = _read("scale.json")["1,000,000,000 pairs"]
+    verify = large["verify"]["scan_s"] + large["verify"]["tasks_s"]
+    steps = [large["resume"]["all_s"], large["publish"]["all_s"], verify]
+    most = max(large[step]["peak_mib"] for step in ("resume", "publish", "verify"))
+    what = "the driver of 10^9 pairs in 500,000 units, simulated: to the tasks of a resume, of publishing, of verify"
+    print(f"| {what} | {', '.join(f'{one:.0f}' for one in steps)} s, {most:,} MiB |")
+    labels = _read("export.json")
+    rates = ", ".join(f"{labels[f'{how}_flagembedding_pairs_per_second']:,}" for how in ("local", "ray"))
+    peaks = " and ".join(f"{labels[f'{how}_flagembedding_peak_mib']:,}" for how in ("local", "ray"))
+    what = f"labels of {labels['pairs'] // 10**6} million pairs of 1 KB texts: in one process, on Ray"
+    print(f"| {what} | {rates} pairs/s, {peaks} MiB |")
+    student = _read("distill.json")
+    quality = ", ".join(f"{one:.2f}" for one in student["nDCG@10"].values())
+    what = "`make distill`, nDCG@10 of BM25, the student before and after, its teacher"
+    print(f"| {what} | {quality}, in {student['seconds']} s |")
     for threads in (1, 2):
         run = real[f"{threads}_threads"]
         ray, local = run["ray_pairs_per_s"]["median"], run["local_pairs_per_s"]["median"]
