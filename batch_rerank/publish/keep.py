@@ -105,17 +105,24 @@ def gather_scores(number: int, units: Sequence[tuple[str, str]], config: JobConf
             hashes.append(scored[QUERY_HASH].to_numpy())
             kept.append(_pairs(scored))
     data, location = sink.getvalue(), manifest.root / name
+    sink.close()
     with storage_errors(location):
         if not location.create_exclusive(data):
             raise StorageError(f"{location}: written by another job meanwhile; run again when it has ended")
         etag = "" if location.is_local else location.stat().version
+    size, checksum = len(data), sha256(data)
+    del data  # each of these is some 100 MB: one after the other
     # behind their file, which another gatherer may have won, and before the receipt, without which nobody reads them
     pairs = np.concatenate(kept)
-    told = [to_bytes(index_of(np.concatenate(hashes), pairs)), to_bytes(pairs)]
-    for beside, content in zip((queries_name(name), pairs_name(name)), told, strict=True):
+    kept.clear()
+    made = {queries_name(name): index_of(np.concatenate(hashes), pairs), pairs_name(name): pairs}
+    told = []
+    for beside, records in made.items():
+        content = to_bytes(records)
         with storage_errors(manifest.root / beside):
             (manifest.root / beside).write_bytes(content)
-    receipt = ScoresReceipt(name, fingerprint, list(units), len(data), sha256(data), etag, *map(sha256, told))
+        told.append(sha256(content))
+    receipt = ScoresReceipt(name, fingerprint, list(units), size, checksum, etag, *told)
     where = manifest.root / scores_receipt_name(name)
     with storage_errors(where):
         where.write_bytes(receipt.to_json())
