@@ -262,7 +262,11 @@ def compare(
     console = Console()
     console.print(table)
     if found.judged:
-        judged = Table("measure", "old", "new", "change", "95 %", "queries to see a loss of 0.01")
+        one = next(iter(found.judged.values()))
+        title = f"{one.queries:,} judged queries" + (
+            f"; {one.in_neither:,} more are in neither" if one.in_neither else ""
+        )
+        judged = Table("measure", "old", "new", "change", "95 %", "queries to see a loss of 0.01", title=title)
         for name, one in found.judged.items():
             needed = "-" if one.queries_to_see_a_loss is None else f"{one.queries_to_see_a_loss:,}"
             interval = f"{one.low:+.4f} to {one.high:+.4f}"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ir_measures
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batch_rerank.judge.matched as matched
+from batch_rerank.errors import InputError
 from batch_rerank.job.run import run
 from batch_rerank.judge.agreement import inversions, kendall, overlap, rbo, settled
 from batch_rerank.judge.compare import bootstrap, compare
@@ -168,6 +170,14 @@ def test_judgements_are_those_of_ir_measures(outputs: tuple[Path, Path], tmp_pat
     assert [judged.old, judged.new] == pytest.approx(means, abs=1e-6)
     assert judged.difference == pytest.approx(means[1] - means[0]) and judged.low <= judged.difference <= judged.high
     assert judged.queries_to_see_a_loss and judged.queries_to_see_a_loss > 12
+    assert (judged.queries, judged.in_neither) == (12, 0)
+    with (tmp_path / "qrels").open("a") as file:  # queries that neither has change nothing
+        file.writelines(f"past{number} 0 d1 1\n" for number in range(500))
+    more = compare(Place(str(old)), Place(str(new)), qrels=str(tmp_path / "qrels")).judged["nDCG@10"]
+    assert more == replace(judged, in_neither=500)
+    (tmp_path / "others").write_text("past1 0 d1 1\n")
+    with pytest.raises(InputError, match="none of its 1 queries is in"):
+        compare(Place(str(old)), Place(str(new)), qrels=str(tmp_path / "others"))
 
 
 def test_the_interval_is_a_bootstraps() -> None:

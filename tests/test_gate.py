@@ -184,6 +184,22 @@ def test_a_loss_is_the_lower_end_of_what_it_may_be() -> None:
     assert each == sorted(each) and each[0] < -0.2 and each[-1] < 0
 
 
+def test_judged_queries_that_neither_night_has_hide_no_loss() -> None:
+    """Qrels that grow, or a night of some queries: a difference of zero each would let any loss through."""
+    scores, qrels = scores_of(2)
+    worse = scores + np.random.default_rng(0).normal(0, 0.5, scores.shape)
+    many = {**qrels, **{f"past{number}": {"d1": 1} for number in range(100 * QUERIES)}}
+    few, all_ = (
+        judge(conditions("nDCG@10 loss <= 0.01"), night(worse), night(scores), one, NO_SHARES)[0]
+        for one in (qrels, many)
+    )
+    assert few.state == all_.state == FAILED and few.found == all_.found and few.rows == all_.rows
+    assert f"over {QUERIES} judged queries; 20,000 more are in neither output)" in all_.said
+    gone = {"q0": qrels["q0"], "r0": qrels["q0"]}  # a query that only one night has counts, the other's value is zero
+    (line,) = judge(conditions("nDCG@10 loss <= 0"), night(scores, names="r"), night(scores), gone, NO_SHARES)
+    assert line.state == FAILED and "over 2 judged queries)" in line.said
+
+
 def test_few_queries_that_show_no_loss_prove_nothing() -> None:
     """Half of the queries lose their best document to the second place, half get it back: no loss on average."""
     even = np.array([[1.0, 2.0], [2.0, 1.0]] * (QUERIES // 2))

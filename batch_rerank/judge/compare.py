@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from batch_rerank.errors import StorageError
+from batch_rerank.errors import InputError, StorageError
 from batch_rerank.judge.agreement import Float64
-from batch_rerank.judge.evaluate import DEFAULT_MEASURES, by_query, read_qrels
+from batch_rerank.judge.evaluate import DEFAULT_MEASURES, paired, read_qrels, sums_of
 from batch_rerank.judge.matched import Held, agreed, passes_over
 from batch_rerank.judge.rankings import Ranking, published
 from batch_rerank.publish.output import Place, open_output
@@ -36,8 +36,9 @@ class Moved:
 
 @dataclass(frozen=True)
 class Judged:
-    """A measure over the queries of the qrels. low, high: 95 % of the paired bootstrap of the mean difference;
-    queries_to_see_a_loss: of 0.01 with a power of 0.8, None where nothing varies."""
+    """A measure over the judged queries that at least one output has; the other's value is zero where it lacks one.
+    low, high: 95 % of the paired bootstrap of the mean difference; queries_to_see_a_loss: of 0.01 with a power of 0.8,
+    None where nothing varies; queries: over how many; in_neither: judged queries that are in none of the two."""
 
     old: float
     new: float
@@ -45,6 +46,8 @@ class Judged:
     low: float
     high: float
     queries_to_see_a_loss: int | None
+    queries: int
+    in_neither: int
 
 
 @dataclass(frozen=True)
@@ -157,17 +160,23 @@ class _Sums:
 
 def _judged(old: Ranking, new: Ranking, qrels: str, measures: Sequence[str]) -> dict[str, Judged]:
     read = read_qrels(qrels)
-    results = [by_query(ranking.tables(), read, measures) for ranking in (old, new)]
+    before, now = (sums_of(ranking.tables(), read, measures) for ranking in (old, new))
+    if not before.queries and not now.queries:
+        raise InputError(
+            f"{qrels}: none of its {len(read):,} queries is in {old.name} or {new.name}, e.g. {next(iter(read))!r}; "
+            "expected judgements of these queries, by their query_id"
+        )
     judged = {}
-    for name, before in results[0].items():
-        values = np.array([[before[query], results[1][name][query]] for query in before])
+    for name in before.seen:
+        values = np.array(list(paired(before, now, name).values()))
         differences = values[:, 1] - values[:, 0]
         low, high = bootstrap(differences)
         deviation = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
         # normal approximation, two-sided 5 %, power 80 %: (1.960 + 0.842) standard errors
         needed = int(np.ceil(((1.959964 + 0.841621) * deviation / LOSS) ** 2)) if deviation else None
         means = values.mean(axis=0).tolist()
-        judged[name] = Judged(means[0], means[1], float(differences.mean()), low, high, needed)
+        found = (means[0], means[1], float(differences.mean()), low, high, needed)
+        judged[name] = Judged(*found, queries=len(values), in_neither=len(read) - len(values))
     return judged
 
 

@@ -140,20 +140,29 @@ def _sums(measures: Sequence[str], qrels: Qrels) -> "Sums":
     return Sums([measure_of(name) for name in measures], qrels)
 
 
-def by_query(tables: Iterable[pa.Table], qrels: Qrels, measures: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Measure -> query_id -> value, of rows of whole queries with their `rank`."""
+def sums_of(tables: Iterable[pa.Table], qrels: Qrels, measures: Sequence[str]) -> "Sums":
+    """Of rows of whole queries with their `rank`."""
     sums = _sums(measures, qrels)
     for rows in tables:
         sums.add(rows, "rank")
     sums.calculate()
-    return sums.by_query
+    return sums
+
+
+def paired(old: "Sums", new: "Sums", measure: str) -> dict[str, tuple[float, float]]:
+    """query_id -> value of old and of new, of the judged queries that at least one has, in the order of the qrels; zero
+    where the other lacks one. Queries that neither has would be differences of zero, and hide a loss among them."""
+    before, now = old.seen[measure], new.seen[measure]
+    return {
+        query: (before.get(query, 0.0), now.get(query, 0.0)) for query in old.qrels if query in before or query in now
+    }
 
 
 class Sums:
     """Measures of queries, fed with whole queries."""
 
     def __init__(self, measures: Sequence["ir_measures.Measure"], qrels: Qrels) -> None:
-        self._measures, self._qrels, self._ids = measures, qrels, pa.array(list(qrels), pa.string())
+        self._measures, self.qrels, self._ids = measures, qrels, pa.array(list(qrels), pa.string())
         self.seen: Values = {str(measure): {} for measure in measures}
         self._run: Run = {}
         self._rows = 0
@@ -171,7 +180,7 @@ class Sums:
     def calculate(self) -> None:
         """Evaluate what was added."""
         if self._run:
-            qrels = {query_id: self._qrels[query_id] for query_id in self._run}
+            qrels = {query_id: self.qrels[query_id] for query_id in self._run}
             for result in ir_measures.iter_calc(list(self._measures), qrels, self._run):
                 self.seen[str(result.measure)][result.query_id] = float(result.value)
         self._run, self._rows = {}, 0
@@ -194,12 +203,12 @@ class Sums:
     @property
     def by_query(self) -> Values:
         """Of all queries of the qrels, in their order; those that the run does not have are zero."""
-        zeros = dict.fromkeys(self._qrels, 0.0)
+        zeros = dict.fromkeys(self.qrels, 0.0)
         return {name: zeros | values for name, values in self.seen.items()}
 
     def means(self) -> dict[str, float]:
         """Over all queries of the qrels. The sum is exact, so in whatever order they came it is the same."""
-        return {name: fsum(values.values()) / len(self._qrels) for name, values in self.seen.items()}
+        return {name: fsum(values.values()) / len(self.qrels) for name, values in self.seen.items()}
 
 
 def read_qrels(path: str, options: Options | None = None) -> Qrels:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from batch_rerank.conditions import Condition, Level, measure_of
 from batch_rerank.errors import ConfigError
 from batch_rerank.judge.compare import resampled
-from batch_rerank.judge.evaluate import Qrels, Sums
+from batch_rerank.judge.evaluate import Qrels, Sums, paired
 from batch_rerank.judge.matched import Agreed, Held, agreed, passes_over
 from batch_rerank.judge.rankings import Ranking
 from batch_rerank.store.verdict import FAILED, HELD, PASSED_OVER, Judged
@@ -116,7 +116,7 @@ class _Seen:
             return _mean(condition, self._new, self._qrels)
         if condition.kind == "loss":
             assert self._new is not None and self._old is not None
-            return _loss(condition.name, self._old.by_query[condition.name], self._new.by_query[condition.name])
+            return _loss(condition.name, self._old, self._new)
         mean = next(one for one in self._agreements if one.condition == condition)
         return mean.found(self._common)
 
@@ -164,16 +164,21 @@ def _mean(condition: Condition, sums: Sums, qrels: Qrels) -> _Found:
     return _Found(mean, f"{mean:.4f} over {len(values):,} judged queries{lacks}", rows)
 
 
-def _loss(name: str, old: Mapping[str, float], new: Mapping[str, float]) -> _Found:
-    differences = np.array([new[query] - before for query, before in old.items()])
+def _loss(name: str, old: Sums, new: Sums) -> _Found:
+    pairs = paired(old, new, name)
+    differences = np.array([now - before for before, now in pairs.values()])
     lower = float(np.percentile(resampled(differences), ONE_SIDED))
     least = f"a loss of up to {0.0 - lower:.4f}" if lower <= 0 else f"a gain of {lower:.4f} at least"
-    said = f"{least} ({differences.mean():+.4f} on average over {len(differences):,} judged queries)"
+    missing = len(old.qrels) - len(pairs)
+    lacks = f"; {missing:,} more are in neither output" if missing else ""
+    said = f"{least} ({differences.mean():+.4f} on average over {len(differences):,} judged queries{lacks})"
 
     def rows() -> list[Row]:
-        worst = sorted(old, key=lambda query: new[query] - old[query])[:BEHIND]
-        lost = [query for query in worst if new[query] < old[query]]
-        return [{"query_id": query, f"{name} before": old[query], f"{name} now": new[query]} for query in lost]
+        worst = sorted(pairs, key=lambda query: pairs[query][1] - pairs[query][0])[:BEHIND]
+        lost = {query: pairs[query] for query in worst if pairs[query][1] < pairs[query][0]}
+        return [
+            {"query_id": query, f"{name} before": before, f"{name} now": now} for query, (before, now) in lost.items()
+        ]
 
     return _Found(0.0 - lower, said, rows)
 
