@@ -88,6 +88,8 @@ def test_the_command_prints_a_table_or_json(output: Path, tmp_path: Path, cli: C
         ("q1 0 d1 1\nq1 0 d2 high\n", "line 2: found 'q1 0 d2 high'"),
         ("query-id\tcorpus-id\tscore\nq1 d1 1\n", "line 2: found 'q1 d1 1', expected query-id, corpus-id, score"),
         ("", "no judgements"),
+        ("q1 0 d1 1099511627776\n", "line 1: found 'q1 0 d1 1099511627776'"),
+        ("q1 0 d1 1\nq1 0 d1 1\nq1 0 d1 0\n", "line 3: judges document 'd1' of query 'q1' a second time, 0 after 1"),
     ],
 )
 def test_bad_qrels_name_the_line(content: str, message: str, output: Path, tmp_path: Path) -> None:

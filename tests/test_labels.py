@@ -456,7 +456,7 @@ def other_scores(place: Path, change: Callable[[Row], Row | None], rows: list[Ro
 
 def test_teachers_that_disagree_are_averaged_and_the_most_doubtful_documents_cut(output: Path, tmp_path: Path) -> None:
     reordered = sorted(corpus_rows(), key=lambda row: (int(row["query_id"][1:]) % 5, row["query_id"]))
-    other = other_scores(tmp_path / "other", lambda row: {**row, "text": row["text"] + "!"}, reordered, tmp_path)
+    other = other_scores(tmp_path / "other", lambda row: {**row, "query": row["query"] + "!"}, reordered, tmp_path)
     given = {"teachers": {"outputs": str(other), "max_disagreement": 1.0}, "negatives": {"ranks": (1, None)}}
     done = exported(output, tmp_path / "x", **given)
     scores = [
@@ -487,7 +487,7 @@ def test_candidates_that_a_teacher_lacks_are_counted_and_limited(output: Path, t
     rows.sort(key=lambda row: int(row["query_id"][1:]))
     lacks = other_scores(tmp_path / "o", lambda row: None if row["doc_id"] == "d7" else row, rows, tmp_path)
     missing = sum(row["doc_id"] == "d7" for row in corpus_rows())
-    with pytest.raises(InputError, match=rf"{missing} of 300 candidates .* \(1 of theirs"):
+    with pytest.raises(InputError, match=rf"{missing} of 300 scored candidates .* \(1 of theirs"):
         exported(output, tmp_path / "x", teachers={"outputs": str(lacks)})
     done = exported(output, tmp_path / "x", teachers={"outputs": [str(lacks)], "max_missing": 0.1})
     assert done.counts["dropped: a teacher has no score"] == missing

@@ -1,6 +1,7 @@
 """What becomes a label: positives, fair negatives, and what is dropped, from arrays."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,23 @@ def test_a_negative_with_the_text_of_a_positive_is_dropped() -> None:
     choice = choose(rows, labels())
     assert choice.reason.tolist() == [0, SAME_TEXT, 0, 0, 0, 0]
     assert negatives(choice) == [2, *sorted(negatives(choice)[1:], key=lambda row: negatives(choice).index(row))]
+
+
+def test_a_margin_is_of_log_odds_where_scores_are_longer() -> None:
+    """zerank's relevance is sigmoid(score / 5): 10 and 7.9 are 0.42 of log-odds apart."""
+    rows = replace(scored([[10.0, 7.9, -0.1]]), odds=5.0)
+    choice = choose(
+        rows, labels(false_negatives={"margin": 2.0}, negatives={"ranks": (1, None), "per_query": 1, "least": 1})
+    )
+    assert choice.reason.tolist() == [0, FALSE_NEGATIVE, 0]
+
+
+def test_positives_have_each_text_once() -> None:
+    rows = scored([[5.0, 4.0, 3.0, 2.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    rows.text[:] = [7, 7, 8, 9, 10, 7, 8, 7, 9, 10]  # type: ignore[index]
+    choice = choose(rows, labels(positives={"per_query": 2}))
+    assert np.flatnonzero(choice.role == POSITIVE).tolist() == [0, 2, 5, 6]
+    assert choice.reason.tolist() == [0, SAME_TEXT, 0, 0, 0, 0, 0, SAME_TEXT, 0, 0]
 
 
 @pytest.mark.parametrize("second", [2.0, math.nan])

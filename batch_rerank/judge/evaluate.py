@@ -39,6 +39,9 @@ Values = dict[str, dict[str, float]]
 Seen = dict[str, Values]
 """Of the run `before` or `after`, or of both."""
 
+MOST_GRADE = 2**31 - 1
+"""Of a judgement, either way."""
+
 CALLS = 1000
 """Pieces of a large output at most: each is sent the qrels."""
 
@@ -229,9 +232,16 @@ def read_qrels(path: str, options: Options | None = None) -> Qrels:
             query_id, document, value = fields if beir else (fields[0], fields[2], fields[3])
             if not beir and len(fields) != 4:
                 raise ValueError
-            qrels.setdefault(query_id, {})[document] = int(value)
+            grade, known = int(value), qrels.setdefault(query_id, {})
+            if abs(grade) > MOST_GRADE:
+                raise ValueError
+            if known.setdefault(document, grade) != grade:
+                raise InputError(
+                    f"{path}: line {number}: judges document {document!r} of query {query_id!r} a second time, "
+                    f"{grade} after {known[document]}; expected one judgement; drop one"
+                )
         except (ValueError, IndexError):
-            expected = "query-id, corpus-id, score with tabs" if beir else "qid 0 docid relevance"
+            expected = "query-id, corpus-id, score with tabs" if beir else "qid 0 docid relevance, a whole number"
             raise InputError(f"{path}: line {number}: found {line[:80]!r}, expected {expected}") from None
     if not qrels:
         raise InputError(f"{path}: no judgements; expected TREC qrels (qid 0 docid rel) or a BEIR TSV with a header")

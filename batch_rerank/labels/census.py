@@ -26,12 +26,13 @@ Threshold = tuple[str, float]
 
 @dataclass
 class Census:
-    """Sums over parts. spreads: float32[n_queries with scores]; dropped and short: of each threshold, negatives that it
-    would drop and queries that would have too few; pool: negatives without any threshold; saturated: None where
-    scores have no probabilities."""
+    """Sums over parts. spreads: float32[n_queries with scores], probable: the same of probabilities; dropped and short:
+    of each threshold, negatives that it would drop and queries that would have too few; pool: negatives without any
+    threshold; saturated: None where scores have no probabilities."""
 
     counts: Counter[str] = field(default_factory=Counter)
     spreads: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    probable: list[npt.NDArray[np.float32]] = field(default_factory=list)
     saturated: int | None = None
     dropped: Counter[Threshold] = field(default_factory=Counter)
     short: Counter[Threshold] = field(default_factory=Counter)
@@ -40,6 +41,7 @@ class Census:
         """Count another part."""
         self.counts.update(other.counts)
         self.spreads += other.spreads
+        self.probable += other.probable
         if other.saturated is not None:
             self.saturated = (self.saturated or 0) + other.saturated
         self.dropped.update(other.dropped)
@@ -50,6 +52,12 @@ class Census:
         """Over all queries."""
         spreads = np.concatenate([np.empty(0, np.float32), *self.spreads])
         return spread_of(spreads, self.saturated, self.counts["scored"])
+
+    def temperature(self, scale: str) -> float:
+        """Advised for labels of a scale: by how far those of a query lie apart, which with min-max is 1."""
+        if scale != "probability":
+            return self.spread.temperature if scale == "logit" else 1.0
+        return spread_of(np.concatenate([np.empty(0, np.float32), *self.probable]), None, 0).temperature
 
     @property
     def thresholds(self) -> list[dict[str, float | str]]:
@@ -86,6 +94,9 @@ def _count(found: Census, rows: UnitRows, choice: Choice, labels: Labels, model:
     found.spreads.append((choice.high - choice.low)[with_scores].astype(np.float32))
     if scored.probability is not None:
         found.saturated = (found.saturated or 0) + saturated_count(scored.probability[usable])
+        low, high = (probabilities(one[with_scores], model) for one in (choice.low, choice.high))
+        assert low is not None and high is not None, "the scores have probabilities"
+        found.probable.append((high - low).astype(np.float32))
     good = np.isfinite(choice.positive) & (choice.low < choice.high)
     pool = choice.pool & good[scored.query]
     found.counts["pool"] += int(pool.sum())
@@ -94,7 +105,7 @@ def _count(found: Census, rows: UnitRows, choice: Choice, labels: Labels, model:
     believed = scored.grade[pool] >= 0
     tried: list[tuple[Threshold, npt.NDArray[np.bool_]]] = []
     for margin in margins_of(labels, scored.probability is not None):
-        tried.append((("margin", margin), score > (choice.positive - margin)[query]))
+        tried.append((("margin", margin), score > (choice.positive - margin * scored.odds)[query]))
     if scored.probability is not None:
         positive = probabilities(choice.positive, model)
         assert positive is not None, "the scores have probabilities"

@@ -45,7 +45,8 @@ class Scored:
     """Rows of whole queries. query int64[n], which query each is of, rising from 0; score float64[n], NaN where there
     is none; probability float64[n], or None where the scores have no such map; rank int64[n] of the teacher's order
     from 1; grade int64[n], -1 where not judged; reason int8[n], why a row is no candidate, else 0; text int64[n], equal
-    where texts are, or None where they are not known; draws uint64[n_queries, 2]."""
+    where texts are, or None where they are not known; draws uint64[n_queries, 2]; odds: what a score is longer by than
+    log-odds."""
 
     query: Int64
     score: Float64
@@ -55,6 +56,7 @@ class Scored:
     reason: Int8
     text: Int64 | None
     draws: UInt64
+    odds: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def choose(rows: Scored, labels: Labels) -> Choice:
     usable = rows.reason == 0
     low, high = _extremes(rows, usable, queries)
     reason = rows.reason.copy()
-    positive = _positives(rows, labels, usable, order)
+    positive, again = _positives(rows, labels, usable, order)
+    reason[again] = SAME_TEXT
     judged = rows.grade >= labels.positives.least
     least, share = _of_positives(rows, positive, queries)
     first, last = labels.negatives.ranks
@@ -129,7 +132,7 @@ def too_good(rows: Scored, labels: Labels, least: Float64, share: Float64 | None
     limits, suspect = labels.false_negatives, np.zeros(len(rows.query), np.bool_)
     with np.errstate(invalid="ignore"):
         if limits.margin is not None:
-            suspect = rows.score > (least - limits.margin)[rows.query]
+            suspect = rows.score > (least - limits.margin * rows.odds)[rows.query]
         if limits.share is not None:
             assert rows.probability is not None and share is not None, "checked before anything is read"
             suspect = rows.probability > (limits.share * share)[rows.query]
@@ -143,8 +146,9 @@ def _extremes(rows: Scored, usable: Bool, queries: int) -> tuple[Float64, Float6
     return low, high
 
 
-def _positives(rows: Scored, labels: Labels, usable: Bool, order: Int64) -> Bool:
-    """The first `per_query` of each query: judged ones, then the teacher's best above the floor."""
+def _positives(rows: Scored, labels: Labels, usable: Bool, order: Int64) -> tuple[Bool, Bool]:
+    """The first `per_query` of each query: judged ones, then the teacher's best above the floor; and those that have
+    the text of an earlier one."""
     given, source = labels.positives, labels.positives.source
     none = np.zeros(len(rows.query), np.bool_)
     judged = usable & (rows.grade >= given.least) if source != "teacher" else none
@@ -154,11 +158,16 @@ def _positives(rows: Scored, labels: Labels, usable: Bool, order: Int64) -> Bool
         with np.errstate(invalid="ignore"):
             # of those that are judged to be irrelevant none is taken on the teacher's word
             own = usable & ~judged & (rows.score >= floor) & ~((rows.grade >= 0) & (source == "both"))
-    found = none.copy()
+    found, again = none.copy(), none.copy()
     listed = order[(judged | own)[order]]
     listed = listed[np.lexsort((rows.rank[listed], own[listed], rows.query[listed]))]
+    if rows.text is not None:
+        _, first = np.unique(_text_keys(rows, rows.text)[listed], return_index=True)
+        twice = np.delete(np.arange(len(listed)), first)
+        again[listed[twice]] = True
+        listed = np.delete(listed, twice)
     found[listed[_within_query(rows.query[listed]) < given.per_query]] = True
-    return found
+    return found, again
 
 
 def _of_positives(rows: Scored, positive: Bool, queries: int) -> tuple[Float64, Float64 | None]:
@@ -175,8 +184,13 @@ def _texts_of(rows: Scored, good: Bool) -> Bool:
     """bool[n]: rows with the text of a positive or of a relevant document of their query, be it chosen, scored or
     not."""
     assert rows.text is not None
-    keys = rows.query * (int(rows.text.max(initial=0)) + 2) + rows.text
+    keys = _text_keys(rows, rows.text)
     return np.isin(keys, keys[good])
+
+
+def _text_keys(rows: Scored, text: Int64) -> Int64:
+    """int64[n], equal where a query's texts are."""
+    return np.asarray(rows.query * (int(text.max(initial=0)) + 2) + text, np.int64)
 
 
 def _within_query(query: Int64) -> Int64:

@@ -28,6 +28,7 @@ from batch_rerank.labels.records import (
     LabelPlan,
     LabelReceipt,
     documents_receipt,
+    part_receipt,
 )
 from batch_rerank.labels.scores import unit_ids
 from batch_rerank.labels.targets import to_bytes
@@ -73,7 +74,7 @@ def dry_run(place: Place, labels: Labels, each: Each) -> Looked:
     """What would be chosen and dropped, from scores that exist. Writes nothing. Raises as `export`, but for limits."""
     prepared = prepare(place, labels, each)
     census = _census(prepared, by_size(prepared.output, each))
-    return Looked(_counts(census), about(prepared) | _told(census))
+    return Looked(_counts(census), about(prepared) | _told(census, prepared.scale))
 
 
 def export(place: Place, labels: Labels, each: Each) -> Exported:
@@ -88,6 +89,7 @@ def export(place: Place, labels: Labels, each: Each) -> Exported:
     root = locate(labels.path, labels.storage_options)
     plan = _standing(root, prepared)
     if plan is not None:
+        _refuse_missing(prepared, plan.about["counts"])
         _refuse_left_out(prepared, plan.about["counts"])
         mark = read_mark(root)
         if mark is not None and _is_whole(mark, plan, _list(root)):
@@ -99,7 +101,7 @@ def export(place: Place, labels: Labels, each: Each) -> Exported:
         _refuse_left_out(prepared, counts)
         chosen = counts["positives"] + counts["negatives"]
         buckets = -(-chosen // BUCKET_ROWS) if labels.form[1] == "tables" else 0
-        told = about(prepared) | _told(census) | {"counts": counts}
+        told = about(prepared) | _told(census, prepared.scale) | {"counts": counts}
         plan = LabelPlan(prepared.fingerprint, prepared.fields, prepared.parts, buckets, told)
     with hold(root, prepared.output.config.cluster.lease_seconds) as lease:
         plan = _begin(root, plan, prepared)
@@ -123,24 +125,25 @@ def _counts(census: Census) -> dict[str, int]:
     return dict(sorted(census.counts.items()))
 
 
-def _told(census: Census) -> dict[str, Any]:
+def _told(census: Census, scale: str) -> dict[str, Any]:
     spread = census.spread
     return {
         "spread": spread.percentiles,
         "saturated": spread.saturated,
-        "temperature": spread.temperature,
+        "temperature": census.temperature(scale),
         "thresholds": census.thresholds,
     }
 
 
 def _refuse_missing(prepared: Prepared, counts: Mapping[str, int]) -> None:
     teachers, missing = prepared.labels.teachers, counts.get("teachers_missing", 0)
-    scored = missing + counts.get("scored", 0)
+    scored = counts.get("teachers_wanted", 0)
     if teachers is not None and missing > teachers.max_missing * scored:
         raise InputError(
-            f"labels.teachers: {missing:,} of {scored:,} candidates of {prepared.output.manifest.root} have no score "
-            f"of another teacher ({counts.get('teachers_extra', 0):,} of theirs are no candidates here); expected "
-            "outputs over the same candidates; set labels.teachers.max_missing to leave out a share of them"
+            f"labels.teachers: {missing:,} of {scored:,} scored candidates of {prepared.output.manifest.root} have no "
+            f"score of another teacher, or one of another text ({counts.get('teachers_extra', 0):,} of theirs are no "
+            "candidates here); expected outputs over the same candidates; set labels.teachers.max_missing to leave out "
+            "a share of them"
         )
 
 
@@ -258,11 +261,25 @@ def _finish(root: Location, plan: LabelPlan, prepared: Prepared, lease: Lease, e
     counts = Counter[str]()
     for receipt in parts:
         counts.update(receipt.counts)
-    _refuse_left_out(prepared, counts)  # texts may have ruled out more
+    try:
+        _refuse_left_out(prepared, counts)
+    except InputError as error:  # texts have ruled out more than scores alone
+        _discard(root, parts)
+        raise InputError(
+            f"{error}\nempty and repeated texts count here, which --dry-run does not read; what was written is removed"
+        ) from None
     documents = _documents(root, plan, order, parts, lease, each)
     files = [one for receipt in (*parts, *documents) for one in receipt.files if not one.name.startswith("_work/")]
     counts["documents"] = sum(one.rows for receipt in documents for one in receipt.files)
     return _mark(root, plan, dict(sorted(counts.items())), files, lease)
+
+
+def _discard(root: Location, parts: list[LabelReceipt]) -> None:
+    """Take parts away again, receipts first: a reader takes whatever lies in its folder."""
+    files = _list(root)
+    names = [part_receipt(one.part) for one in parts] + [file.name for one in parts for file in one.files]
+    for name in names:
+        Manifest(root).remove_seen(name, files)
 
 
 def _receipts(root: Location, plan: LabelPlan, folder: str) -> dict[int, LabelReceipt]:

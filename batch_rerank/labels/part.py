@@ -24,7 +24,15 @@ from batch_rerank.labels.records import LabelFile, LabelReceipt, part_receipt
 from batch_rerank.labels.rows import Qrels, UnitRows, Work, unit_rows
 from batch_rerank.labels.scale import scaled
 from batch_rerank.labels.targets import files_of
-from batch_rerank.labels.texts import at_rows, held_out, input_rows, instruction_of, taken, with_texts
+from batch_rerank.labels.texts import (
+    at_rows,
+    held_out,
+    input_rows,
+    instruction_of,
+    refuse_other_texts,
+    taken,
+    with_texts,
+)
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import check_epoch
 from batch_rerank.store.manifest import sha256
@@ -67,9 +75,11 @@ def _choose(work: Work, order: Order, qrels: Qrels) -> tuple[pa.Table, pa.Table,
     given = input_rows(work.source)
     for rows in unit_rows(work, order.labels, order.model, qrels):
         table = next(table for unit, table in given if unit.id == rows.unit.id)
-        at = at_rows(rows, table, work.source.shards[rows.unit.shard].url)
+        where = work.source.shards[rows.unit.shard].url
+        at = at_rows(rows, table, where)
         rows = with_texts(rows, table, at)
         choice = choose(rows.scored, order.labels)
+        refuse_other_texts(rows, choice, table, at, order.model, where)
         counts.update(rows.counts)
         counts.update(counts_of(choice))
         instruction = instruction_of(work.source.config)

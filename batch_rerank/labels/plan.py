@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,8 @@ from batch_rerank.store.filesystem import Location, Options, has_magic, input_er
 from batch_rerank.store.latest import real_path
 from batch_rerank.store.manifest import fingerprint
 
+log = logging.getLogger("batch_rerank")
+
 LABELS_VERSION = 1
 """Raised when the same settings would give other labels of the same scores."""
 
@@ -32,9 +35,14 @@ CHOSEN_ROWS = 50_000
 
 
 WRITTEN = tuple(
-    f"{folder}/part-00000.{ending}" for folder in ("train", "queries", "documents") for ending in ("parquet", "jsonl")
+    f"{folder}/part-00000.{ending}"
+    for folder in ("train", "heldout", "queries", "documents", "_labels", "_dropped")
+    for ending in ("parquet", "jsonl", "run", "qrels")
 )
 """One of each kind of file that readers of labels see."""
+
+TAUGHT_PAIRS = 500_000
+"""Of a part with several teachers, whose scores are brought together by their ids: some 550 bytes a pair."""
 
 SMALL_PAIRS = 500_000
 """Scored pairs that are exported in this process: Ray would take longer to start."""
@@ -77,7 +85,15 @@ def prepare(place: Place, labels: Labels, each: Each) -> Prepared:
     output = open_scores(place, None if labels.teachers else last)
     root = locate(labels.path, labels.storage_options)
     _refuse_inside(output.manifest.root, root, "exported output")
-    _refuse_among(output.config, root)
+    for job in (output.config, *([place.job] if place.job else [])):  # a staged output's own names its stage alone
+        _refuse_among(job, root)
+    if output.cut is not None and labels.positives.source != "teacher":
+        log.warning(
+            "%s has the %d best candidates of each query and no others: what is judged to be relevant below them is "
+            "counted as judged_absent; a job with output.keep_scores: true keeps every score",
+            output.manifest.root,
+            output.cut,
+        )
     others: list[Opened] = []
     for path in labels.teachers.places if labels.teachers else ():
         other = open_scores(Place(path, place.options), None)
@@ -159,12 +175,18 @@ def _fields(labels: Labels, output: Opened, others: list[Opened], scale: str, ju
     return {
         "labels_version": LABELS_VERSION,
         "output": output.plan.fingerprint,
+        "scores": [_digest(one) for one in (output, *others)],  # the same job may have been scored again
         "publication": publication,
         "to": target,
         "layout": layout,
         "scale": scale,
         **told,
     }
+
+
+def _digest(output: Opened) -> str:
+    scored = sorted((receipt.unit, receipt.sha256) for receipt in output.found.committed)
+    return fingerprint({"units": scored})
 
 
 def about(prepared: Prepared) -> dict[str, Any]:
@@ -187,21 +209,23 @@ def about(prepared: Prepared) -> dict[str, Any]:
 
 def cut(output: Opened, labels: Labels) -> list[tuple[int, int]]:
     """Units in parts: first and last. A part ends where what is chosen of it has about `file_bytes` in the input's
-    compression, or CHOSEN_ROWS rows; or with a shard, once it has half of that."""
+    compression, or CHOSEN_ROWS rows, or, with several teachers, TAUGHT_PAIRS pairs; or with a shard, once it has half
+    of that."""
     units, shards = output.plan.units, output.plan.shards
     wanted = labels.positives.per_query + labels.negatives.per_query
     parts: list[tuple[int, int]] = []
-    first, size, rows = 0, 0.0, 0.0
+    first, size, rows, pairs = 0, 0.0, 0.0, 0
     for index, unit in enumerate(units):
         shard = shards[unit.shard]
         chosen = min(unit.pairs, unit.queries * wanted)
         rows += chosen
+        pairs += unit.pairs if labels.teachers else 0
         size += shard.file.size * (unit.stop - unit.start) / max(1, shard.rows) * chosen / max(1, unit.pairs)
-        full = max(size / labels.file_bytes, rows / CHOSEN_ROWS)
+        full = max(size / labels.file_bytes, rows / CHOSEN_ROWS, pairs / TAUGHT_PAIRS)
         ends = index == len(units) - 1 or units[index + 1].shard != unit.shard
         if full >= 1 or (ends and full >= 0.5) or index == len(units) - 1:
             parts.append((first, index))
-            first, size, rows = index + 1, 0.0, 0.0
+            first, size, rows, pairs = index + 1, 0.0, 0.0, 0
     return parts
 
 

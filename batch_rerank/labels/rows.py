@@ -62,13 +62,12 @@ def unit_rows(work: Work, labels: Labels, model: ModelSpec, qrels: Qrels) -> Ite
     index = rows["query_index"].to_numpy()
     changes = (np.diff(index, prepend=-1) != 0) | (np.diff(unit_of, prepend=-1) != 0)
     found = combine(rows, np.cumsum(changes) - 1, work.others, labels.teachers)
-    start = 0
+    start, extra = 0, found.extra
     for (unit, table), size in zip(read, sizes, strict=True):
         here = slice(start, start + size)
         mine = Combined(found.score[here], found.disagreement[here], found.lacking[here], 0)
         made = _unit(unit, table, mine.score, mine, labels, model, qrels)
-        if start == 0:
-            made.counts["teachers_extra"] += found.extra
+        made.counts["teachers_extra"], extra = extra, 0  # of the whole part, so once
         yield made
         start += size
 
@@ -95,6 +94,7 @@ def _unit(
         if limit is not None:
             reason[(reason == 0) & (combined.disagreement > limit)] = DISAGREE
         counts["teachers_missing"] = int(combined.lacking.sum())
+        counts["teachers_wanted"] = int((~np.isnan(table["score"].to_numpy())).sum())
     grade, absent = _grades(table["doc_id"].combine_chunks(), ids, starts, lengths, qrels, labels.positives.least)
     counts["judged_absent"] = absent
     counts["judged_queries"] = sum(name in qrels for name in ids)
@@ -107,6 +107,7 @@ def _unit(
         reason=reason,
         text=None,
         draws=draws_of(ids, labels.seed),
+        odds=model.relevance_scale if combined is None and model.relevance != "none" else 1.0,
     )
     return UnitRows(unit, table, ids, scored, None if combined is None else combined.disagreement, counts)
 

@@ -1,7 +1,7 @@
 """The scores of an output, unit by unit, from wherever they are: its score files, or what was published of them.
 
-Rows of a unit: `query_index int32` (which query of the unit), `query_id`, `doc_id`, `first_stage_rank int32` and
-`score float64`, NaN where there is none.
+Rows of a unit: `query_index int32` (which query of the unit), `query_id`, `doc_id`, `first_stage_rank int32`, `score
+float64`, NaN where there is none, and `query_hash` and `text_hash` of what was scored, null where it is not known.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +19,21 @@ from batch_rerank.input.layouts import run_starts
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.publish.output import Place as OutputPlace
 from batch_rerank.publish.output import config_of, model_of, open_output
-from batch_rerank.publish.read_parts import read_part
+from batch_rerank.publish.read_parts import read_checked_part
 from batch_rerank.publish.score_files import Place, ScoreFiles
+from batch_rerank.schema import QUERY_HASH, TEXT_HASH
 from batch_rerank.store.filesystem import Options, locate
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Shard, Unit
 from batch_rerank.store.scan import Scan, scan
 
-COLUMNS = ("query_index", "query_id", "doc_id", "first_stage_rank", "score")
+COLUMNS = ["query_index", "query_id", "doc_id", "first_stage_rank"]
 
 
 @dataclass(frozen=True)
 class Source:
     """Some units of an output, and where their scores are. places and checksums: as of ScoreFiles; parts: of the output
-    that have them where no score files do; shards: those of the units."""
+    that have them where no score files do, with their sha256; shards: those of the units."""
 
     path: str
     options: Options
@@ -41,7 +42,7 @@ class Source:
     shards: Mapping[int, Shard]
     places: Mapping[str, Place]
     checksums: Mapping[str, str]
-    parts: Sequence[int] = ()
+    parts: Mapping[int, str] = field(default_factory=dict)
     publication: str = ""
 
 
@@ -77,9 +78,11 @@ class Opened:
         publication = self.found.publication
         assert publication is not None, "seen when it was opened"
         at = [index for index, unit in enumerate(self.plan.units) if unit.id in names]
-        parts = [
-            number for number, (first, last) in enumerate(publication.parts) if at and first <= at[-1] and last >= at[0]
-        ]
+        parts = {
+            number: self.found.parts[number].sha256
+            for number, (first, last) in enumerate(publication.parts)
+            if at and first <= at[-1] and last >= at[0]
+        }
         return replace(made, parts=parts, publication=publication.id)
 
 
@@ -125,7 +128,7 @@ def read_scores(source: Source) -> Iterator[tuple[Unit, pa.Table]]:
     if source.parts:
         yield from _published(manifest, source)
         return
-    for unit, rows in ScoreFiles(manifest, source.places, source.checksums).read(source.units):
+    for unit, rows in ScoreFiles(manifest, source.places, source.checksums).read(source.units, hashed=True):
         if len(rows) != unit.pairs:
             raise StorageError(
                 f"{manifest.root}: the scores of unit {unit.id} have {len(rows):,} rows, the plan {unit.pairs:,}; "
@@ -136,16 +139,19 @@ def read_scores(source: Source) -> Iterator[tuple[Unit, pa.Table]]:
 
 def _plain(rows: pa.Table) -> pa.Table:
     score = pc.fill_null(pc.cast(rows["score"], pa.float64()), float("nan"))
-    return rows.select(COLUMNS[:-1]).append_column("score", score).combine_chunks()
+    plain = rows.select(COLUMNS).append_column("score", score)
+    for name in (QUERY_HASH, TEXT_HASH):
+        there = name in rows.column_names
+        plain = plain.append_column(name, rows[name] if there else pa.nulls(len(rows), pa.uint64()))
+    return plain.combine_chunks()
 
 
 def _published(manifest: Manifest, source: Source) -> Iterator[tuple[Unit, pa.Table]]:
     """The published rows of each unit, found by the ids of its queries."""
     wanted = ["query_id", "doc_id", "first_stage_rank", "score"]
     tables = []
-    for number in source.parts:
-        location = manifest.part(number)
-        tables += list(read_part(location, wanted))
+    for number, checksum in source.parts.items():
+        tables += list(read_checked_part(manifest.part(number), checksum, wanted))
     rows = pa.concat_tables(tables).combine_chunks() if tables else None
     starts = run_starts(rows["query_id"].combine_chunks()) if rows is not None else np.empty(0, np.int64)
     names = [] if rows is None else rows["query_id"].take(pa.array(starts)).to_pylist()

@@ -18,6 +18,7 @@ from batch_rerank.calls import Each
 from batch_rerank.label_settings import Teachers
 from batch_rerank.labels.choose import Float64, Int64
 from batch_rerank.labels.scores import Opened, Source, read_scores
+from batch_rerank.schema import TEXT_HASH
 
 UNITS_AT_ONCE = 64
 """Whose queries one task reads."""
@@ -73,7 +74,8 @@ def query_hash(query_id: str) -> bytes:
 @dataclass(frozen=True)
 class Combined:
     """score float64[n], NaN where a teacher has none; disagreement float64[n]; lacking bool[n]: rows that only other
-    teachers lack; extra: rows of theirs, of the same queries, that the exported output does not have."""
+    teachers lack, or have with another text; extra: rows of theirs, of the same queries, that the exported output does
+    not have."""
 
     score: Float64
     disagreement: Float64
@@ -110,16 +112,19 @@ def combine(rows: pa.Table, query: Int64, others: Sequence[Source], settings: Te
 
 
 def _aligned(rows: pa.Table, ids: pa.Array, source: Source) -> tuple[Float64, int]:
-    """A teacher's scores at the rows, NaN where it has none; and how many of its rows of these queries are no rows."""
+    """A teacher's scores at the rows, NaN where it has none or scored another text; and how many of its rows of these
+    queries are no rows."""
     pieces = [table.filter(pc.is_in(table["query_id"], ids)) for _, table in read_scores(source)]
-    wanted = pa.table({"query_id": rows["query_id"], "doc_id": rows["doc_id"], "row": np.arange(len(rows))})
+    wanted = rows.select(["query_id", "doc_id"]).append_column("row", pa.array(np.arange(len(rows))))
+    wanted = wanted.append_column("wanted_hash", rows[TEXT_HASH])
     score = np.full(len(rows), np.nan)
     if not pieces:
         return score, 0
-    theirs = pa.concat_tables(pieces).select(["query_id", "doc_id", "score"])
+    theirs = pa.concat_tables(pieces).select(["query_id", "doc_id", "score", TEXT_HASH])
     joined = theirs.join(wanted, keys=["query_id", "doc_id"], join_type="left outer")
     matched = joined.filter(pc.is_valid(joined["row"]))
-    score[matched["row"].to_numpy()] = matched["score"].to_numpy()
+    other = pc.fill_null(pc.not_equal(matched[TEXT_HASH], matched["wanted_hash"]), False).to_numpy()
+    score[matched["row"].to_numpy()] = np.where(other, np.nan, matched["score"].to_numpy())
     return score, len(joined) - len(matched)
 
 

@@ -4,16 +4,21 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_rerank.calls import ahead
 from batch_rerank.errors import StorageError, lines_of
 from batch_rerank.schema import QUERY_HASH, TEXT_HASH
+from batch_rerank.store.kept import PAIR, QUERY, from_bytes, pairs_name, queries_name
 from batch_rerank.store.manifest import Manifest, sha256
 from batch_rerank.store.names import work_name
 from batch_rerank.store.plans import Unit
 
+UInt64 = npt.NDArray[np.uint64]
 Place = tuple[str, int]
 """A file below `_scores/`, and a row group of it."""
 
@@ -24,17 +29,18 @@ class ScoreFiles:
     def __init__(self, manifest: Manifest, places: Mapping[str, Place], checksums: Mapping[str, str]) -> None:
         self._manifest, self._places, self._checksums = manifest, places, checksums
         self._opened: tuple[str, pq.ParquetFile] | None = None
+        self._hashes: tuple[UInt64, UInt64] | None = None
 
-    def read(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        """Units with their rows, without the hashes; some are held at a time. Raises StorageError where a file is not
-        what its receipt says."""
+    def read(self, units: Iterable[Unit], hashed: bool = False) -> Iterator[tuple[Unit, pa.Table]]:
+        """Units with their rows, without the hashes unless `hashed`, and there are any; some are held at a time. Raises
+        StorageError where a file is not what its receipt says."""
         units = list(units)
         alone = ahead(partial(self._alone, unit.id) for unit in units if unit.id not in self._places)
         for unit in units:
             place = self._places.get(unit.id)
             location = self._manifest.root / (work_name(unit.id) if place is None else place[0])
             try:
-                rows = self._gathered(place) if place else _rows(next(alone))
+                rows = self._gathered(place, hashed) if place else _rows(next(alone), hashed)
             except (pa.ArrowException, OSError) as error:
                 reason = lines_of(error)[0]
                 raise StorageError(
@@ -47,14 +53,40 @@ class ScoreFiles:
         name = work_name(unit_id)
         return _checked(self._manifest, name, self._manifest.read(name), self._checksums[unit_id])
 
-    def _gathered(self, place: Place) -> pa.Table:
+    def _gathered(self, place: Place, hashed: bool) -> pa.Table:
         name, group = place
         if self._opened is None or self._opened[0] != name:
             receipt = self._manifest.read_scores_receipt(name)
             data = _checked(self._manifest, name, self._manifest.read(name), receipt.sha256 if receipt else None)
             self._opened = (name, pq.ParquetFile(io.BytesIO(data)))
+            self._hashes = None
         file = self._opened[1]
-        return file.read_row_group(group, columns=_columns(file))
+        rows = file.read_row_group(group, columns=_columns(file))
+        if hashed and self._hashes is None:
+            self._hashes = self._kept(name)
+        if not hashed or self._hashes is None:
+            return rows
+        scored = pc.is_valid(rows["score"]).to_numpy()
+        first = sum(_scored(file, before) for before in range(group))
+        for column, hashes in zip((QUERY_HASH, TEXT_HASH), self._hashes, strict=True):
+            full = np.zeros(len(rows), np.uint64)
+            full[scored] = hashes[first : first + int(scored.sum())]
+            rows = rows.append_column(column, pa.array(full, mask=~scored))
+        return rows
+
+    def _kept(self, name: str) -> tuple[UInt64, UInt64] | None:
+        """uint64[n] each, the hashes of the queries and of the texts of a file's scored pairs, in its order; None where
+        the file has none beside it."""
+        receipt = self._manifest.read_scores_receipt(name)
+        if receipt is None or not receipt.queries_sha256:
+            return None
+        told, places = (receipt.queries_sha256, receipt.pairs_sha256), (queries_name(name), pairs_name(name))
+        queries, pairs = (
+            from_bytes(_checked(self._manifest, one, self._manifest.read(one), checksum), kind)
+            for one, checksum, kind in zip(places, told, (QUERY, PAIR), strict=True)
+        )
+        queries = queries[np.argsort(queries["first"])]
+        return np.repeat(queries["query_hash"], queries["pairs"]), pairs["text_hash"]
 
 
 def _checked(manifest: Manifest, name: str, data: bytes, checksum: str | None) -> bytes:
@@ -65,9 +97,17 @@ def _checked(manifest: Manifest, name: str, data: bytes, checksum: str | None) -
     return data
 
 
-def _rows(data: bytes) -> pa.Table:
+def _rows(data: bytes, hashed: bool) -> pa.Table:
     file = pq.ParquetFile(io.BytesIO(data))
-    return file.read(columns=_columns(file))
+    return file.read(columns=None if hashed else _columns(file))
+
+
+def _scored(file: pq.ParquetFile, group: int) -> int:
+    """Pairs of a row group that have a score."""
+    told = file.metadata.row_group(group).column(file.schema_arrow.names.index("score")).statistics
+    if told is None or not told.has_null_count:  # not as we write it
+        return int(pc.sum(pc.is_valid(file.read_row_group(group, columns=["score"])["score"])).as_py() or 0)
+    return int(told.num_values)
 
 
 def _columns(file: pq.ParquetFile) -> list[str]:

@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby, pairwise
 from typing import Any
@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.engine.encoded import Group
+from batch_rerank.input.hashes import first_text, query_hashes, text_hashes
 from batch_rerank.input.shards import twice_read
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.schema import NULL_QUERY, NULL_TEXT, QUERY_HASH, TEXT_HASH
-from batch_rerank.score.hashes import query_hashes, text_hashes
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.plans import Plan, Shard, Unit
 
@@ -110,7 +110,8 @@ def prepare(unit: Unit, rows: pa.Table, takes_instruction: bool, include_text: b
         rows = rows.set_column(rows.column_names.index("text"), "text", rows["text"].cast(pa.large_string()))
     kept = rows.drop_columns(["query", "instruction"] if include_text else ["query", "instruction", "text"])
     scored = pc.is_null(error).to_numpy()
-    of_query = np.repeat(query_hashes(groups), [len(group.documents) for group in groups])
+    asked = query_hashes([(group.query, group.instruction) for group in groups])
+    of_query = np.repeat(asked, [len(group.documents) for group in groups])
     for name, hashes in ((QUERY_HASH, of_query), (TEXT_HASH, text_hashes(good["text"]))):
         kept = kept.append_column(name, spread(hashes, scored, pa.uint64()))
     return ReadUnit(unit, kept.append_column("error", error), groups, empty)
@@ -130,7 +131,7 @@ def _groups(rows: pa.Table, takes_instruction: bool) -> list[Group]:
     instructions = rows["instruction"]
     groups = []
     for start, stop in pairwise([*starts, len(texts)]):
-        instruction = _first_text(instructions.slice(start, stop - start)) if takes_instruction else None
+        instruction = first_text(instructions.slice(start, stop - start)) if takes_instruction else None
         groups.append(Group(queries[start].as_py(), texts[start:stop], instruction))
     return groups
 
@@ -142,9 +143,3 @@ def _texts(column: pa.ChunkedArray) -> list[str]:
         values = chunk.dictionary.to_pylist()
         texts += [values[one] for one in chunk.indices.to_pylist()]
     return texts
-
-
-def _first_text(values: pa.ChunkedArray) -> str | None:
-    """The query's instruction: flat rows carry it on every row, some of them null."""
-    present: Sequence[str] = values.drop_null().slice(0, 1).to_pylist()
-    return present[0] if present else None

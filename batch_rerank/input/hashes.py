@@ -11,14 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batch_rerank.engine.encoded import Group
-
 UInt64 = npt.NDArray[np.uint64]
 
 
-def query_hashes(groups: Iterable[Group]) -> UInt64:
-    """uint64[n_groups]."""
-    return _hashes([_query_bytes(group.query, group.instruction) for group in groups])
+def query_hashes(queries: Iterable[tuple[str, str | None]]) -> UInt64:
+    """uint64[n] of queries, each with its own instruction."""
+    return _hashes([_query_bytes(query, instruction) for query, instruction in queries])
+
+
+def first_text(values: pa.ChunkedArray) -> str | None:
+    """A query's instruction: flat rows carry it on every row, some of them null."""
+    present: Sequence[str] = values.drop_null().slice(0, 1).to_pylist()
+    return present[0] if present else None
 
 
 def text_hashes(texts: pa.ChunkedArray) -> UInt64:
