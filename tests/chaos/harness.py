@@ -37,6 +37,11 @@ class Violation(AssertionError):
     """Something that no disturbance may lead to."""
 
 
+def surroundings() -> dict[str, str]:
+    """This process's environment as it was begun with: a Ray that has run in it leaves its way of authentication."""
+    return {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+
+
 @dataclass(frozen=True)
 class Ended:
     """A run that has ended, by itself or not. `journal`: its steps as (process, operation, when, target)."""
@@ -127,7 +132,7 @@ class Chaos:
             process = subprocess.Popen(
                 command,
                 env={
-                    **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+                    **surroundings(),
                     "PYTHONPATH": os.pathsep.join(paths),
                     "BATCH_RERANK_FAULTS": json.dumps(spec),
                     **(environment or {}),

@@ -1,7 +1,6 @@
 """A job on a cluster that has no GPU yet: Ray's own autoscaler and its provider of nodes that are processes."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 import yaml
 from conftest import candidate_rows, job, write
 
-from chaos.harness import REPOSITORY, end_session
+from chaos.harness import REPOSITORY, end_session, surroundings
 
 pytestmark = pytest.mark.chaos
 PORT = 6379
@@ -68,7 +67,7 @@ def home() -> Iterator[Path]:
     with (folder / "log").open("wb") as log:
         variables = {"HOME": str(folder), "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         head = subprocess.Popen(
-            command, env={**os.environ, **variables}, stdout=log, stderr=log, start_new_session=True
+            command, env={**surroundings(), **variables}, stdout=log, stderr=log, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 90
@@ -90,7 +89,7 @@ def run_job(home: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
     (folder / "job.yaml").write_text(yaml.safe_dump(raw))
     return subprocess.run(
         [sys.executable, "-m", "batch_rerank.cli", "run", str(folder / "job.yaml")],
-        env={**os.environ, "HOME": str(home), "RAY_ADDRESS": f"127.0.0.1:{PORT}", "PYTHONPATH": str(REPOSITORY)},
+        env={**surroundings(), "HOME": str(home), "RAY_ADDRESS": f"127.0.0.1:{PORT}", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from chaos.harness import FAULTS, REPOSITORY, Chaos, Run, end_session
+from chaos.harness import FAULTS, REPOSITORY, Chaos, Run, end_session, surroundings
 
 pytestmark = pytest.mark.chaos
 RAY = Path(sys.executable).parent / "ray"
@@ -54,7 +54,7 @@ class Nodes:
     def _start(self, name: str, options: str) -> "subprocess.Popen[bytes]":
         hold = {"operation": "score", "when": "before", "match": ".", "action": "hold", "folder": str(self.held)}
         environment = {
-            **os.environ,
+            **surroundings(),
             "HOME": str(self.folder),
             "PYTHONPATH": os.pathsep.join([str(FAULTS), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             "BATCH_RERANK_FAULTS": json.dumps({"faults": [hold]}),
@@ -173,7 +173,7 @@ def test_a_unit_that_ends_too_late_is_dropped_and_scored_elsewhere(chaos: Chaos,
         ],
         check=True,
         capture_output=True,
-        env={**os.environ, "HOME": str(two.folder)},
+        env={**surroundings(), "HOME": str(two.folder)},
     )
     until(lambda: not Path(f"/proc/{actor}").exists())
     until(lambda: len(list(two.held.iterdir())) == 2)
