@@ -10,6 +10,7 @@ import pytest
 from conftest import rows_of
 from test_resume import start, wait_for
 
+import batch_rerank.demo as demo
 from batch_rerank.config import load_config
 from batch_rerank.demo import build_collection, choose_queries, standard_library
 from batch_rerank.distill import distill
@@ -18,8 +19,12 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 
 
-def test_the_collection_is_large_enough_and_the_same_every_time(tmp_path: Path) -> None:
+def test_the_collection_is_large_enough_and_the_same_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     functions = list(standard_library())
+    assert functions == list(standard_library())
+    monkeypatch.setattr(demo, "standard_library", lambda: functions)
     assert len(functions) >= 3000
     assert len({function.doc_id for function in functions}) == len(functions)
     assert len(choose_queries(functions, 200)) == 200

@@ -135,7 +135,7 @@ def test_a_job_that_lost_its_lease_repairs_nothing_and_writes_no_success(
 
 def test_a_paused_driver_is_replaced_and_stops_when_it_wakes(tmp_path: Path) -> None:
     for shard in range(4):
-        write(tmp_path / "in" / f"{shard}.parquet", candidate_rows(50, 10, first=50 * shard))
+        write(tmp_path / "in" / f"{shard}.parquet", candidate_rows(15, 10, first=15 * shard))
     raw = job(tmp_path / "in", tmp_path / "out", input__unit_pairs=10, cluster__lease_seconds=1).model_dump()
     del raw["limit"]
     path = tmp_path / "job.yaml"

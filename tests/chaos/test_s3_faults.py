@@ -116,7 +116,7 @@ FAULTS = {
     "slow": [Rule("slow", probability=0.2, delay=1)],
     "everything": [Rule(action, probability=0.04) for action in ("503", "500", "reset", "lost", "truncate")],
 }
-SLOW = ("busy", "failing", "slow", "everything")
+SLOW = ("resets", "busy", "failing", "slow", "everything")
 
 
 @pytest.mark.parametrize(
