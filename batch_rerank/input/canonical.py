@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.carried import carried
 from batch_rerank.input.layouts import OF_QUERY, TEXTS, Columns, Int64, field_of, run_starts
 from batch_rerank.schema import PASSED
 
@@ -43,10 +44,10 @@ def candidates(batch: pa.RecordBatch, columns: Columns, first: int) -> pa.Table:
 
     def column(name: str, of_query: bool, text: bool = False) -> pa.Array:
         if rows is None:
-            return _without_view(batch.column(name))
+            return carried(batch.column(name))
         if of_query and text:  # held once however many candidates there are
             return pa.DictionaryArray.from_arrays(pc.cast(rows, pa.int32()), _plain(batch.column(name)))
-        return _without_view(batch.column(name)).take(rows) if of_query else _without_view(field_of(structs, name))
+        return carried(batch.column(name)).take(rows) if of_query else carried(field_of(structs, name))
 
     def ours(name: str) -> pa.Array | None:
         return column(columns.names[name], name in OF_QUERY, name in TEXTS) if name in columns.names else None
@@ -109,13 +110,6 @@ def _number(values: pa.Array | None, size: int, kind: pa.DataType) -> pa.Array:
     if values is None:
         return pa.nulls(size, kind)
     return pc.cast(values, kind, safe=kind != pa.float32())
-
-
-def _without_view(values: pa.Array) -> pa.Array:
-    """Strings as strings: Arrow cannot select rows of string_view yet (pyarrow 26)."""
-    if pa.types.is_string_view(values.type):
-        return pc.cast(values, pa.large_string())
-    return pc.cast(values, pa.large_binary()) if pa.types.is_binary_view(values.type) else values
 
 
 def _plain(texts: pa.Array) -> pa.Array:

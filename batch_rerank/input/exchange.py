@@ -19,6 +19,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.input.candidates import Int32, Int64
 from batch_rerank.input.canonical import canonical, with_title
+from batch_rerank.input.carried import carried
 from batch_rerank.input.join import Ranked
 from batch_rerank.input.layouts import Columns, find_columns
 from batch_rerank.input.notes import PORTION, Note, Portions, data_name
@@ -114,7 +115,7 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
                 ours = {name: _as_ours(name, batch, columns) for name in columns.names}
                 ours["text"] = with_title(ours.pop("title", None), ours["text"])
                 ours.setdefault("instruction", pa.nulls(batch.num_rows, pa.large_string()))
-                passed = {f"{PASSED}{name}": batch.column(name) for name in passthrough}
+                passed = {f"{PASSED}{name}": carried(batch.column(name)) for name in passthrough}
                 table = pa.table({**{name: ours[name] for name in OURS if name in ours}, **passed})
                 table.validate(full=True)
             yield table
