@@ -66,6 +66,8 @@ def naive(rows: list[Row], queries: list[Any], documents: list[Any], depth: int 
     found, cut, lost, missing = {}, 0, 0, {"queries": set[Any](), "documents": set[Any]()}
     for query, given in of_query.items():
         given = sorted(given, key=place)
+        if len({row.get("rank", i) for i, row in enumerate(given)}) < len(given):
+            given = [{**row, "rank": i + 1} for i, row in enumerate(given)]
         found[query] = given
         cut += len(given) - len(given[:depth])
         kept = []

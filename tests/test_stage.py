@@ -187,6 +187,24 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill, "CHUNK", 17)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_all_the_same_are_the_order_of_the_scores(rank: int, tmp_path: Path, logged: list[str]) -> None:
+    given = given_as("beir", tmp_path / "in")
+    rows = sorted(run_rows(), key=lambda row: (row["score"], row["doc_id"]))
+    trec(
+        tmp_path / "in" / "bm25.run",
+        [{**row, "rank": row["rank"] if row["query_id"] == "q1" else rank} for row in rows],
+    )
+    run(job_of(given, tmp_path / "out"), local=True)
+    assert f"ranks repeat in {QUERIES - 1} queries of the run: ordered by rank, then score" in logged
+    for query in queries():
+        of_query = [row for row in rows_of(tmp_path / "out").to_pylist() if row["query_id"] == query["_id"]]
+        of_query.sort(key=lambda row: row["first_stage_rank"])
+        assert [row["first_stage_rank"] for row in of_query] == list(range(1, DEPTH + 1))
+        scores = [row["first_stage_score"] for row in of_query]
+        assert scores == sorted(scores, reverse=True)
+
+
 @pytest.mark.parametrize("tasks", ["large", "small"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_data_in_any_layout_gives_the_same_rows(
