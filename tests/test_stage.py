@@ -187,6 +187,21 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill, "CHUNK", 17)
 
 
+@pytest.mark.parametrize("kind", ["TREC", "Parquet"])
+def test_scores_that_are_the_same_as_float32_are_told_apart(kind: str, tmp_path: Path) -> None:
+    rows = [
+        {"query_id": "q1", "doc_id": doc_id, "score": score}
+        for doc_id, score in (("d1", 20.12345601), ("d2", 20.12345672), ("d3", 20.1))
+    ]
+    given = given_as("run of JSONL", tmp_path / "in")
+    path = tmp_path / "in" / ("few.run" if kind == "TREC" else "few.parquet")
+    given["run"] = str(trec(path, rows, fields=3) if kind == "TREC" else write(path, rows))
+    run(job_of(given, tmp_path / "out", input__candidates_per_query=1), local=True)
+    assert [(row["doc_id"], row["first_stage_score"]) for row in rows_of(tmp_path / "out").to_pylist()] == [
+        ("d2", float(np.float32(20.12345672)))
+    ]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_are_all_the_same_are_the_order_of_the_scores(rank: int, tmp_path: Path, logged: list[str]) -> None:
     given = given_as("beir", tmp_path / "in")
@@ -623,6 +638,8 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "score is nan": (bad_run(*GOOD, "q2 Q0 d3 4 nan tag"), r"line 4: the score is 'nan', expected a finite number"),
     "rank is a word": (bad_run(*GOOD, "q2 Q0 d3 first 1 tag"), r"line 4: the rank is 'first', expected an integer"),
+    "score is no float32": (bad_run(*GOOD, "q2 Q0 d3 4 1e39 tag"), r"line 4: the score is '1e39', expected a finite"),
+    "rank is hexadecimal": (bad_run(*GOOD, "q2 Q0 d3 0x10 1 tag"), r"line 4: the rank is '0x10', expected an integer"),
     "blank line": (bad_run(GOOD[0], "", GOOD[1]), r"line 2: found 0 fields"),
     "twice, same score": (
         bad_run(*GOOD, GOOD[1]),

@@ -125,7 +125,7 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
 def _as_ours(name: str, batch: pa.RecordBatch, columns: Columns) -> pa.Array:
     """A column in the type that it has in every shard."""
     kind = NUMBERS.get(name, pa.large_string())
-    return batch.column(columns.names[name]).cast(kind, safe=kind != pa.float32())
+    return batch.column(columns.names[name]).cast(kind, safe=not pa.types.is_floating(kind))
 
 
 def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

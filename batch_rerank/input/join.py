@@ -212,7 +212,8 @@ def _rank(run: Run, query_row: Int32, depth: int | None, corpus: int, spill: Spi
 
     Where a query's ranks repeat (trec_eval ignores them, so tools write 0 or 1 in every line) they are its places."""
     kept = [name for name in run.names if name != "query"]
-    column = spill.column([(name, run.column.kind[name]) for name in kept])
+    # ordered as they are, scores are written as float32
+    column = spill.column([(name, np.float32 if name == "score" else run.column.kind[name]) for name in kept])
     pairs, used = np.zeros(len(run.pairs), np.int64), np.zeros(corpus, np.bool_)
     lost_queries, lost_documents = np.zeros(len(run.pairs), np.bool_), np.zeros(len(run.lost), np.bool_)
     cut = lost = repeating = 0
@@ -239,7 +240,8 @@ def _rank(run: Run, query_row: Int32, depth: int | None, corpus: int, spill: Spi
         used[records["document"]] = True
         counts = np.bincount(records["query"])
         pairs[: len(counts)] += counts
-        column.append(records[kept])
+        with np.errstate(over="ignore"):
+            column.append(records[kept].astype(column.kind))
     if repeating:
         then = "score" if "score" in kept else "the order of the rows"
         log.info("ranks repeat in %s queries of the run: ordered by rank, then %s", f"{repeating:,}", then)
