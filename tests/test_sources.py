@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Row, rows_of, write
+from conftest import Row, nested, rows_of, write
 from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
 
 from batch_rerank.errors import BatchRerankError, InputError
@@ -47,7 +47,7 @@ def test_a_title_that_only_some_corpus_files_have_is_kept(first: str, tmp_path: 
         write(tmp_path / "c" / f"{number}.parquet", part, row_group_size=4)
     found = texts_of(staged({**given, "corpus": str(tmp_path / "c")}, tmp_path))
     assert found == {
-        row["doc_id"]: (f"{row['title']} {row['text']}" if i >= 15 else row["text"]).strip()
+        row["doc_id"]: f"{row['title']} {row['text']}".strip() if i >= 15 and row["title"] else row["text"]
         for i, row in enumerate(rows)
         if row["doc_id"] in found
     }
@@ -72,7 +72,45 @@ def test_keys_of_a_jsonl_corpus_come_and_go(tmp_path: Path) -> None:
     jsonl(tmp_path / "c" / "0.jsonl", rows[:11])
     jsonl(tmp_path / "c" / "1.jsonl", rows[11:])
     found = texts_of(staged({**given, "corpus": str(tmp_path / "c" / "*.jsonl")}, tmp_path))
-    assert found == {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in rows if row["_id"] in found}
+    assert found == {
+        row["_id"]: f"{row['title']} {row['text']}".strip() if row.get("title") else row["text"]
+        for row in rows
+        if row["_id"] in found
+    }
+
+
+SPACED = "  def f(x):\n    return x\n"
+
+
+@pytest.mark.parametrize("title", [None, "", "T"])
+@pytest.mark.parametrize("layout", ["JSONL", "Parquet", "flat", "scattered", "nested"])
+def test_a_document_has_the_same_text_in_every_format(layout: str, title: str | None, tmp_path: Path) -> None:
+    """Whether its format brings a column of titles along or not; a text is trimmed only behind a title."""
+    documents = [{"doc_id": "d1", "text": SPACED, "title": title}, {"doc_id": "d2", "text": SPACED, "title": "A"}]
+    rows = [
+        {"query_id": query, "query": "q", **document, "rank": rank}
+        for rank, document in enumerate(documents, 1)
+        for query in ("q1", "q2")
+    ]
+    if layout == "scattered":
+        given = {"layout": "flat", "path": str(write(tmp_path / "f.parquet", rows))}
+    elif layout == "flat":
+        given = {
+            "layout": "flat",
+            "path": str(write(tmp_path / "f.parquet", sorted(rows, key=lambda row: row["query_id"]))),
+        }
+    elif layout == "nested":
+        given = {"layout": "nested", "path": str(write(tmp_path / "n.parquet", nested(rows)))}
+    else:
+        given = {"layout": "run", "run": str(write(tmp_path / "r.parquet", without(without(rows, "text"), "title")))}
+        given["queries"] = str(write(tmp_path / "q.parquet", [{"query_id": f"q{i}", "query": "q"} for i in (1, 2)]))
+        if layout == "JSONL":
+            given["corpus"] = str(jsonl(tmp_path / "c.jsonl", [{"_id": row["doc_id"], **row} for row in documents]))
+        else:
+            given["corpus"] = str(write(tmp_path / "c.parquet", documents))
+    run(job_of(given, tmp_path / "out", output__include_text=True), local=True)
+    found = {row["doc_id"]: row["text"] for row in rows_of(tmp_path / "out").to_pylist()}
+    assert found == {"d1": f"T {SPACED}".strip() if title else SPACED, "d2": f"A {SPACED}".strip()}
 
 
 def test_a_title_that_the_first_line_of_a_jsonl_corpus_lacks_is_said(tmp_path: Path, logged: list[str]) -> None:

@@ -93,11 +93,16 @@ def whole(pieces: Sequence[pa.Table], columns: Columns, where: str) -> pa.Table:
 
 
 def with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:
-    """BEIR's text of a document: (title + " " + text).strip(); a null text stays null."""
+    """BEIR's text of a document: (title + " " + text).strip(); a null text stays null.
+
+    Where the title is null or empty the text is as it is: a file format or a layout may bring a column of titles along
+    in which there are none, and the same document has to be scored as the same text.
+    """
     if title is None:
         return text
     titles = pc.fill_null(_plain(title), "")
-    return pc.utf8_trim_whitespace(pc.binary_join_element_wise(titles, text, pa.scalar(" ", pa.large_string())))
+    both = pc.utf8_trim_whitespace(pc.binary_join_element_wise(titles, text, pa.scalar(" ", pa.large_string())))
+    return pc.if_else(pc.equal(titles, ""), text, both)
 
 
 def _titled(title: pa.Array | None, text: pa.Array | None) -> pa.Array | None:
