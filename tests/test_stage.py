@@ -770,6 +770,21 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda folder: of_parquet(folder, "run", [{"query_id": "q1", "docno": "d1"}]),
         r"expected 'doc_id'; set input\.columns: \{doc_id: docno\}",
     ),
+    "queries without rows": (
+        lambda folder: {**given_as("run of JSONL", folder), "queries": str(empty(folder / "q.parquet", "query"))},
+        r"input\.queries: .*q\.parquet has no queries; expected at least one",
+    ),
+    "queries without row groups": (
+        lambda folder: {
+            **given_as("run of JSONL", folder),
+            "queries": str(empty(folder / "q.parquet", "query", False)),
+        },
+        r"input\.queries: .*q\.parquet has no queries; expected at least one",
+    ),
+    "run without row groups": (
+        lambda folder: {**given_as("run of JSONL", folder), "run": str(empty(folder / "e.parquet", groups=False))},
+        r"e\.parquet has no candidates",
+    ),
     "Parquet run without rows": (
         lambda folder: {
             **given_as("run of JSONL", folder),
@@ -790,10 +805,12 @@ def twice(path: Path) -> Path:
     return path
 
 
-def empty(path: Path, other: str = "query_id") -> Path:
-    schema = pa.schema([(other, pa.string()), ("doc_id", pa.string())])
+def empty(path: Path, other: str = "query_id", groups: bool = True) -> Path:
+    schema = pa.schema([(name, pa.string()) for name in sorted({other, "query_id", "doc_id"})])
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(schema.empty_table(), path)
+    with pq.ParquetWriter(path, schema) as writer:
+        if groups:
+            writer.write_table(schema.empty_table())
     return path
 
 

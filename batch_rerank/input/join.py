@@ -80,10 +80,16 @@ def join_run(
     """Join a run with its queries and its corpus, by id. Queries are in the order of their first candidate, candidates
     by rank: the run's, else that of their scores, else their order.
 
-    Raises InputError: an empty run, a candidate twice, ids that differ by space only, more than `max_missing` of the
-    candidates without a document or a query. Raises StorageError where the temporary directory is full.
+    Raises InputError: an empty run, no queries, a candidate twice, ids that differ by space only, more than
+    `max_missing` of the candidates without a document or a query. Raises StorageError where the temporary directory is
+    full.
     """
-    asked = pa.concat_tables(read_all(queries, ("query_id", "query", "instruction"), options)).combine_chunks()
+    read = read_all(queries, ("query_id", "query", "instruction"), options)
+    if not any(len(table) for table in read):
+        raise InputError(
+            f"input.queries: {files_of(queries)} has no queries; expected at least one; check what wrote the file"
+        )
+    asked = pa.concat_tables(read).combine_chunks()
     corpus_pieces = pieces(corpus)
     starts = np.zeros(len(corpus_pieces) + 1, np.int64)
     known = know(ids_of(corpus, corpus_pieces, "doc_id", options, starts), Fingerprints())
