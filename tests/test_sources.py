@@ -257,6 +257,28 @@ def test_shards_of_a_scattered_input_that_differ_are_refused(
     assert not (tmp_path / "out-stage").exists()
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_flat_query_that_some_rows_lack_is_that_of_the_others(scattered: bool, tmp_path: Path) -> None:
+    """The first row of q1 and the last of q2 lack it; q3 has none."""
+    order = [(rank, query) for rank in (1, 2, 3) for query in (1, 2, 3)]
+    rows = [
+        {
+            "query_id": f"q{query}",
+            "query": None if (query, rank) in ((1, 1), (2, 3)) or query == 3 else f"what {query}",
+            "doc_id": f"d{rank}",
+            "text": "t",
+            "rank": rank,
+        }
+        for rank, query in (order if scattered else sorted(order, key=lambda one: one[1]))
+    ]
+    given = {"layout": "flat", "path": str(write(tmp_path / "f.parquet", rows, row_group_size=2))}
+    config = job_of(given, tmp_path / "out", scoring__max_failed_rows=1)
+    run(config, local=True)
+    found = rows_of(tmp_path / "out").to_pylist()
+    assert {(row["query_id"], row["error"]) for row in found} == {("q1", None), ("q2", None), ("q3", "query is null")}
+    assert len(found) == len(rows)
+
+
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
 def test_a_compressed_file_cut_anywhere_is_an_error(codec: str, tmp_path: Path) -> None:
     """Never fewer lines. Two members, and a cut between them is a whole file that nobody can tell from another."""

@@ -87,9 +87,24 @@ def whole(pieces: Sequence[pa.Table], columns: Columns, where: str) -> pa.Table:
         **{name: rows[name] for name in rows.column_names if name.startswith(PASSED)},
     }
     made = pa.table(data).unify_dictionaries()
-    for name in () if columns.layout == "nested" else ("query", "instruction"):
+    if columns.layout == "nested":
+        return made
+    for name in ("query", "instruction"):
         _refuse_two(made, name, where)
+    queries = made["query"].combine_chunks()
+    if 0 < queries.null_count < len(queries):  # a query is of its id: the rows that lack it have it from the others
+        of_each = first_of_each(queries, np.flatnonzero(np.diff(index, prepend=-1)))
+        made = made.set_column(made.column_names.index("query"), "query", of_each.take(pa.array(index)))
     return made
+
+
+def first_of_each(values: pa.Array, starts: Int64) -> pa.Array:
+    """Each query's first value that is not null: flat rows carry a query on every row."""
+    present = np.flatnonzero(pc.is_valid(values).to_numpy(zero_copy_only=False))
+    at = np.searchsorted(present, starts)
+    ends = np.append(starts[1:], len(values))
+    found = np.append(present, len(values))[at]
+    return values.take(pa.array(np.where(found < ends, found, 0), mask=found >= ends))
 
 
 def with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:

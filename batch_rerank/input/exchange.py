@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.input.candidates import Int32, Int64
-from batch_rerank.input.canonical import canonical, with_title
+from batch_rerank.input.canonical import canonical, first_of_each, with_title
 from batch_rerank.input.carried import carried
 from batch_rerank.input.join import Ranked
 from batch_rerank.input.layouts import Columns, find_columns
@@ -261,21 +261,12 @@ def nested(rows: pa.Table) -> pa.Table:
     data: dict[str, Any] = {"query_id": rows["query_id"].take(starts)}
     for name in ("query", "instruction"):
         if name in rows.column_names:
-            data[name] = _first_of_each(rows[name].combine_chunks(), starts).cast(pa.string())
+            data[name] = first_of_each(rows[name].combine_chunks(), starts).cast(pa.string())
     return pa.table({**data, "candidates": pa.ListArray.from_arrays(offsets, candidates)})
 
 
 def _one(array: pa.Array | pa.ChunkedArray) -> pa.Array:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-
-
-def _first_of_each(values: pa.Array, starts: Int64) -> pa.Array:
-    """Each query's first value that is not null: flat rows carry a query on every row."""
-    present = np.flatnonzero(pc.is_valid(values).to_numpy(zero_copy_only=False))
-    at = np.searchsorted(present, starts)
-    ends = np.append(starts[1:], len(values))
-    found = np.append(present, len(values))[at]
-    return values.take(pa.array(np.where(found < ends, found, 0), mask=found >= ends))
 
 
 def _serialise(table: pa.Table, metadata: dict[str, str]) -> bytes:
