@@ -12,6 +12,7 @@ from conftest import Row, nested, rows_of, write
 from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
 
 from batch_rerank.errors import BatchRerankError, InputError
+from batch_rerank.input import sources
 from batch_rerank.input.stage import describe_stage, plan_stage
 from batch_rerank.input.text_files import line_blocks
 from batch_rerank.job.run import run
@@ -313,6 +314,26 @@ def test_a_document_twice_in_a_corpus_is_refused_whether_or_not_it_is_a_candidat
     twice = run_rows()[0]["doc_id"] if asked else "unasked"
     extra = [{"_id": twice, "text": "one"}, {"_id": twice, "text": "two"}][: 1 if asked else 2]
     jsonl(tmp_path / "in" / "corpus.jsonl", [*corpus(), *extra])
-    rows = r"\d+ and 41" if asked else "41 and 42"
-    with pytest.raises(BatchRerankError, match=rf"corpus\.jsonl: doc_id '{twice}' stands in rows {rows}"):
+    first, second = (r"\d+", 41) if asked else (41, 42)
+    places = rf"\S+/corpus\.jsonl line {first} and \S+/corpus\.jsonl line {second} "
+    with pytest.raises(BatchRerankError, match=rf"input\.corpus: doc_id '{twice}' stands in {places}"):
+        run(job_of(given, tmp_path / "out"), local=True)
+
+
+@pytest.mark.parametrize("kind", ["queries", "corpus"])
+@pytest.mark.parametrize("small", [False, True])
+def test_an_id_twice_in_two_files_is_told_with_both_places(
+    small: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of Parquet count from 0, in each file anew, as elsewhere; also where a file is several pieces."""
+    if small:
+        monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    given = given_as("run of JSONL", tmp_path / "in")
+    name = "query_id" if kind == "queries" else "doc_id"
+    rows = [{name: f"{name[0]}{i}", "query" if kind == "queries" else "text": "x"} for i in range(12)]
+    write(tmp_path / kind / "0.parquet", rows[:7], row_group_size=2)
+    write(tmp_path / kind / "1.parquet", [*rows[7:], rows[3]], row_group_size=2)
+    given[kind] = str(tmp_path / kind)
+    message = rf"input\.{kind}: {name} '{name[0]}3' stands in \S+/0\.parquet row 3 and \S+/1\.parquet row 5 \(1 such"
+    with pytest.raises(InputError, match=message):
         run(job_of(given, tmp_path / "out"), local=True)

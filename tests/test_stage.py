@@ -670,15 +670,15 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "two documents but for type": (
         bad_file("corpus.jsonl", lines([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}])),
-        r"doc_id '1' stands in rows 1 and 2 \(1 such ids; a number and its digits are one id\)",
+        r"doc_id '1' stands in .*corpus\.jsonl line 1 and .*corpus\.jsonl line 2 \(1 such ids; a number and its digits",
     ),
     "document twice": (
         bad_file("corpus.jsonl", lines([DOCUMENT, {"_id": "d2", "text": "y"}, DOCUMENT])),
-        r"corpus\.jsonl: doc_id 'd1' stands in rows 1 and 3",
+        r"input\.corpus: doc_id 'd1' stands in .*corpus\.jsonl line 1 and .*corpus\.jsonl line 3",
     ),
     "query twice": (
         bad_file("queries.jsonl", lines([{"_id": "q1", "text": "x"}, {"_id": "q1", "text": "y"}])),
-        r"queries\.jsonl: query_id 'q1' stands in rows 1 and 2",
+        r"input\.queries: query_id 'q1' stands in .*queries\.jsonl line 1 and .*queries\.jsonl line 2",
     ),
     "not JSON": (
         bad_file("corpus.jsonl", lines([DOCUMENT]) + b"{broken\n"),

@@ -93,7 +93,7 @@ def join_run(
     corpus_pieces = pieces(corpus)
     starts = np.zeros(len(corpus_pieces) + 1, np.int64)
     known = know(ids_of(corpus, corpus_pieces, "doc_id", options, starts), Fingerprints())
-    refuse_repeated_ids(asked["query_id"], queries)
+    refuse_repeated_ids(asked["query_id"], queries, options)
     if isinstance(known, Repeated):
         refuse_repeated_rows(known, corpus, options)
     found = read_run(run, options, spill, known)
