@@ -12,7 +12,7 @@ from conftest import Row, nested, rows_of, write
 from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
 
 from batch_rerank.errors import BatchRerankError, InputError
-from batch_rerank.input import sources
+from batch_rerank.input import sources, text_files
 from batch_rerank.input.stage import describe_stage, plan_stage
 from batch_rerank.input.text_files import line_blocks
 from batch_rerank.job.run import run
@@ -278,6 +278,27 @@ def test_a_flat_query_that_some_rows_lack_is_that_of_the_others(scattered: bool,
     found = rows_of(tmp_path / "out").to_pylist()
     assert {(row["query_id"], row["error"]) for row in found} == {("q1", None), ("q2", None), ("q3", "query is null")}
     assert len(found) == len(rows)
+
+
+@pytest.mark.parametrize("blank", ["", " \t", "\r", "\n"])
+def test_a_blank_line_is_refused_wherever_a_block_ends(
+    blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle; at the end of a file they are left out."""
+    path = tmp_path / "r.run"
+    lines = ["q1 d1 3", "q1 d2 2", "q1 d3 1"]
+    location = locate(str(path))
+    for block in range(1, 40):
+        monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+        path.write_text("\n".join([*lines, blank, blank, ""]))
+        number = text_files.LineNumber(location, 0)
+        tables = [text_files.parse_trec(one, 3, location, number) for one in line_blocks(location)]
+        assert [one for table in tables for one in table["doc_id"].to_pylist()] == ["d1", "d2", "d3"]
+        path.write_text("\n".join([lines[0], lines[1], blank, lines[2], ""]))
+        number = text_files.LineNumber(location, 0)
+        with pytest.raises(InputError, match="line 3: found 0 fields"):
+            for one in line_blocks(location):
+                number.passed += len(text_files.parse_trec(one, 3, location, number))
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])

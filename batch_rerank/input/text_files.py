@@ -26,6 +26,9 @@ BLOCK_BYTES = 16 * 2**20
 LINE_BYTES = 64 * 2**20
 """Of one line at most. A document has less; some hundred KB of .gz may be a line of GB."""
 
+BLANK = (b"\n\n", b"\n\r\n", b" \n", b"\t\n")
+"""How text ends whose last line is blank, or ends in space."""
+
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 IDS = ("query_id", "doc_id")
 
@@ -84,6 +87,10 @@ def line_blocks(location: Location, start: int = 0, stop: int | None = None) -> 
                     yield data + b"\n"
                 return
             cut = data.rfind(b"\n") + 1
+            if data.endswith(BLANK, 0, cut) or data[:1].isspace():
+                # blank lines go with what follows: at the end of a block they may stand
+                kept = len(data[:cut].rstrip(b"\r\n\t "))
+                cut = data.find(b"\n", kept) + 1 if kept else 0
             if cut:
                 yield data[:cut]
             position, rest = position + cut, data[cut:]
@@ -111,7 +118,7 @@ def _text_file(location: Location) -> Iterator[IO[bytes]]:
 
 def _lines(block: bytes, location: Location, number: LineNumber) -> pa.LargeStringArray:
     """A block's lines as they are, with their ends. Trailing blank ones are left out; raises InputError for others."""
-    block = block.rstrip(b"\r\n\t ") + b"\n" if block.endswith((b"\n\n", b"\n\r\n", b" \n", b"\t\n")) else block
+    block = block.rstrip(b"\r\n\t ") + b"\n" if block.endswith(BLANK) or block.isspace() else block
     ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
     if len(block) == 1:
         return pa.array([], pa.large_string())
