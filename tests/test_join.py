@@ -84,12 +84,12 @@ def test_codes_are_in_the_order_of_first_appearance(merge: int, monkeypatch: pyt
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_candidates_are_ordered_by_query_rank_and_score(ranked: bool, scored: bool, ordered: bool) -> None:
-    """Against three keys; ranks and scores tie, scores are of either sign, zero of both signs, and infinite."""
+    """Against three keys; ranks and scores tie, scores are of either sign, zero, infinite, and alike as float32."""
     random = np.random.default_rng(1)
     for size in range(40):
         query = np.sort(random.integers(0, 5, size)).astype(np.int32)
         rank = random.integers(-3, 9, size).astype(np.int32) if ranked else None
-        pool = np.array([1.5, -2.5, 0.0, -0.0, 3e38, -3e38, 1e-45, np.inf, -np.inf], np.float32)
+        pool = np.array([1.5, 1.5 + 1e-12, -2.5, 0.0, -0.0, 3e38, -1e39, 1e-45, -1e-50, np.inf, -np.inf])
         score = random.choice(pool, size) if scored else None
         keys = (
             np.zeros(size) if score is None else -score,

@@ -39,7 +39,7 @@ def inputs(seed: int, kind: str) -> tuple[list[Row], list[Any], list[Any], int |
         for document in random.choice(len(documents), int(random.integers(1, 30)), replace=False):
             row: Row = {"query_id": query, "doc_id": documents[document]}
             if "score" in columns:
-                row["score"] = float(random.choice([1.5, -2.0, 0.0, -0.0, 3.25, np.inf]))
+                row["score"] = float(random.choice([1.5, 1.5 + 1e-12, -2.0, 0.0, -0.0, 3.25, np.inf]))
             if "rank" in columns:
                 row["rank"] = int(random.integers(-2, 6))
                 if "score" in columns and random.random() < 0.2:
@@ -66,6 +66,8 @@ def naive(rows: list[Row], queries: list[Any], documents: list[Any], depth: int 
     found, cut, lost, missing = {}, 0, 0, {"queries": set[Any](), "documents": set[Any]()}
     for query, given in of_query.items():
         given = sorted(given, key=place)
+        if len({row.get("rank", i) for i, row in enumerate(given)}) < len(given):
+            given = [{**row, "rank": i + 1} for i, row in enumerate(given)]
         found[query] = given
         cut += len(given) - len(given[:depth])
         kept = []

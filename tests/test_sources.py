@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Row, rows_of, write
+from conftest import Row, nested, rows_of, write
 from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
 
 from batch_rerank.errors import BatchRerankError, InputError
+from batch_rerank.input import sources, text_files
 from batch_rerank.input.stage import describe_stage, plan_stage
 from batch_rerank.input.text_files import line_blocks
 from batch_rerank.job.run import run
@@ -47,7 +48,7 @@ def test_a_title_that_only_some_corpus_files_have_is_kept(first: str, tmp_path: 
         write(tmp_path / "c" / f"{number}.parquet", part, row_group_size=4)
     found = texts_of(staged({**given, "corpus": str(tmp_path / "c")}, tmp_path))
     assert found == {
-        row["doc_id"]: (f"{row['title']} {row['text']}" if i >= 15 else row["text"]).strip()
+        row["doc_id"]: f"{row['title']} {row['text']}".strip() if i >= 15 and row["title"] else row["text"]
         for i, row in enumerate(rows)
         if row["doc_id"] in found
     }
@@ -72,7 +73,45 @@ def test_keys_of_a_jsonl_corpus_come_and_go(tmp_path: Path) -> None:
     jsonl(tmp_path / "c" / "0.jsonl", rows[:11])
     jsonl(tmp_path / "c" / "1.jsonl", rows[11:])
     found = texts_of(staged({**given, "corpus": str(tmp_path / "c" / "*.jsonl")}, tmp_path))
-    assert found == {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in rows if row["_id"] in found}
+    assert found == {
+        row["_id"]: f"{row['title']} {row['text']}".strip() if row.get("title") else row["text"]
+        for row in rows
+        if row["_id"] in found
+    }
+
+
+SPACED = "  def f(x):\n    return x\n"
+
+
+@pytest.mark.parametrize("title", [None, "", "T"])
+@pytest.mark.parametrize("layout", ["JSONL", "Parquet", "flat", "scattered", "nested"])
+def test_a_document_has_the_same_text_in_every_format(layout: str, title: str | None, tmp_path: Path) -> None:
+    """Whether its format brings a column of titles along or not; a text is trimmed only behind a title."""
+    documents = [{"doc_id": "d1", "text": SPACED, "title": title}, {"doc_id": "d2", "text": SPACED, "title": "A"}]
+    rows = [
+        {"query_id": query, "query": "q", **document, "rank": rank}
+        for rank, document in enumerate(documents, 1)
+        for query in ("q1", "q2")
+    ]
+    if layout == "scattered":
+        given = {"layout": "flat", "path": str(write(tmp_path / "f.parquet", rows))}
+    elif layout == "flat":
+        given = {
+            "layout": "flat",
+            "path": str(write(tmp_path / "f.parquet", sorted(rows, key=lambda row: row["query_id"]))),
+        }
+    elif layout == "nested":
+        given = {"layout": "nested", "path": str(write(tmp_path / "n.parquet", nested(rows)))}
+    else:
+        given = {"layout": "run", "run": str(write(tmp_path / "r.parquet", without(without(rows, "text"), "title")))}
+        given["queries"] = str(write(tmp_path / "q.parquet", [{"query_id": f"q{i}", "query": "q"} for i in (1, 2)]))
+        if layout == "JSONL":
+            given["corpus"] = str(jsonl(tmp_path / "c.jsonl", [{"_id": row["doc_id"], **row} for row in documents]))
+        else:
+            given["corpus"] = str(write(tmp_path / "c.parquet", documents))
+    run(job_of(given, tmp_path / "out", output__include_text=True), local=True)
+    found = {row["doc_id"]: row["text"] for row in rows_of(tmp_path / "out").to_pylist()}
+    assert found == {"d1": f"T {SPACED}".strip() if title else SPACED, "d2": f"A {SPACED}".strip()}
 
 
 def test_a_title_that_the_first_line_of_a_jsonl_corpus_lacks_is_said(tmp_path: Path, logged: list[str]) -> None:
@@ -219,6 +258,49 @@ def test_shards_of_a_scattered_input_that_differ_are_refused(
     assert not (tmp_path / "out-stage").exists()
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_flat_query_that_some_rows_lack_is_that_of_the_others(scattered: bool, tmp_path: Path) -> None:
+    """The first row of q1 and the last of q2 lack it; q3 has none."""
+    order = [(rank, query) for rank in (1, 2, 3) for query in (1, 2, 3)]
+    rows = [
+        {
+            "query_id": f"q{query}",
+            "query": None if (query, rank) in ((1, 1), (2, 3)) or query == 3 else f"what {query}",
+            "doc_id": f"d{rank}",
+            "text": "t",
+            "rank": rank,
+        }
+        for rank, query in (order if scattered else sorted(order, key=lambda one: one[1]))
+    ]
+    given = {"layout": "flat", "path": str(write(tmp_path / "f.parquet", rows, row_group_size=2))}
+    config = job_of(given, tmp_path / "out", scoring__max_failed_rows=1)
+    run(config, local=True)
+    found = rows_of(tmp_path / "out").to_pylist()
+    assert {(row["query_id"], row["error"]) for row in found} == {("q1", None), ("q2", None), ("q3", "query is null")}
+    assert len(found) == len(rows)
+
+
+@pytest.mark.parametrize("blank", ["", " \t", "\r", "\n"])
+def test_a_blank_line_is_refused_wherever_a_block_ends(
+    blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle; at the end of a file they are left out."""
+    path = tmp_path / "r.run"
+    lines = ["q1 d1 3", "q1 d2 2", "q1 d3 1"]
+    location = locate(str(path))
+    for block in range(1, 40):
+        monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+        path.write_text("\n".join([*lines, blank, blank, ""]))
+        number = text_files.LineNumber(location, 0)
+        tables = [text_files.parse_trec(one, 3, location, number) for one in line_blocks(location)]
+        assert [one for table in tables for one in table["doc_id"].to_pylist()] == ["d1", "d2", "d3"]
+        path.write_text("\n".join([lines[0], lines[1], blank, lines[2], ""]))
+        number = text_files.LineNumber(location, 0)
+        with pytest.raises(InputError, match="line 3: found 0 fields"):
+            for one in line_blocks(location):
+                number.passed += len(text_files.parse_trec(one, 3, location, number))
+
+
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
 def test_a_compressed_file_cut_anywhere_is_an_error(codec: str, tmp_path: Path) -> None:
     """Never fewer lines. Two members, and a cut between them is a whole file that nobody can tell from another."""
@@ -253,6 +335,26 @@ def test_a_document_twice_in_a_corpus_is_refused_whether_or_not_it_is_a_candidat
     twice = run_rows()[0]["doc_id"] if asked else "unasked"
     extra = [{"_id": twice, "text": "one"}, {"_id": twice, "text": "two"}][: 1 if asked else 2]
     jsonl(tmp_path / "in" / "corpus.jsonl", [*corpus(), *extra])
-    rows = r"\d+ and 41" if asked else "41 and 42"
-    with pytest.raises(BatchRerankError, match=rf"corpus\.jsonl: doc_id '{twice}' stands in rows {rows}"):
+    first, second = (r"\d+", 41) if asked else (41, 42)
+    places = rf"\S+/corpus\.jsonl line {first} and \S+/corpus\.jsonl line {second} "
+    with pytest.raises(BatchRerankError, match=rf"input\.corpus: doc_id '{twice}' stands in {places}"):
+        run(job_of(given, tmp_path / "out"), local=True)
+
+
+@pytest.mark.parametrize("kind", ["queries", "corpus"])
+@pytest.mark.parametrize("small", [False, True])
+def test_an_id_twice_in_two_files_is_told_with_both_places(
+    small: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of Parquet count from 0, in each file anew, as elsewhere; also where a file is several pieces."""
+    if small:
+        monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    given = given_as("run of JSONL", tmp_path / "in")
+    name = "query_id" if kind == "queries" else "doc_id"
+    rows = [{name: f"{name[0]}{i}", "query" if kind == "queries" else "text": "x"} for i in range(12)]
+    write(tmp_path / kind / "0.parquet", rows[:7], row_group_size=2)
+    write(tmp_path / kind / "1.parquet", [*rows[7:], rows[3]], row_group_size=2)
+    given[kind] = str(tmp_path / kind)
+    message = rf"input\.{kind}: {name} '{name[0]}3' stands in \S+/0\.parquet row 3 and \S+/1\.parquet row 5 \(1 such"
+    with pytest.raises(InputError, match=message):
         run(job_of(given, tmp_path / "out"), local=True)

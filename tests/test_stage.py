@@ -187,6 +187,39 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill, "CHUNK", 17)
 
 
+@pytest.mark.parametrize("kind", ["TREC", "Parquet"])
+def test_scores_that_are_the_same_as_float32_are_told_apart(kind: str, tmp_path: Path) -> None:
+    rows = [
+        {"query_id": "q1", "doc_id": doc_id, "score": score}
+        for doc_id, score in (("d1", 20.12345601), ("d2", 20.12345672), ("d3", 20.1))
+    ]
+    given = given_as("run of JSONL", tmp_path / "in")
+    path = tmp_path / "in" / ("few.run" if kind == "TREC" else "few.parquet")
+    given["run"] = str(trec(path, rows, fields=3) if kind == "TREC" else write(path, rows))
+    run(job_of(given, tmp_path / "out", input__candidates_per_query=1), local=True)
+    assert [(row["doc_id"], row["first_stage_score"]) for row in rows_of(tmp_path / "out").to_pylist()] == [
+        ("d2", float(np.float32(20.12345672)))
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_all_the_same_are_the_order_of_the_scores(rank: int, tmp_path: Path, logged: list[str]) -> None:
+    given = given_as("beir", tmp_path / "in")
+    rows = sorted(run_rows(), key=lambda row: (row["score"], row["doc_id"]))
+    trec(
+        tmp_path / "in" / "bm25.run",
+        [{**row, "rank": row["rank"] if row["query_id"] == "q1" else rank} for row in rows],
+    )
+    run(job_of(given, tmp_path / "out"), local=True)
+    assert f"ranks repeat in {QUERIES - 1} queries of the run: ordered by rank, then score" in logged
+    for query in queries():
+        of_query = [row for row in rows_of(tmp_path / "out").to_pylist() if row["query_id"] == query["_id"]]
+        of_query.sort(key=lambda row: row["first_stage_rank"])
+        assert [row["first_stage_rank"] for row in of_query] == list(range(1, DEPTH + 1))
+        scores = [row["first_stage_score"] for row in of_query]
+        assert scores == sorted(scores, reverse=True)
+
+
 @pytest.mark.parametrize("tasks", ["large", "small"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_data_in_any_layout_gives_the_same_rows(
@@ -605,6 +638,8 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "score is nan": (bad_run(*GOOD, "q2 Q0 d3 4 nan tag"), r"line 4: the score is 'nan', expected a finite number"),
     "rank is a word": (bad_run(*GOOD, "q2 Q0 d3 first 1 tag"), r"line 4: the rank is 'first', expected an integer"),
+    "score is no float32": (bad_run(*GOOD, "q2 Q0 d3 4 1e39 tag"), r"line 4: the score is '1e39', expected a finite"),
+    "rank is hexadecimal": (bad_run(*GOOD, "q2 Q0 d3 0x10 1 tag"), r"line 4: the rank is '0x10', expected an integer"),
     "blank line": (bad_run(GOOD[0], "", GOOD[1]), r"line 2: found 0 fields"),
     "twice, same score": (
         bad_run(*GOOD, GOOD[1]),
@@ -635,15 +670,15 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "two documents but for type": (
         bad_file("corpus.jsonl", lines([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}])),
-        r"doc_id '1' stands in rows 1 and 2 \(1 such ids; a number and its digits are one id\)",
+        r"doc_id '1' stands in .*corpus\.jsonl line 1 and .*corpus\.jsonl line 2 \(1 such ids; a number and its digits",
     ),
     "document twice": (
         bad_file("corpus.jsonl", lines([DOCUMENT, {"_id": "d2", "text": "y"}, DOCUMENT])),
-        r"corpus\.jsonl: doc_id 'd1' stands in rows 1 and 3",
+        r"input\.corpus: doc_id 'd1' stands in .*corpus\.jsonl line 1 and .*corpus\.jsonl line 3",
     ),
     "query twice": (
         bad_file("queries.jsonl", lines([{"_id": "q1", "text": "x"}, {"_id": "q1", "text": "y"}])),
-        r"queries\.jsonl: query_id 'q1' stands in rows 1 and 2",
+        r"input\.queries: query_id 'q1' stands in .*queries\.jsonl line 1 and .*queries\.jsonl line 2",
     ),
     "not JSON": (
         bad_file("corpus.jsonl", lines([DOCUMENT]) + b"{broken\n"),
@@ -735,6 +770,21 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda folder: of_parquet(folder, "run", [{"query_id": "q1", "docno": "d1"}]),
         r"expected 'doc_id'; set input\.columns: \{doc_id: docno\}",
     ),
+    "queries without rows": (
+        lambda folder: {**given_as("run of JSONL", folder), "queries": str(empty(folder / "q.parquet", "query"))},
+        r"input\.queries: .*q\.parquet has no queries; expected at least one",
+    ),
+    "queries without row groups": (
+        lambda folder: {
+            **given_as("run of JSONL", folder),
+            "queries": str(empty(folder / "q.parquet", "query", False)),
+        },
+        r"input\.queries: .*q\.parquet has no queries; expected at least one",
+    ),
+    "run without row groups": (
+        lambda folder: {**given_as("run of JSONL", folder), "run": str(empty(folder / "e.parquet", groups=False))},
+        r"e\.parquet has no candidates",
+    ),
     "Parquet run without rows": (
         lambda folder: {
             **given_as("run of JSONL", folder),
@@ -755,10 +805,12 @@ def twice(path: Path) -> Path:
     return path
 
 
-def empty(path: Path, other: str = "query_id") -> Path:
-    schema = pa.schema([(other, pa.string()), ("doc_id", pa.string())])
+def empty(path: Path, other: str = "query_id", groups: bool = True) -> Path:
+    schema = pa.schema([(name, pa.string()) for name in sorted({other, "query_id", "doc_id"})])
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(schema.empty_table(), path)
+    with pq.ParquetWriter(path, schema) as writer:
+        if groups:
+            writer.write_table(schema.empty_table())
     return path
 
 

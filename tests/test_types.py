@@ -1,5 +1,6 @@
 """Arrow types that writers use: read like plain ones, or refused by name."""
 
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import candidate_rows, job, nested, rows_of
+from conftest import candidate_rows, job, nested, rows_of, scored_only
 
 from batch_rerank.errors import InputError
+from batch_rerank.input import canonical
+from batch_rerank.input.carried import carried_type
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 
@@ -142,3 +145,92 @@ def test_what_cannot_be_read_is_refused_by_name(column: str, tmp_path: Path) -> 
         pq.write_table(table, tmp_path / "a.parquet")
         with pytest.raises(InputError, match=column):
             run(job(tmp_path / "a.parquet", tmp_path / "out"), local=True)
+
+
+FEW = 100
+"""Values of a file that fit an int8 index; those of two such files do not."""
+SHORT, LONG = (pa.dictionary(index, pa.string()) for index in (pa.int8(), pa.int32()))
+
+
+def as_it_is(values: pa.Array) -> pa.Array:
+    return values
+
+
+def in_list(values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(range(len(values) + 1), pa.int32()), values)
+
+
+def in_struct(values: pa.Array) -> pa.Array:
+    return pa.StructArray.from_arrays([values], ["x"])
+
+
+HOLDERS = [as_it_is, in_list, in_struct]
+
+
+def with_values(folder: Path, columns: list[pa.Array], scattered: bool) -> Path:
+    """A flat file for each column, which is called `repo`; scattered: each query has rows in every file."""
+    (folder / "in").mkdir(parents=True)
+    for number, values in enumerate(columns):
+        query = [f"q{row % 5}" if scattered else f"q{number}-{row // 20}" for row in range(len(values))]
+        ids = [f"d{number}-{row}" for row in range(len(values))]
+        table = pa.table({"query_id": query, "query": query, "doc_id": ids, "text": ids, "repo": values})
+        pq.write_table(table, folder / "in" / f"{number}.parquet")
+    return folder / "in"
+
+
+def repos(number: int, kind: pa.DataType, count: int = FEW) -> pa.Array:
+    return pa.array([f"repo {number}-{row}" if row else None for row in range(count)]).cast(kind)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("second", [SHORT, LONG], ids=["int8", "int32"])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_categories_of_files_together_may_be_more_than_the_index_of_one_holds(
+    scattered: bool, second: pa.DataType, holder: Callable[[pa.Array], pa.Array], tmp_path: Path
+) -> None:
+    columns = [holder(repos(0, SHORT)), holder(repos(1, second))]
+    place = with_values(tmp_path, columns, scattered)
+    run(job(place, tmp_path / "out", output__passthrough=["repo"]), local=True)
+    assert verify(str(tmp_path / "out")).problems == []
+    found = rows_of(tmp_path / "out")
+    values = {f"d{number}-{row}": one for number in (0, 1) for row, one in enumerate(columns[number].to_pylist())}
+    assert dict(zip(found["doc_id"].to_pylist(), found["repo"].to_pylist(), strict=True)) == values
+    assert "indices=int32" in str(found["repo"].type)
+
+
+def test_score_files_of_short_indices_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a version that kept the index of the file."""
+    config = job(with_values(tmp_path, [repos(0, SHORT), repos(1, SHORT)], False), tmp_path / "out")
+    config = config.model_copy(update={"output": config.output.model_copy(update={"passthrough": ["repo"]})})
+    with monkeypatch.context() as patch:
+        patch.setattr(canonical, "carried", as_it_is)
+        scored_only(config)
+    run(config, local=True)
+    assert verify(str(tmp_path / "out")).problems == []
+    assert len(set(rows_of(tmp_path / "out")["repo"].to_pylist())) == 2 * FEW - 1
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view()], ids=str)
+@pytest.mark.parametrize("scattered", [False, True])
+def test_views_are_passed_through(
+    scattered: bool, kind: pa.DataType, holder: Callable[[pa.Array], pa.Array], tmp_path: Path
+) -> None:
+    columns = [holder(repos(number, kind, 20)) for number in (0, 1)]
+    run(job(with_values(tmp_path, columns, scattered), tmp_path / "out", output__passthrough=["repo"]), local=True)
+    assert verify(str(tmp_path / "out")).problems == []
+    found = rows_of(tmp_path / "out")
+    values = {f"d{number}-{row}": one for number in (0, 1) for row, one in enumerate(columns[number].to_pylist())}
+    assert dict(zip(found["doc_id"].to_pylist(), found["repo"].to_pylist(), strict=True)) == values
+    assert "view" not in str(found["repo"].type)
+
+
+@pytest.mark.parametrize(
+    "holder", [pa.list_, pa.large_list, pa.list_view, lambda one: pa.list_(one, 2), lambda one: pa.map_(one, one)]
+)
+def test_every_type_that_holds_others_is_carried(holder: Callable[[pa.DataType], pa.DataType]) -> None:
+    found = carried_type(holder(pa.struct([pa.field("x", SHORT, False), ("y", pa.string_view())])))
+    assert "int8" not in str(found) and "view" not in str(found)
+    assert "x: dictionary<values=string, indices=int32, ordered=0> not null, y: large_string" in str(found)
+    assert carried_type(found) == found
+    assert carried_type(holder(pa.int8())) == holder(pa.int8())

@@ -27,14 +27,14 @@ BUCKET = 2**22
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass
 class Run:
     """Candidates in the order of the input, as records of `column`.
 
-    query: int32, the number of the id in `queries`, which are in order of first appearance; score: float32 and rank:
+    query: int32, the number of the id in `queries`, which are in order of first appearance; score: float64 and rank:
     int32 where the run has them. A run's document: int32, the row in the corpus, or below 0 for the documents that it
     lacks, -1 - i for `lacked[i]`, a number of `lost`. A flat input's: high and low, the id's fingerprint.
     pairs: candidates of each query; ordered: whether each query's are side by side, in the order of queries; unscored:
@@ -249,7 +249,7 @@ def ids_of(
         starts[:] = np.cumsum(counts)
 
 
-def order_of(query: Int32, score: Float32 | None, rank: Int32 | None) -> Int64 | None:
+def order_of(query: Int32, score: Float64 | None, rank: Int32 | None) -> Int64 | None:
     """The order of candidates by query and rank, of one rank by score; None where they are in it already, as most runs
     are."""
     keys = query.astype(np.int64) << 32
@@ -257,16 +257,20 @@ def order_of(query: Int32, score: Float32 | None, rank: Int32 | None) -> Int64 |
         keys += rank.astype(np.int64) + 2**31
     elif score is not None:
         # the bits of floats, as integers that fall with them; -0 is 0
-        bits = (score + np.float32(0)).view(np.int32)
+        with np.errstate(over="ignore"):
+            bits = (score.astype(np.float32) + np.float32(0)).view(np.int32)
         keys += 2**31 - 1 - np.where(bits < 0, bits ^ np.int32(2**31 - 1), bits).astype(np.int64)
-    if rank is None or score is None:
-        return None if (keys[1:] >= keys[:-1]).all() else np.argsort(keys, kind="stable")
-    if (keys[1:] > keys[:-1]).all():
-        return None
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    if (keys[1:] == keys[:-1]).any():  # two of one rank: rare, and three keys take four times as long
-        return np.lexsort((-score, rank, query))
+    order = None if (keys[1:] >= keys[:-1]).all() else np.argsort(keys, kind="stable")
+    if score is None:
+        return order
+    if order is not None:
+        keys, scores = keys[order], score[order]
+    else:
+        scores = score
+    # two of one rank, or of one float32, not as their scores fall: rare, and more keys take four times as long
+    tied = np.flatnonzero(keys[1:] == keys[:-1])
+    if not (scores[tied] >= scores[tied + 1]).all():
+        return np.lexsort((-score, query) if rank is None else (-score, rank, query))
     return order
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.carried import carried
 from batch_rerank.input.layouts import OF_QUERY, TEXTS, Columns, Int64, field_of, run_starts
 from batch_rerank.schema import PASSED
 
@@ -43,10 +44,10 @@ def candidates(batch: pa.RecordBatch, columns: Columns, first: int) -> pa.Table:
 
     def column(name: str, of_query: bool, text: bool = False) -> pa.Array:
         if rows is None:
-            return _without_view(batch.column(name))
+            return carried(batch.column(name))
         if of_query and text:  # held once however many candidates there are
             return pa.DictionaryArray.from_arrays(pc.cast(rows, pa.int32()), _plain(batch.column(name)))
-        return _without_view(batch.column(name)).take(rows) if of_query else _without_view(field_of(structs, name))
+        return carried(batch.column(name)).take(rows) if of_query else carried(field_of(structs, name))
 
     def ours(name: str) -> pa.Array | None:
         return column(columns.names[name], name in OF_QUERY, name in TEXTS) if name in columns.names else None
@@ -86,17 +87,37 @@ def whole(pieces: Sequence[pa.Table], columns: Columns, where: str) -> pa.Table:
         **{name: rows[name] for name in rows.column_names if name.startswith(PASSED)},
     }
     made = pa.table(data).unify_dictionaries()
-    for name in () if columns.layout == "nested" else ("query", "instruction"):
+    if columns.layout == "nested":
+        return made
+    for name in ("query", "instruction"):
         _refuse_two(made, name, where)
+    queries = made["query"].combine_chunks()
+    if 0 < queries.null_count < len(queries):  # a query is of its id: the rows that lack it have it from the others
+        of_each = first_of_each(queries, np.flatnonzero(np.diff(index, prepend=-1)))
+        made = made.set_column(made.column_names.index("query"), "query", of_each.take(pa.array(index)))
     return made
 
 
+def first_of_each(values: pa.Array, starts: Int64) -> pa.Array:
+    """Each query's first value that is not null: flat rows carry a query on every row."""
+    present = np.flatnonzero(pc.is_valid(values).to_numpy(zero_copy_only=False))
+    at = np.searchsorted(present, starts)
+    ends = np.append(starts[1:], len(values))
+    found = np.append(present, len(values))[at]
+    return values.take(pa.array(np.where(found < ends, found, 0), mask=found >= ends))
+
+
 def with_title(title: pa.Array | None, text: pa.Array) -> pa.Array:
-    """BEIR's text of a document: (title + " " + text).strip(); a null text stays null."""
+    """BEIR's text of a document: (title + " " + text).strip(); a null text stays null.
+
+    Where the title is null or empty the text is as it is: a file format or a layout may bring a column of titles along
+    in which there are none, and the same document has to be scored as the same text.
+    """
     if title is None:
         return text
     titles = pc.fill_null(_plain(title), "")
-    return pc.utf8_trim_whitespace(pc.binary_join_element_wise(titles, text, pa.scalar(" ", pa.large_string())))
+    both = pc.utf8_trim_whitespace(pc.binary_join_element_wise(titles, text, pa.scalar(" ", pa.large_string())))
+    return pc.if_else(pc.equal(titles, ""), text, both)
 
 
 def _titled(title: pa.Array | None, text: pa.Array | None) -> pa.Array | None:
@@ -109,13 +130,6 @@ def _number(values: pa.Array | None, size: int, kind: pa.DataType) -> pa.Array:
     if values is None:
         return pa.nulls(size, kind)
     return pc.cast(values, kind, safe=kind != pa.float32())
-
-
-def _without_view(values: pa.Array) -> pa.Array:
-    """Strings as strings: Arrow cannot select rows of string_view yet (pyarrow 26)."""
-    if pa.types.is_string_view(values.type):
-        return pc.cast(values, pa.large_string())
-    return pc.cast(values, pa.large_binary()) if pa.types.is_binary_view(values.type) else values
 
 
 def _plain(texts: pa.Array) -> pa.Array:

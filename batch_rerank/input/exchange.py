@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.input.candidates import Int32, Int64
-from batch_rerank.input.canonical import canonical, with_title
+from batch_rerank.input.canonical import canonical, first_of_each, with_title
+from batch_rerank.input.carried import carried
 from batch_rerank.input.join import Ranked
 from batch_rerank.input.layouts import Columns, find_columns
 from batch_rerank.input.notes import PORTION, Note, Portions, data_name
@@ -114,7 +115,7 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
                 ours = {name: _as_ours(name, batch, columns) for name in columns.names}
                 ours["text"] = with_title(ours.pop("title", None), ours["text"])
                 ours.setdefault("instruction", pa.nulls(batch.num_rows, pa.large_string()))
-                passed = {f"{PASSED}{name}": batch.column(name) for name in passthrough}
+                passed = {f"{PASSED}{name}": carried(batch.column(name)) for name in passthrough}
                 table = pa.table({**{name: ours[name] for name in OURS if name in ours}, **passed})
                 table.validate(full=True)
             yield table
@@ -124,7 +125,7 @@ def _read_flat(piece: Piece, config: JobConfig) -> Iterator[pa.Table]:
 def _as_ours(name: str, batch: pa.RecordBatch, columns: Columns) -> pa.Array:
     """A column in the type that it has in every shard."""
     kind = NUMBERS.get(name, pa.large_string())
-    return batch.column(columns.names[name]).cast(kind, safe=kind != pa.float32())
+    return batch.column(columns.names[name]).cast(kind, safe=not pa.types.is_floating(kind))
 
 
 def _flushes(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -260,21 +261,12 @@ def nested(rows: pa.Table) -> pa.Table:
     data: dict[str, Any] = {"query_id": rows["query_id"].take(starts)}
     for name in ("query", "instruction"):
         if name in rows.column_names:
-            data[name] = _first_of_each(rows[name].combine_chunks(), starts).cast(pa.string())
+            data[name] = first_of_each(rows[name].combine_chunks(), starts).cast(pa.string())
     return pa.table({**data, "candidates": pa.ListArray.from_arrays(offsets, candidates)})
 
 
 def _one(array: pa.Array | pa.ChunkedArray) -> pa.Array:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-
-
-def _first_of_each(values: pa.Array, starts: Int64) -> pa.Array:
-    """Each query's first value that is not null: flat rows carry a query on every row."""
-    present = np.flatnonzero(pc.is_valid(values).to_numpy(zero_copy_only=False))
-    at = np.searchsorted(present, starts)
-    ends = np.append(starts[1:], len(values))
-    found = np.append(present, len(values))[at]
-    return values.take(pa.array(np.where(found < ends, found, 0), mask=found >= ends))
 
 
 def _serialise(table: pa.Table, metadata: dict[str, str]) -> bytes:

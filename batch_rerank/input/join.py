@@ -5,6 +5,7 @@ their fingerprints (known.py): the driver holds 20 bytes a document of the corpu
 are large strings: together they may be more than 2 GiB.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,11 +31,12 @@ from batch_rerank.input.join_checks import (
 )
 from batch_rerank.input.known import Fingerprints, Repeated, know
 from batch_rerank.input.sources import Piece, Source, pieces
-from batch_rerank.input.spill import Column, Sorted, Spill
+from batch_rerank.input.spill import Column, Records, Sorted, Spill
 from batch_rerank.input.units import cut_units
 from batch_rerank.store.filesystem import Options
 from batch_rerank.store.plans import Unit
 
+log = logging.getLogger("batch_rerank")
 SHARD_PAIRS = 50_000
 """Candidates of a staged shard: some 50 MB of text, which one task holds, and three or four read tasks of a job."""
 
@@ -78,14 +80,20 @@ def join_run(
     """Join a run with its queries and its corpus, by id. Queries are in the order of their first candidate, candidates
     by rank: the run's, else that of their scores, else their order.
 
-    Raises InputError: an empty run, a candidate twice, ids that differ by space only, more than `max_missing` of the
-    candidates without a document or a query. Raises StorageError where the temporary directory is full.
+    Raises InputError: an empty run, no queries, a candidate twice, ids that differ by space only, more than
+    `max_missing` of the candidates without a document or a query. Raises StorageError where the temporary directory is
+    full.
     """
-    asked = pa.concat_tables(read_all(queries, ("query_id", "query", "instruction"), options)).combine_chunks()
+    read = read_all(queries, ("query_id", "query", "instruction"), options)
+    if not any(len(table) for table in read):
+        raise InputError(
+            f"input.queries: {files_of(queries)} has no queries; expected at least one; check what wrote the file"
+        )
+    asked = pa.concat_tables(read).combine_chunks()
     corpus_pieces = pieces(corpus)
     starts = np.zeros(len(corpus_pieces) + 1, np.int64)
     known = know(ids_of(corpus, corpus_pieces, "doc_id", options, starts), Fingerprints())
-    refuse_repeated_ids(asked["query_id"], queries)
+    refuse_repeated_ids(asked["query_id"], queries, options)
     if isinstance(known, Repeated):
         refuse_repeated_rows(known, corpus, options)
     found = read_run(run, options, spill, known)
@@ -206,12 +214,15 @@ class _Candidates:
 
 
 def _rank(run: Run, query_row: Int32, depth: int | None, corpus: int, spill: Spill) -> _Candidates:
-    """Order the candidates by query and rank, keep `depth` of each query, and drop those without query or document."""
+    """Order the candidates by query and rank, keep `depth` of each query, and drop those without query or document.
+
+    Where a query's ranks repeat (trec_eval ignores them, so tools write 0 or 1 in every line) they are its places."""
     kept = [name for name in run.names if name != "query"]
-    column = spill.column([(name, run.column.kind[name]) for name in kept])
+    # ordered as they are, scores are written as float32
+    column = spill.column([(name, np.float32 if name == "score" else run.column.kind[name]) for name in kept])
     pairs, used = np.zeros(len(run.pairs), np.int64), np.zeros(corpus, np.bool_)
     lost_queries, lost_documents = np.zeros(len(run.pairs), np.bool_), np.zeros(len(run.lost), np.bool_)
-    cut = lost = 0
+    cut = lost = repeating = 0
     twice = Twice()
     for records in run.buckets(spill):
         twice.look(run, records)
@@ -219,8 +230,11 @@ def _rank(run: Run, query_row: Int32, depth: int | None, corpus: int, spill: Spi
         if order is not None:
             records = records[order]
         query = records["query"]
+        places = positions(np.diff(np.flatnonzero(np.diff(query, prepend=-1, append=-1))))
+        if "rank" in kept:
+            repeating += _rank_by_place(records, places)
         if depth is not None:
-            chosen = positions(np.diff(np.flatnonzero(np.diff(query, prepend=-1, append=-1)))) <= depth
+            chosen = places <= depth
             cut += len(chosen) - int(chosen.sum())
             records, query = records[chosen], query[chosen]
         no_query, no_document = query_row[query] < 0, records["document"] < 0
@@ -232,8 +246,25 @@ def _rank(run: Run, query_row: Int32, depth: int | None, corpus: int, spill: Spi
         used[records["document"]] = True
         counts = np.bincount(records["query"])
         pairs[: len(counts)] += counts
-        column.append(records[kept])
+        with np.errstate(over="ignore"):
+            column.append(records[kept].astype(column.kind))
+    if repeating:
+        then = "score" if "score" in kept else "the order of the rows"
+        log.info("ranks repeat in %s queries of the run: ordered by rank, then %s", f"{repeating:,}", then)
     return _Candidates(column, pairs, cut, lost, lost_queries, lost_documents, int(used.sum()), twice)
+
+
+def _rank_by_place(records: Records, places: Int32) -> int:
+    """Give the candidates of those queries whose ranks repeat their places, which are in order; how many queries."""
+    query, rank = records["query"], records["rank"]
+    again = query[1:][(query[1:] == query[:-1]) & (rank[1:] == rank[:-1])]
+    if not len(again):
+        return 0
+    repeating = np.zeros(int(query[-1]) + 1, np.bool_)
+    repeating[again] = True
+    here = repeating[query]
+    rank[here] = places[here]
+    return int(repeating.sum())
 
 
 def _by_shard(column: Column, stops: Int64) -> Iterator[tuple[Int32, Int32]]:

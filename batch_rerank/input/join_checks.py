@@ -28,7 +28,7 @@ def files_of(source: Source) -> str:
     return urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
 
 
-def refuse_repeated_ids(ids: pa.ChunkedArray, source: Source) -> None:
+def refuse_repeated_ids(ids: pa.ChunkedArray, source: Source, options: Options) -> None:
     """An id that stands twice among queries or documents."""
     name = "query_id" if source.kind == "queries" else "doc_id"
     if pc.count_distinct(ids).as_py() == len(ids):
@@ -36,20 +36,33 @@ def refuse_repeated_ids(ids: pa.ChunkedArray, source: Source) -> None:
     counted = pc.value_counts(ids)
     repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
     rows = np.flatnonzero(pc.equal(ids, repeated[0]).to_numpy())[:2].tolist()
-    raise _repeated(source, name, repeated[0].as_py(), rows, len(repeated))
+    raise _repeated(source, name, repeated[0].as_py(), rows, len(repeated), options)
 
 
 def refuse_repeated_rows(repeated: Repeated, source: Source, options: Options) -> NoReturn:
     """The same of a corpus, whose ids are not held."""
     doc_id = id_at(source, "doc_id", repeated.rows[0], options)
-    raise _repeated(source, "doc_id", doc_id, repeated.rows, repeated.count)
+    raise _repeated(source, "doc_id", doc_id, repeated.rows, repeated.count, options)
 
 
-def _repeated(source: Source, name: str, found: str, rows: Sequence[int], count: int) -> InputError:
+def _repeated(source: Source, name: str, found: str, rows: Sequence[int], count: int, options: Options) -> InputError:
+    places = " and ".join(_place_of(source, name, row, options) for row in rows[:2])
     return InputError(
-        f"input.{source.kind}: {files_of(source)}: {name} {found!r} stands in rows {rows[0] + 1} and {rows[1] + 1} "
-        f"({count} such ids; a number and its digits are one id); expected each once; drop one"
+        f"input.{source.kind}: {name} {found!r} stands in {places} ({count} such ids; a number and its digits are one "
+        "id); expected each once; drop one"
     )
+
+
+def _place_of(source: Source, name: str, row: int, options: Options) -> str:
+    """The place of a row of a source, whose rows are counted again up to it."""
+    url, first, passed = "", 0, 0
+    for piece in pieces(source):
+        if piece.url != url:
+            url, first = piece.url, passed
+        passed += sum(len(table) for table in read_piece(source, piece, (name,), options))
+        if row < passed:
+            break
+    return _told(source, url, row - first)
 
 
 def id_at(source: Source, name: str, row: int, options: Options) -> str:
@@ -190,12 +203,17 @@ def refuse_unranked(run: Run, source: Source, options: Options) -> None:
 
 
 def _place(run: Run, source: Source, row: int) -> str:
-    """A row's file and its place there: a line from 1, a Parquet row from 0 as elsewhere."""
+    """The place of a row of a run."""
     piece = int(np.searchsorted(run.starts, row, side="right")) - 1
     url = run.pieces[piece].url
     first = next(index for index, one in enumerate(run.pieces) if one.url == url)
     within = row - int(run.starts[first])
-    return f"{url} line {within + 1}" if source.format == "trec" else f"{url} row {within}"
+    return _told(source, url, within)
+
+
+def _told(source: Source, url: str, within: int) -> str:
+    """A file and a row's place in it: a line from 1, a Parquet row from 0 as elsewhere."""
+    return f"{url} row {within}" if source.format == "parquet" else f"{url} line {within + 1}"
 
 
 def refuse_missing(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import InputError
+from batch_rerank.input.carried import carried_type
 from batch_rerank.input.layouts import Columns, Queries, find_columns, queries_of
 from batch_rerank.store.filesystem import File, Location, input_errors
 from batch_rerank.store.plans import Shard
@@ -97,7 +98,7 @@ def read_queries(
             row_groups = tuple(zip(group_rows(parquet), _group_bytes(parquet), strict=True))
             groups = _first_groups(parquet, rows)
             size = sum(_sizes(parquet, groups, columns.leaves(leaf_paths(parquet), ["text"]))[0])
-            types = {name: str(_type_of(parquet.schema_arrow, columns, name)) for name in passthrough}
+            types = {name: str(carried_type(_type_of(parquet.schema_arrow, columns, name))) for name in passthrough}
         with reading(location, "an id column"):
             leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
             count, ids = sum(group_rows(parquet)[: len(groups)]), max(_sizes(parquet, groups, leaves)[1], default=0)

@@ -45,8 +45,8 @@ BEIR = {"query_id": "_id", "query": "text", "doc_id": "_id"}
 """What BEIR calls our columns, in queries and corpora."""
 
 REQUIRED = ("query_id", "query", "doc_id", "text")
-NUMBERS = {"score": pa.float32(), "rank": pa.int32()}
-"""Our columns that are no text."""
+NUMBERS = {"score": pa.float64(), "rank": pa.int32()}
+"""Our columns that are no text. Scores are ordered as they are, and written as float32: rounded ones would tie."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _parquet_rows(source: Source, piece: Piece, wanted: Sequence[str], location:
                     if column not in leaves:
                         data[name] = pa.nulls(batch.num_rows, kind)
                         continue
-                    data[name] = batch.column(column).cast(kind, safe=kind != pa.float32())
+                    data[name] = batch.column(column).cast(kind, safe=not pa.types.is_floating(kind))
                     if name in (*IDS, "rank"):
                         _refuse_null(data[name], name, location, read)
                 table = pa.table(data)

@@ -36,7 +36,7 @@ from batch_rerank.store.records import Mark
 from batch_rerank.store.scan import scan
 
 log = logging.getLogger("batch_rerank")
-STAGING_VERSION = 2
+STAGING_VERSION = 3
 """Raised when the same sources would be staged differently."""
 
 SMALL = 8

@@ -4,6 +4,7 @@ import pyarrow as pa
 
 from batch_rerank.config import Input, JobConfig
 from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.input.carried import carried_type
 from batch_rerank.input.layouts import Columns, find_columns
 from batch_rerank.input.places import refuse_overlap
 from batch_rerank.input.sources import Source, find_files, find_source, footers
@@ -74,5 +75,5 @@ def _kinds(columns: Columns, schema: pa.Schema) -> dict[str, tuple[str, str]]:
     for name in ("score", "rank"):
         kinds[name] = ("there" if name in columns.names else "missing", "a query's candidates are told apart by it")
     for name in columns.passthrough:
-        kinds[name] = (str(schema.field(name).type), "it is passed through")
+        kinds[name] = (str(carried_type(schema.field(name).type)), "it is passed through")
     return kinds

@@ -26,6 +26,9 @@ BLOCK_BYTES = 16 * 2**20
 LINE_BYTES = 64 * 2**20
 """Of one line at most. A document has less; some hundred KB of .gz may be a line of GB."""
 
+BLANK = (b"\n\n", b"\n\r\n", b" \n", b"\t\n")
+"""How text ends whose last line is blank, or ends in space."""
+
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 IDS = ("query_id", "doc_id")
 
@@ -84,6 +87,10 @@ def line_blocks(location: Location, start: int = 0, stop: int | None = None) -> 
                     yield data + b"\n"
                 return
             cut = data.rfind(b"\n") + 1
+            if data.endswith(BLANK, 0, cut) or data[:1].isspace():
+                # blank lines go with what follows: at the end of a block they may stand
+                kept = len(data[:cut].rstrip(b"\r\n\t "))
+                cut = data.find(b"\n", kept) + 1 if kept else 0
             if cut:
                 yield data[:cut]
             position, rest = position + cut, data[cut:]
@@ -111,7 +118,7 @@ def _text_file(location: Location) -> Iterator[IO[bytes]]:
 
 def _lines(block: bytes, location: Location, number: LineNumber) -> pa.LargeStringArray:
     """A block's lines as they are, with their ends. Trailing blank ones are left out; raises InputError for others."""
-    block = block.rstrip(b"\r\n\t ") + b"\n" if block.endswith((b"\n\n", b"\n\r\n", b" \n", b"\t\n")) else block
+    block = block.rstrip(b"\r\n\t ") + b"\n" if block.endswith(BLANK) or block.isspace() else block
     ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
     if len(block) == 1:
         return pa.array([], pa.large_string())
@@ -145,7 +152,7 @@ def _wrong_fields(line: str, found: int, expected: str, location: Location, numb
 
 
 def parse_trec(block: bytes, width: int, location: Location, number: LineNumber) -> pa.Table:
-    """Columns query_id, doc_id, score float32 and, of 6 fields, rank int32; ids as large strings. Raises InputError
+    """Columns query_id, doc_id, score float64 and, of 6 fields, rank int32; ids as large strings. Raises InputError
     with the line."""
     lines = _lines(block, location, number)
     fields = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(lines))
@@ -163,29 +170,37 @@ def parse_trec(block: bytes, width: int, location: Location, number: LineNumber)
         values = field(index)
         try:
             cast_values = values.cast(kind)
-            if not pa.types.is_floating(kind) or pc.all(pc.is_finite(cast_values)).as_py() is not False:
+            if pc.all(_is_fit(values, cast_values)).as_py() is not False:
                 return cast_values
         except pa.ArrowInvalid:
             pass
         row = next(row for row, value in enumerate(values.to_pylist()) if not _is_number(value, kind))
+        expected = "a finite number (of float32)" if pa.types.is_floating(kind) else "an integer of 32 bits"
         raise InputError(
-            f"{location}: line {number.of(row)}: {what} is {values[row].as_py()[:80]!r}, expected "
-            f"{'a finite number' if pa.types.is_floating(kind) else 'an integer'}; correct the line"
+            f"{location}: line {number.of(row)}: {what} is {values[row].as_py()[:80]!r}, expected {expected}; "
+            "correct the line"
         )
 
     columns = {"query_id": field(0), "doc_id": field(1 if width == 3 else 2)}
-    columns["score"] = number_of(2 if width == 3 else 4, pa.float64(), "the score").cast(pa.float32(), safe=False)
+    columns["score"] = number_of(2 if width == 3 else 4, pa.float64(), "the score")
     if width == 6:
         columns["rank"] = number_of(3, pa.int32(), "the rank")
     return pa.table(columns)
 
 
 def _is_number(text: str, kind: pa.DataType) -> bool:
+    values = pa.array([text])
     try:
-        value = pa.array([text]).cast(kind)[0].as_py()
+        return bool(_is_fit(values, values.cast(kind))[0].as_py())
     except pa.ArrowInvalid:
         return False
-    return bool(np.isfinite(value))
+
+
+def _is_fit(texts: pa.Array, values: pa.Array) -> pa.BooleanArray:
+    """Which numbers are finite as float32, in which scores are written, or integers in digits: Arrow reads 0x10 too."""
+    if pa.types.is_floating(values.type):
+        return pc.is_finite(values.cast(pa.float32(), safe=False))
+    return pc.invert(pc.match_substring(texts, "x", ignore_case=True))
 
 
 def parse_jsonl(block: bytes, names: Mapping[str, str], location: Location, number: LineNumber) -> pa.Table:

@@ -21,6 +21,7 @@ import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConflictError, StorageError
+from batch_rerank.input.carried import all_carried
 from batch_rerank.publish.columns import completed
 from batch_rerank.publish.nested import nest
 from batch_rerank.publish.rank import rank
@@ -118,7 +119,7 @@ def ranked(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSp
                 f"{manifest.root}: the score file of unit {unit.id} has {len(rows):,} rows, the plan {unit.pairs:,}; "
                 "see batch-rerank verify --repair"
             )
-        made, index = rank(rows, model, output.top_k, extra)
+        made, index = rank(all_carried(rows), model, output.top_k, extra)
         yield made, np.flatnonzero(np.diff(index, prepend=-1))
 
 
