@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Row, nested, rows_of, write
+from conftest import Row, job, nested, rows_of, write
 from test_stage import corpus, given_as, job_of, joined, jsonl, queries, run_rows, trec
 
 from batch_rerank.errors import BatchRerankError, InputError
@@ -358,3 +358,28 @@ def test_an_id_twice_in_two_files_is_told_with_both_places(
     message = rf"input\.{kind}: {name} '{name[0]}3' stands in \S+/0\.parquet row 3 and \S+/1\.parquet row 5 \(1 such"
     with pytest.raises(InputError, match=message):
         run(job_of(given, tmp_path / "out"), local=True)
+
+
+@pytest.mark.parametrize("layout", ["flat", "scattered", "nested"])
+@pytest.mark.parametrize("scored", [True, False])
+def test_ranks_that_repeat_are_counted_anew_in_every_layout(layout: str, scored: bool, tmp_path: Path) -> None:
+    """q0 has one rank for all, q1 has one twice, q2 is as it is, with gaps."""
+    ranks = {"q0": [1, 1, 1, 1], "q1": [3, 1, 3, 7], "q2": [9, 2, 4, 30]}
+    scores = [0.5, 2.0, None, 1.0]
+    rows: list[Row] = [
+        {"query_id": query, "query": "a", "doc_id": f"d{place}", "text": "b", "rank": rank, "score": scores[place]}
+        for query, found in ranks.items()
+        for place, rank in enumerate(found)
+    ]
+    if not scored:
+        rows = [{name: value for name, value in row.items() if name != "score"} for row in rows]
+    ordered = sorted(rows, key=lambda row: row["doc_id"]) if layout == "scattered" else rows
+    write(tmp_path / "in" / "0.parquet", nested(ordered) if layout == "nested" else ordered)
+    run(job(tmp_path / "in", tmp_path / "out", input__layout="nested" if layout == "nested" else "flat"), local=True)
+    found: dict[str, dict[str, int]] = {}
+    for row in rows_of(tmp_path / "out").to_pylist():
+        found.setdefault(row["query_id"], {})[row["doc_id"]] = row["first_stage_rank"]
+    of = {query: [documents[f"d{place}"] for place in range(4)] for query, documents in found.items()}
+    assert of["q2"] == ranks["q2"]
+    assert of["q0"] == ([3, 1, 4, 2] if scored else [1, 2, 3, 4])
+    assert of["q1"] == [2, 1, 3, 4]

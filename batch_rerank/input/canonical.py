@@ -83,7 +83,7 @@ def whole(pieces: Sequence[pa.Table], columns: Columns, where: str) -> pa.Table:
         "query_id": ids,
         **{name: rows[name] for name in ("query", "instruction", "doc_id", "text")},
         "first_stage_score": rows["score"],
-        "first_stage_rank": pc.coalesce(rows["rank"], position),
+        "first_stage_rank": _told_apart(pc.coalesce(rows["rank"], position), rows["score"], index),
         **{name: rows[name] for name in rows.column_names if name.startswith(PASSED)},
     }
     made = pa.table(data).unify_dictionaries()
@@ -165,6 +165,23 @@ def _positions(index: Int64) -> pa.Array:
     starts = np.flatnonzero(np.diff(index, prepend=index[0] - 1))
     lengths = np.diff(np.append(starts, len(index)))
     return pa.array(np.arange(len(index)) - np.repeat(starts, lengths) + 1, pa.int32())
+
+
+def _told_apart(ranks: pa.ChunkedArray, scores: pa.ChunkedArray, index: Int64) -> pa.Array:
+    """First-stage ranks; those of a query in which any repeats (tools write 0 or 1 everywhere) are its places by rank,
+    then score, as the stage ranks a run."""
+    rank = pc.cast(ranks, pa.int64()).to_numpy()
+    keys = (index << 32) + rank + 2**31
+    in_order = np.sort(keys)
+    repeated = in_order[1:][in_order[1:] == in_order[:-1]] >> 32
+    if not len(repeated):
+        return pc.cast(ranks, pa.int32()).combine_chunks()
+    here = np.flatnonzero(np.isin(index, repeated))
+    score = pc.fill_null(pc.cast(scores, pa.float64()), float("nan")).to_numpy()[here]
+    order = here[np.lexsort((-np.nan_to_num(score, nan=-np.inf), rank[here], index[here]))]
+    rank = rank.copy()
+    rank[order] = _positions(index[order]).to_numpy()
+    return pa.array(rank, pa.int32())
 
 
 def _refuse_two(rows: pa.Table, name: str, where: str) -> None:

@@ -93,7 +93,8 @@ def refuse_other_texts(
     for (start, stop), value in zip(bounds, query_hashes(zip(queries, said, strict=True)), strict=True):
         asked[start:stop] = value
     here = at[choice.rows]
-    found = {"the query": asked[here], "the document's text": text_hashes(given["text"].take(pa.array(here)))}
+    texts = pc.cast(given["text"].take(pa.array(here)), pa.large_string())  # those that are chosen, and no dictionary
+    found = {"the query": asked[here], "the document's text": text_hashes(pc.dictionary_encode(texts))}
     for (what, hashes), name in zip(found.items(), (QUERY_HASH, TEXT_HASH), strict=True):
         scored = rows.table[name].take(pa.array(choice.rows))
         other = np.flatnonzero(pc.fill_null(pc.not_equal(scored, pa.array(hashes)), False).to_numpy())
