@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import candidate_rows, job, write
 
+import batch_rerank.cli_outputs as cli_outputs
+from batch_rerank.calls import in_turn
 from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.job.run import run
+from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.lease import hold
@@ -356,3 +359,21 @@ def test_a_part_with_the_columns_of_something_else_is_a_problem(
     verdict = verify(str(tmp_path / "out"))
     assert verdict.damaged == [part.name]
     assert f"{part.name}: its columns are {list(columns)}, which are not an output's" in verdict.problems
+
+
+@pytest.mark.parametrize("address", ["key", "variable", None])
+def test_an_output_on_a_disk_is_not_looked_for_on_the_nodes_of_a_cluster(
+    address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray here would be the cluster's; without an address it is this machine's, which has the disk."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address == "variable":
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    config = job("in", tmp_path, **({"cluster__address": "head:6379"} if address == "key" else {}))
+    caplog.set_level("INFO", "batch_rerank")
+    on = cli_outputs._on(Place(str(tmp_path)), local=False)
+    assert on is not None and (on(config) is in_turn) == (address is not None)
+    assert ("is on a disk, which the nodes of head:6379 may not have" in caplog.text) == (address is not None)
+    assert cli_outputs._on(Place(str(tmp_path)), local=True) is None
+    far = cli_outputs._on(Place("s3://bucket/out", {"key": "a", "secret": "b"}), local=False)
+    assert far is not None and far(config) is not in_turn
