@@ -30,7 +30,7 @@ logging.basicConfig(level=logging.WARNING)
 logging.getLogger("ray.data").setLevel(logging.ERROR)
 import ray
 from batch_rerank.config import load_config
-from batch_rerank.job import run as jobs
+from batch_rerank.job import ahead, run as jobs
 from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.filesystem import Location
@@ -44,7 +44,7 @@ def timed(name, function):
         finally:
             seconds[name] = round(time.monotonic() - started, 2)
     return wrapped
-jobs.make_plan = timed("plan", jobs.make_plan)
+ahead.make_plan = timed("plan", ahead.make_plan)
 jobs.resume = timed("resume", jobs.resume)
 find = Location.find
 Location.find = lambda self: listings.append(self.name) or find(self)

@@ -53,6 +53,17 @@ def test_a_text_that_is_not_the_one_that_was_scored_is_no_label(
     assert not (tmp_path / "x" / "_SUCCESS").exists()
 
 
+def test_an_instruction_on_a_row_without_a_text_was_not_read(tmp_path: Path) -> None:
+    """Nor is it now: the query is the one that was scored."""
+    rows = [{**row, "instruction": None} for row in corpus_rows(3, 10)]
+    rows[0] |= {"text": None, "instruction": "never read"}
+    rows[10] |= {"instruction": "find it"}
+    write(tmp_path / "in" / "0.parquet", rows)
+    run(job(tmp_path / "in", tmp_path / "out", scoring__max_failed_rows=0.5), local=True)
+    done = exported(tmp_path / "out", tmp_path / "x", negatives={"ranks": (2, None), "per_query": 3})
+    assert done.counts["labelled_queries"] == 3
+
+
 def test_hashes_are_those_of_each_unit_wherever_its_scores_lie(tmp_path: Path) -> None:
     """Gathered, and before that in a file each: pairs without a score have none, and shift nobody else's."""
     rows = [{**row, "text": None if row["doc_id"] in ("d3", "d7") else row["text"]} for row in corpus_rows(12)]

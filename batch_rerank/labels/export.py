@@ -9,7 +9,6 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from batch_rerank.errors import ConflictError, InputError, StorageError
 from batch_rerank.label_settings import Labels
 from batch_rerank.labels.census import Census, take_census
 from batch_rerank.labels.documents import BUCKET_ROWS, Gather, gather
+from batch_rerank.labels.limits import refuse_left_out, refuse_missing
 from batch_rerank.labels.part import Order, commit, create, export_part, receipts_of
 from batch_rerank.labels.plan import Prepared, about, by_size, check_matches, prepare, prompted
 from batch_rerank.labels.records import (
@@ -89,8 +89,8 @@ def export(place: Place, labels: Labels, each: Each) -> Exported:
     root = locate(labels.path, labels.storage_options)
     plan = _standing(root, prepared)
     if plan is not None:
-        _refuse_missing(prepared, plan.about["counts"])
-        _refuse_left_out(prepared, plan.about["counts"])
+        refuse_missing(prepared, plan.about["counts"])
+        refuse_left_out(prepared, plan.about["counts"])
         mark = read_mark(root)
         if mark is not None and _is_whole(mark, plan, _list(root)):
             _tidy(root, _list(root))
@@ -98,7 +98,7 @@ def export(place: Place, labels: Labels, each: Each) -> Exported:
     if plan is None:
         census = _census(prepared, each)
         counts = _counts(census)
-        _refuse_left_out(prepared, counts)
+        refuse_left_out(prepared, counts)
         chosen = counts["positives"] + counts["negatives"]
         buckets = -(-chosen // BUCKET_ROWS) if labels.form[1] == "tables" else 0
         told = about(prepared) | _told(census, prepared.scale) | {"counts": counts}
@@ -117,7 +117,7 @@ def _census(prepared: Prepared, each: Each) -> Census:
         census.add(found)
     first = (name for _, names in unit_ids(prepared.output.source(prepared.output.plan.units[:1])) for name in names)
     check_matches(prepared, census.counts["judged_queries"], first)
-    _refuse_missing(prepared, census.counts)
+    refuse_missing(prepared, census.counts)
     return census
 
 
@@ -133,38 +133,6 @@ def _told(census: Census, scale: str) -> dict[str, Any]:
         "temperature": census.temperature(scale),
         "thresholds": census.thresholds,
     }
-
-
-def _refuse_missing(prepared: Prepared, counts: Mapping[str, int]) -> None:
-    teachers, missing = prepared.labels.teachers, counts.get("teachers_missing", 0)
-    scored = counts.get("teachers_wanted", 0)
-    if teachers is not None and missing > teachers.max_missing * scored:
-        raise InputError(
-            f"labels.teachers: {missing:,} of {scored:,} scored candidates of {prepared.output.manifest.root} have no "
-            f"score of another teacher, or one of another text ({counts.get('teachers_extra', 0):,} of theirs are no "
-            "candidates here); expected outputs over the same candidates; set labels.teachers.max_missing to leave out "
-            "a share of them"
-        )
-
-
-def _refuse_left_out(prepared: Prepared, counts: Mapping[str, int]) -> None:
-    """Raise InputError where more queries are left out than may be, or all are."""
-    labels, queries = prepared.labels, counts.get("queries", 0)
-    gone = {name.removeprefix("left out: "): n for name, n in counts.items() if name.startswith("left out: ") and n}
-    said = ", ".join(f"{count:,} {name}" for name, count in gone.items()) or "it has no query with candidates"
-    left_out = sum(gone.values())
-    first, last = labels.negatives.ranks
-    hint = (
-        f"labels.negatives.ranks [{first}, {last}], per_query {labels.negatives.per_query} and least {labels.least}, "
-        "labels.positives and labels.false_negatives decide it; batch-rerank export --dry-run shows what drops what"
-    )
-    if counts.get("labelled_queries", 0) == 0:
-        raise InputError(f"{prepared.output.manifest.root}: no query has labels: {said}; {hint}")
-    if left_out > labels.max_dropped_queries * queries:
-        raise InputError(
-            f"{prepared.output.manifest.root}: {left_out:,} of {queries:,} queries would be left out ({said}), and at "
-            f"most {labels.max_dropped_queries:.2%} may be (labels.max_dropped_queries); {hint}"
-        )
 
 
 def _list(root: Location) -> Files:
@@ -262,7 +230,7 @@ def _finish(root: Location, plan: LabelPlan, prepared: Prepared, lease: Lease, e
     for receipt in parts:
         counts.update(receipt.counts)
     try:
-        _refuse_left_out(prepared, counts)
+        refuse_left_out(prepared, counts)
     except InputError as error:  # texts have ruled out more than scores alone
         _discard(root, parts)
         raise InputError(

@@ -88,7 +88,11 @@ def refuse_other_texts(
     asked = np.zeros(len(given), np.uint64)
     starts = np.flatnonzero(np.diff(given["query_index"].to_numpy(), prepend=-1)).tolist()
     bounds, instructions = list(pairwise([*starts, len(given)])), given["instruction"]
-    said = [first_text(instructions[start:stop]) if model.takes_instruction else None for start, stop in bounds]
+    scored = pc.is_valid(given["text"])  # an instruction on a row without a text has not been read
+    said = [
+        first_text(instructions[start:stop].filter(scored[start:stop])) if model.takes_instruction else None
+        for start, stop in bounds
+    ]
     queries = [given["query"][start].as_py() or "" for start in starts]
     for (start, stop), value in zip(bounds, query_hashes(zip(queries, said, strict=True)), strict=True):
         asked[start:stop] = value
@@ -96,8 +100,8 @@ def refuse_other_texts(
     texts = pc.cast(given["text"].take(pa.array(here)), pa.large_string())  # those that are chosen, and no dictionary
     found = {"the query": asked[here], "the document's text": text_hashes(pc.dictionary_encode(texts))}
     for (what, hashes), name in zip(found.items(), (QUERY_HASH, TEXT_HASH), strict=True):
-        scored = rows.table[name].take(pa.array(choice.rows))
-        other = np.flatnonzero(pc.fill_null(pc.not_equal(scored, pa.array(hashes)), False).to_numpy())
+        then = rows.table[name].take(pa.array(choice.rows))
+        other = np.flatnonzero(pc.fill_null(pc.not_equal(then, pa.array(hashes)), False).to_numpy())
         if len(other):
             row = rows.table.slice(int(choice.rows[other[0]]), 1).to_pylist()[0]
             raise InputError(
