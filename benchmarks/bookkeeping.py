@@ -82,9 +82,9 @@ def measure(directory: Path, units: int) -> dict[str, Any]:
     write_shards(directory / "in", units)
     started = time.monotonic()
     killed = start(directory, "out")
-    receipts = directory / "out" / "_manifest" / "receipts"
+    scored = directory / "out" / "_work"  # not receipts: those of a thousand units become one file
     actors = with_torch = 0
-    while killed.poll() is None and count(receipts) < units // 2:
+    while killed.poll() is None and count(scored) < units // 2:
         scoring = [pid for pid, name in processes() if name.startswith("ray::MapWorker(MapBatches(Score))")]
         if len(scoring) > actors:
             actors, with_torch = len(scoring), sum("libtorch" in maps(pid) for pid in scoring)
@@ -92,7 +92,7 @@ def measure(directory: Path, units: int) -> dict[str, Any]:
     peak = peak_mib(killed.pid)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    half = {"units": count(receipts), "seconds": round(time.monotonic() - started, 1), "driver_peak_mib": peak}
+    half = {"units": count(scored), "seconds": round(time.monotonic() - started, 1), "driver_peak_mib": peak}
     resumed = finish(start(directory, "out"))
     assert resumed["units"] + resumed["resumed"] == units and resumed["resumed"] >= units // 2
     assert not resumed.pop("problems")
@@ -135,7 +135,7 @@ def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def count(directory: Path) -> int:
-    return sum(entry.name.endswith(".json") for entry in os.scandir(directory)) if directory.exists() else 0
+    return sum(entry.name.endswith(".parquet") for entry in os.scandir(directory)) if directory.exists() else 0
 
 
 def processes() -> list[tuple[int, str]]:
