@@ -196,6 +196,7 @@ def test_a_ray_that_does_not_start_is_no_traceback(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", too_late)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # there may be the session's own
     file = tmp_path / "job.json"
     file.write_text(job(flat_shards, tmp_path / "out").model_dump_json(exclude={"limit"}))
     code, _, error = cli("run", file)
