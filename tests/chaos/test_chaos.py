@@ -191,7 +191,6 @@ def test_a_clock_that_jumps(days: int, chaos: Chaos) -> None:
     chaos.check_done(f"{name}-whole")
 
 
-@pytest.mark.chaos  # once in many runs the woken process did not end in 240 s; why is not known yet
 def test_a_stopped_process_that_wakes_after_another_has_finished_changes_nothing(chaos: Chaos) -> None:
     sets = ["cluster.lease_seconds=1"]
     stopped = chaos.start("stopped", [fault("link", "receipts/", "SIGSTOP", nth=5)], sets=sets)

@@ -10,7 +10,7 @@ BATCH_RERANK_FAULTS is a JSON object:
             Python asks of the system, so `before` only
         when: before or after
         match: regular expression of the target: a path, a unit's id, or the model's name
-        nth: strike from the nth such step of a process on; 1 if left out
+        nth: strike from the nth such step of a process on, SIGSTOP at this one alone: woken, it goes on; 1 if left out
         once: a file that the first strike creates; no process strikes while it is there
         action: a signal's name (this process gets it), an errno's name (the step raises it), clock or hold
         folder: where a step that is held leaves a file with its process's id as name and the target in it, until there
@@ -45,7 +45,8 @@ class Faults:
             if (fault["operation"], fault["when"]) != (operation, when) or not re.search(fault["match"], target):
                 continue
             self.counts[number] += 1
-            if self.counts[number] >= fault.get("nth", 1) and _first(fault.get("once")):
+            beyond = self.counts[number] - fault.get("nth", 1)
+            if (beyond == 0 or (beyond > 0 and fault["action"] != "SIGSTOP")) and _first(fault.get("once")):
                 _strike(fault, target)
 
     def wrap(self, owner, name, operation, target):
