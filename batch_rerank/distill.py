@@ -74,10 +74,14 @@ def distill(directory: str = "demo-data", queries: int = QUERIES, epochs: float 
         labels.about["temperature"],
     )
     untrained, trained = root / "student-untrained", root / "student"
-    if not (trained / "done").exists():
+    how = json.dumps({"epochs": epochs, "layers": LAYERS, "labels": labels.counts})
+    done = trained / "done"
+    if not done.exists() or done.read_text() != how:
+        for stale in (trained, *root.glob("held-out-*trained-output")):  # scores of a student that is no more
+            shutil.rmtree(stale, ignore_errors=True)
         cut_layers(Path(teacher), untrained)
         train(untrained, trained, labels, epochs)
-        (trained / "done").touch()
+        done.write_text(how)
     rows: list[Row] = []
     scorers = {"student, untrained": str(untrained), "student, trained": str(trained), "teacher": teacher}
     for name, model in scorers.items():  # all of the same pairs: a rate depends on how often a document comes back
@@ -197,7 +201,6 @@ def train(student: Path, path: Path, labels: Exported, epochs: float) -> None:
     )
     loss = DistillKLDivLoss(model, temperature=labels.about["temperature"])
     SentenceTransformerTrainer(model=model, args=given, train_dataset=data, loss=loss).train()
-    shutil.rmtree(path, ignore_errors=True)
     model.save(str(path))
     log.info("trained on %s lists in %.0f s", f"{len(data):,}", time.monotonic() - started)
 

@@ -81,3 +81,5 @@ def test_a_student_learns_from_the_exported_labels(tmp_path: Path) -> None:
     assert 10 < len(judged) < 40
     assert [row.rate is None for row in rows] == [True, False, False, False]
     assert distill(str(tmp_path), queries=120) == rows, "nothing is done again"
+    longer = distill(str(tmp_path), queries=120, epochs=2)
+    assert [now.quality == row.quality for now, row in zip(longer, rows, strict=True)] == [True, True, False, True]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from conftest import candidate_rows, job, rows_of, write
 
 import batch_rerank.judge.evaluate as module
-from batch_rerank.errors import ConfigError, InputError
+from batch_rerank.errors import ConfigError, InputError, StorageError
 from batch_rerank.job.run import run
 from batch_rerank.judge.evaluate import evaluate, read_qrels
 
@@ -165,3 +166,27 @@ def test_only_some_rows_are_held_however_many_there_are(monkeypatch: pytest.Monk
     assert max(held) <= 1000
     sums.calculate()
     assert (sums.queries, sums.means()) == (5000, {"RR@10": pytest.approx(1.0)})
+
+
+@pytest.mark.parametrize("column", ["doc_id", "rank", "first_stage_rank"])
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_a_damaged_page_of_what_is_measured_is_no_measure(column: str, layout: str, tmp_path: Path) -> None:
+    """Every bit of it: what reads as other ranks, and what does not decompress."""
+    given = write(tmp_path / "in.parquet", candidate_rows(3, 20))
+    run(job(given, tmp_path / "out", output__layout=layout), local=True)
+    (tmp_path / "qrels").write_text("q0 0 d3 1\nq1 0 d7 1\n")
+    expected = evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"])
+    part = tmp_path / "out" / "part-00000.parquet"
+    whole = part.read_bytes()
+    group = pq.ParquetFile(part).metadata.row_group(0)
+    chunks = {group.column(index).path_in_schema: group.column(index) for index in range(group.num_columns)}
+    chunk = next(chunk for path, chunk in chunks.items() if path.split(".")[-1] == column)
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    if chunk.dictionary_page_offset is not None:
+        end = chunk.dictionary_page_offset + chunk.total_compressed_size
+    for at in np.linspace(end - 8, end - 1, 8).astype(int):  # the end of its last page
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(StorageError, match=r"part-00000.parquet: cannot be read .* see batch-rerank verify --repair"):
+            evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"])
+    part.write_bytes(whole)
+    assert evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"]) == expected

@@ -101,7 +101,7 @@ def build(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSpe
         count += len(rows)
         table = nest(rows, starts) if config.output.layout == "nested" else rows
         table = table.replace_schema_metadata(metadata)
-        writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True)
         writer.write_table(table, row_group_size=max(1, len(table)))
     assert writer is not None, "a part has a unit"
     writer.close()

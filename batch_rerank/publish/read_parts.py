@@ -14,13 +14,15 @@ from batch_rerank.store.manifest import sha256
 
 
 def read_part(location: Location, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Columns of the rows of a part in either layout, a row group of whole queries at a time. Raises StorageError."""
+    """Columns of the rows of a part in either layout, a row group of whole queries at a time. Raises StorageError, for
+    pages too that are not what was written: their checksums are looked at."""
     with storage_errors(location), location.open() as file:
         yield from _rows(location, file, columns)
 
 
 def read_checked_part(location: Location, checksum: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The same of a part that is held whole, and whose sha256 must be this one: its pages have no checksums."""
+    """The same of a part that is held whole, and whose sha256 must be this one: for those whose pages have no checksums,
+    which an earlier version wrote."""
     with storage_errors(location):
         data = location.read_bytes()
     if sha256(data) != checksum:
@@ -32,11 +34,11 @@ def read_checked_part(location: Location, checksum: str, columns: Sequence[str])
 
 def _rows(location: Location, file: IO[bytes], columns: Sequence[str]) -> Iterator[pa.Table]:
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
         nested = is_nested(parquet.schema_arrow.names)
         wanted = [*(name for name in columns if name == "query_id"), LIST] if nested else list(columns)
         for group in range(parquet.metadata.num_row_groups):
             rows = parquet.read_row_group(group, columns=wanted)
             yield flat(rows).select(columns) if nested else rows
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None
