@@ -186,7 +186,9 @@ def test_a_damaged_page_of_what_is_measured_is_no_measure(column: str, layout: s
         end = chunk.dictionary_page_offset + chunk.total_compressed_size
     for at in np.linspace(end - 8, end - 1, 8).astype(int):  # the end of its last page
         part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(StorageError, match=r"part-00000.parquet: cannot be read .* see batch-rerank verify --repair"):
+        with pytest.raises(
+            StorageError, match=r"part-00000.parquet: cannot be read .* see batch-rerank verify --repair"
+        ):
             evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"])
     part.write_bytes(whole)
     assert evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"]) == expected

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checkpoints import bert_reranker
-from conftest import Killed, job
+from conftest import Killed, candidate_rows, job, write
 
 import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
@@ -21,6 +23,7 @@ from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.errors import (
+    BatchRerankError,
     BudgetError,
     ConfigError,
     ConflictError,
@@ -30,12 +33,15 @@ from batch_rerank.errors import (
     UnfinishedError,
 )
 from batch_rerank.estimate.forecast import Forecast, nothing_to_score
-from batch_rerank.estimate.ranges import Range
+from batch_rerank.estimate.ranges import Range, distinct, lognormal
 from batch_rerank.input.contents import contents
 from batch_rerank.input.stage_place import _newest
 from batch_rerank.job.estimate import Estimate, deadline_seconds
 from batch_rerank.job.republish import refuse_other_scores
+from batch_rerank.job.run import run
 from batch_rerank.job.watch import Watch
+from batch_rerank.judge.compare import compare
+from batch_rerank.publish.output import Place
 from batch_rerank.ray_data import Rerank
 from batch_rerank.score.plan import configured_model
 from batch_rerank.score.poison import PoisonedUnitError
@@ -237,3 +243,44 @@ def test_requests_repeated_for_weights_and_for_texts_are_both_counted(bundled: b
     scored = score_unit(EncodedUnit(unit, rows, encoded, 0, {} if bundled else texts, members=members), scorer)
     about = scored.members[0].about if bundled else scored.about
     assert (about["storage_retries"], about["fetched_bytes"]) == (5, 100)
+
+
+@pytest.mark.parametrize("name", ["in/0.parquet", "notes.txt", "out/part-00000.parquet", "in/new.parquet", "folder"])
+def test_the_pointer_to_the_latest_output_takes_the_place_of_no_other_file(name: str, tmp_path: Path) -> None:
+    """Before anything is scored; what stands there stays as it is."""
+    write(tmp_path / "in" / "0.parquet", candidate_rows(2, 5))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = job(tmp_path / "in" / "*.parquet", tmp_path / "out", output__latest=str(tmp_path / name))
+    with pytest.raises(BatchRerankError, match=r"output\.latest|folder"):
+        run(config, local=True)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "_manifest" not in str(path)}
+    assert after == before
+
+
+def test_outputs_without_rows_are_compared(tmp_path: Path) -> None:
+    candidate = pa.struct({"doc_id": pa.string(), "text": pa.string()})
+    empty = {"query_id": ["q0"], "query": ["x"], "candidates": pa.array([[]], pa.list_(candidate))}
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table(empty), tmp_path / "empty" / "0.parquet")
+    write(tmp_path / "in" / "0.parquet", candidate_rows(2, 5))
+    run(job(tmp_path / "empty", tmp_path / "none", input__layout="nested"), local=True)
+    run(job(tmp_path / "in", tmp_path / "some"), local=True)
+    for old, new in (("none", "some"), ("some", "none"), ("none", "none")):
+        compared = compare(Place(str(tmp_path / old)), Place(str(tmp_path / new)))
+        assert compared.queries == 0
+
+
+def test_a_skewed_range_stays_as_wide_as_it_was_beside_a_small_second_cause() -> None:
+    spread = Range(30_010, 112_538, 400_000, 3_139_163).spread(0.05)
+    assert spread.p50 == 112_538
+    assert spread.low == pytest.approx(30_010, rel=0.01)
+    assert spread.p90 == pytest.approx(400_000, rel=0.01) and spread.high == pytest.approx(3_139_163, rel=0.01)
+    assert lognormal(10.0, 0.3).spread(0.4).high == pytest.approx(lognormal(10.0, 0.5).high)
+    assert Range(0, 5, 6, 9).spread(0.1).high > 9
+
+
+def test_a_sample_whose_first_half_has_no_text_is_counted() -> None:
+    nothing = np.empty(0, np.uint64)
+    assert distinct([nothing, np.arange(5, dtype=np.uint64)], 50).low == 5

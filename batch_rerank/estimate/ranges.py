@@ -54,9 +54,12 @@ class Range:
         """The same, with another cause of uncertainty: a relative standard deviation that knows nothing of this one."""
         if not self.p50:
             return self
-        own = (self.high - self.low) / (2 * 1.96 * self.p50)
-        wider = math.hypot(own, relative)
-        return lognormal(self.p50, wider)
+        if self.low <= 0:  # no logarithm: each side by itself
+            factors = lognormal(1.0, relative)
+            return Range(self.low, self.p50, self.p90 * factors.p90, self.high * factors.high)
+        given = (self.p50 / self.low, 1.96), (self.p90 / self.p50, 1.2816), (self.high / self.p50, 1.96)
+        low, p90, high = (lognormal(self.p50, math.hypot(math.log(ratio) / z, relative)) for ratio, z in given)
+        return Range(low.low, self.p50, p90.p90, max(p90.p90, high.high))
 
     def within(self, low: float, high: float) -> "Range":
         """Cut where it cannot be."""
@@ -143,7 +146,7 @@ def distinct(seen: Sequence[npt.NDArray[np.uint64]], total: float) -> Range:
         return Range.exact(d)
     half = np.concatenate(seen[: max(1, len(seen) // 2)])
     d_half, n_half = len(np.unique(half)), len(half)
-    growth = math.log(d / d_half) / math.log(n / n_half) if n > n_half and d > d_half else 0.0
+    growth = math.log(d / d_half) / math.log(n / n_half) if n > n_half and d > d_half > 0 else 0.0
     high = d * total / n
     p50 = min(high, d * (total / n) ** min(1.0, growth))
     return Range(d, p50, math.sqrt(p50 * high), high)

@@ -42,8 +42,13 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
                 f"input.stage {config.input.stage!r} and output.path {config.output.path!r} lie in each other; use two "
                 "places"
             )
+    pointer = locate(config.output.latest, options) if config.output.latest else None
+    if pointer and same_store(pointer, places["output.path"]) and is_within(pointer, places["output.path"]):
+        raise ConfigError(f"output.latest {config.output.latest!r} lies in output.path; use a name beside it")
     for key, pattern in patterns_of(config):
         read = locate(pattern, config.input.storage_options)
+        if pointer and matches(read, pointer) and (has_magic(read.path) or real_path(read) == real_path(pointer)):
+            raise ConfigError(f"{key} {pattern!r} takes in output.latest {config.output.latest!r}; use another name")
         for name, place in places.items():
             if not same_store(read, place):
                 continue

@@ -17,6 +17,7 @@ from batch_rerank.score.earlier import Earlier, find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import made_again, refuse_strays
 from batch_rerank.store.filesystem import locate
+from batch_rerank.store.latest import read_latest
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, refuse_protocol
@@ -95,6 +96,8 @@ def _input_of(
     and None where that is nothing."""
     configured_model(config)  # a stage may take long: what is wrong with the model comes before it
     refuse_overlap(config)
+    if config.output.latest:
+        read_latest(locate(config.output.latest, config.output.storage_options))  # somebody's file is known before GPUs
     check_gate(config)
     found: Staged | None = None
     if needs_stage(config):

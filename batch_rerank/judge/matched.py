@@ -35,7 +35,8 @@ class Held:
         ids = rows["query_id"].combine_chunks()
         starts = run_starts(ids)
         names = ids.take(pa.array(starts)).to_pylist()
-        self._at = dict(zip(names, zip(starts.tolist(), [*starts.tolist()[1:], len(rows)], strict=True), strict=True))
+        stops = [*starts.tolist(), len(rows)][1:]  # of no rows none
+        self._at = dict(zip(names, zip(starts.tolist(), stops, strict=True), strict=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._at)

@@ -20,7 +20,7 @@ from batch_rerank.publish.score_files import Place
 from batch_rerank.publish.trec import write_trec_run
 from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.latest import remember_pointer
+from batch_rerank.store.latest import read_latest, remember_pointer
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import PUBLICATION, Manifest, differing
 from batch_rerank.store.names import TREC_RUN, Files, part_name
@@ -174,9 +174,10 @@ def move_latest(manifest: Manifest, plan: Plan, mark: Mark, config: JobConfig) -
         "published_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     with storage_errors(location):
+        read_latest(location)  # what is no pointer is somebody's file, the input's perhaps
         try:
             there = json.loads(location.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             there = None
         if isinstance(there, dict) and {**there, "published_at": ""} == {**told, "published_at": ""}:
             return

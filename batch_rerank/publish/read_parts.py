@@ -21,8 +21,8 @@ def read_part(location: Location, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def read_checked_part(location: Location, checksum: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The same of a part that is held whole, and whose sha256 must be this one: for those whose pages have no checksums,
-    which an earlier version wrote."""
+    """The same of a part that is held whole, and whose sha256 must be this one: those of earlier versions have no
+    checksums of pages."""
     with storage_errors(location):
         data = location.read_bytes()
     if sha256(data) != checksum:
