@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checkpoints import bert_reranker
-from conftest import Killed, candidate_rows, job, write
+from checkpoints import bert_reranker, qwen3_reranker
+from conftest import Killed, candidate_rows, job, rows_of, write
 
 import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
@@ -284,3 +284,21 @@ def test_a_skewed_range_stays_as_wide_as_it_was_beside_a_small_second_cause() ->
 def test_a_sample_whose_first_half_has_no_text_is_counted() -> None:
     nothing = np.empty(0, np.uint64)
     assert distinct([nothing, np.arange(5, dtype=np.uint64)], 50).low == 5
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2]])
+def test_an_instruction_is_its_querys_also_where_its_own_row_has_no_text(order: list[int], tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"query_id": "q", "query": "x", "instruction": "find it", "doc_id": "d0", "text": None},
+        {"query_id": "q", "query": "x", "instruction": None, "doc_id": "d1", "text": "foo"},
+        {"query_id": "r", "query": "x", "instruction": None, "doc_id": "d1", "text": "foo"},
+    ]
+    model = {"model__name": str(qwen3_reranker(tmp_path / "model")), "model__kind": "auto", "model__max_length": 128}
+    given = write(tmp_path / "in.parquet", [rows[at] for at in order])
+    config = job(given, tmp_path / "out", scoring__max_failed_rows=1.0, **model)
+    run(config, local=True)
+    scores = {(row["query_id"], row["doc_id"]): row["score"] for row in rows_of(tmp_path / "out").to_pylist()}
+    reranker = Reranker(model["model__name"], max_length=128)
+    expected = [*reranker.score([("x", "foo")], "find it"), *reranker.score([("x", "foo")])]
+    assert [scores["q", "d1"], scores["r", "d1"]] == pytest.approx(expected, abs=1e-4)
+    assert abs(expected[0] - expected[1]) > 1e-2

@@ -1,5 +1,7 @@
 """`Reranker` and `load_config` from Python: what a job has, and clear words where something is wrong."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,19 @@ def test_no_secret_of_a_mapping_is_shown() -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(raw)
     assert "canary-of-a-mapping" not in str(raised.value)
+
+
+def test_threads_that_share_a_model_have_their_own_scores(tmp_path: Path) -> None:
+    """An encoder keeps where a call's sequences begin."""
+    reranker = Reranker(str(bert_reranker(tmp_path / "model")))
+    calls = [[("what is it", "word " * length), ("what is it", "x")] for length in range(1, 41)]
+    alone = [reranker.score(pairs) for pairs in calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(reranker.score, calls))
+    np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
+
+
+def test_a_decoder_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    reranker = Reranker(str(qwen3_reranker(tmp_path / "model")))
+    sent = pickle.loads(pickle.dumps(reranker))
+    np.testing.assert_array_equal(sent.score([("a", "b")]), reranker.score([("a", "b")]))

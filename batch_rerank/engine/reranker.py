@@ -1,5 +1,6 @@
 """The Python face, in the shape people know from CrossEncoder: one model in this process, no job, no Ray."""
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -78,9 +79,16 @@ class Reranker:
             escape=escape_control_tokens,
         )
         self.spec = relocate(spec)
+        self._turn = threading.Lock()  # a model keeps a call's state: threads that share it take turns
         self._encoder = make_encoder(self.spec)
         loaded = tested_scorer(self.spec, device, token_budget, forward, self_test)
         self._scorer, self.tested, self.fallback = loaded.scorer, loaded.result, loaded.fallback
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.Lock())
 
     def _stored(self, name: str, allow_pickle: bool) -> Stored | None:
         """What a store has by this name; the package's own Reranker can reach stores, this one reads hub and disk."""
@@ -134,8 +142,9 @@ class Reranker:
     def _score(self, groups: list[Group], order: npt.NDArray[np.int64]) -> Float32:
         """float32[n]: of the pairs of the groups, each at its place in `order`."""
         scores = np.empty(len(order), np.float32)
-        encoded = self._encoder.encode(groups)
-        scores[order] = best_chunks(encoded, self._scorer.score(encoded)).scores
+        with self._turn:
+            encoded = self._encoder.encode(groups)
+            scores[order] = best_chunks(encoded, self._scorer.score(encoded)).scores
         return scores
 
     def _instructions(self, given: Instructions, n: int) -> Sequence[str | None]:

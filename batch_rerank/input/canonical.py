@@ -91,10 +91,10 @@ def whole(pieces: Sequence[pa.Table], columns: Columns, where: str) -> pa.Table:
         return made
     for name in ("query", "instruction"):
         _refuse_two(made, name, where)
-    queries = made["query"].combine_chunks()
-    if 0 < queries.null_count < len(queries):  # a query is of its id: the rows that lack it have it from the others
-        of_each = first_of_each(queries, np.flatnonzero(np.diff(index, prepend=-1)))
-        made = made.set_column(made.column_names.index("query"), "query", of_each.take(pa.array(index)))
+        given = made[name].combine_chunks()
+        if 0 < given.null_count < len(given):  # it is of the query's id: the rows that lack it have it from the others
+            of_each = first_of_each(given, np.flatnonzero(np.diff(index, prepend=-1)))
+            made = made.set_column(made.column_names.index(name), name, of_each.take(pa.array(index)))
     return made
 
 
