@@ -1,5 +1,7 @@
 """Measures before and after, against values computed by hand."""
 
+import errno
+import io
 import json
 import math
 import pickle
@@ -18,6 +20,9 @@ import batch_rerank.judge.evaluate as module
 from batch_rerank.errors import ConfigError, InputError, StorageError
 from batch_rerank.job.run import run
 from batch_rerank.judge.evaluate import evaluate, read_qrels
+from batch_rerank.publish.read_parts import read_part
+from batch_rerank.store.failures import is_damage
+from batch_rerank.store.filesystem import Location, locate
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -171,7 +176,7 @@ def test_only_some_rows_are_held_however_many_there_are(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("column", ["doc_id", "rank", "first_stage_rank"])
 @pytest.mark.parametrize("layout", ["flat", "nested"])
 def test_a_damaged_page_of_what_is_measured_is_no_measure(column: str, layout: str, tmp_path: Path) -> None:
-    """Every bit of it: what reads as other ranks, and what does not decompress."""
+    """One bit of it, in the values or in what holds them."""
     given = write(tmp_path / "in.parquet", candidate_rows(3, 20))
     run(job(given, tmp_path / "out", output__layout=layout), local=True)
     (tmp_path / "qrels").write_text("q0 0 d3 1\nq1 0 d7 1\n")
@@ -181,10 +186,8 @@ def test_a_damaged_page_of_what_is_measured_is_no_measure(column: str, layout: s
     group = pq.ParquetFile(part).metadata.row_group(0)
     chunks = {group.column(index).path_in_schema: group.column(index) for index in range(group.num_columns)}
     chunk = next(chunk for path, chunk in chunks.items() if path.split(".")[-1] == column)
-    end = chunk.data_page_offset + chunk.total_compressed_size
-    if chunk.dictionary_page_offset is not None:
-        end = chunk.dictionary_page_offset + chunk.total_compressed_size
-    for at in np.linspace(end - 8, end - 1, 8).astype(int):  # the end of its last page
+    end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+    for at in range(end - 8, end):  # the end of its last page
         part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(
             StorageError, match=r"part-00000.parquet: cannot be read .* see batch-rerank verify --repair"
@@ -192,3 +195,22 @@ def test_a_damaged_page_of_what_is_measured_is_no_measure(column: str, layout: s
             evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"])
     part.write_bytes(whole)
     assert evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"]) == expected
+
+
+@pytest.mark.parametrize("raised", [OSError(errno.EIO, "no answer"), ConnectionResetError("no answer")])
+def test_a_store_that_is_away_in_the_middle_of_a_part_is_no_damage(
+    raised: OSError, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = locate(str(output / "part-00000.parquet"))
+    data = part.read_bytes()
+
+    class Away(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() < len(data) // 2:  # the footer has come
+                raise raised
+            return super().read(size)
+
+    monkeypatch.setattr(Location, "open", lambda self: Away(data))
+    with pytest.raises(StorageError, match="storage failed: no answer"):
+        list(read_part(part, ["rank"]))
+    assert not is_damage(raised)

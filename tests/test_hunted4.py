@@ -1,5 +1,5 @@
 """Defects that were looked for in what is new: models in stores, the operator, nodes that leave, plans of what is
-left."""
+left; and later in pointers, comparisons, ranges and instructions."""
 
 import datetime
 import os
@@ -37,7 +37,7 @@ from batch_rerank.estimate.ranges import Range, distinct, lognormal
 from batch_rerank.input.contents import contents
 from batch_rerank.input.stage_place import _newest
 from batch_rerank.job.estimate import Estimate, deadline_seconds
-from batch_rerank.job.republish import refuse_other_scores
+from batch_rerank.job.republish import refuse_other_scores, republish
 from batch_rerank.job.run import run
 from batch_rerank.job.watch import Watch
 from batch_rerank.judge.compare import compare
@@ -257,6 +257,18 @@ def test_the_pointer_to_the_latest_output_takes_the_place_of_no_other_file(name:
         run(config, local=True)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "_manifest" not in str(path)}
     assert after == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "out/LATEST.json", "in/0.parquet"])
+def test_a_publisher_refuses_a_pointer_before_it_withdraws(name: str, tmp_path: Path) -> None:
+    given, out = write(tmp_path / "in" / "0.parquet", candidate_rows(2, 5)), tmp_path / "out"
+    (tmp_path / "notes.txt").write_text("mine")
+    run(job(given, out), local=True)
+    before = {path: path.read_bytes() for path in [given, *out.glob("*")] if path.is_file()}
+    other = job(given, out, output__top_k=1, output__latest=str(tmp_path / name))
+    with pytest.raises(BatchRerankError, match=r"output\.latest"):
+        republish(Place(str(out), {}, other), local=True)
+    assert {path: path.read_bytes() for path in [given, *out.glob("*")] if path.is_file()} == before
 
 
 def test_outputs_without_rows_are_compared(tmp_path: Path) -> None:

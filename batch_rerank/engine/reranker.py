@@ -33,6 +33,7 @@ class Reranker:
 
     The settings are those of a job's sections `model` and `scoring`. self_test: False leaves the test out. `fallback`
     says why its batches are padded, empty where they are packed; `tested` what the self-test found, None without one.
+    Threads may share one: they take turns.
     """
 
     def __init__(

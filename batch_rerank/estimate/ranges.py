@@ -54,10 +54,8 @@ class Range:
         """The same, with another cause of uncertainty: a relative standard deviation that knows nothing of this one."""
         if not self.p50:
             return self
-        if self.low <= 0:  # no logarithm: each side by itself
-            factors = lognormal(1.0, relative)
-            return Range(self.low, self.p50, self.p90 * factors.p90, self.high * factors.high)
-        given = (self.p50 / self.low, 1.96), (self.p90 / self.p50, 1.2816), (self.high / self.p50, 1.96)
+        below = self.p50 / self.low if self.low else math.inf
+        given = (below, 1.96), (self.p90 / self.p50, 1.2816), (self.high / self.p50, 1.96)
         low, p90, high = (lognormal(self.p50, math.hypot(math.log(ratio) / z, relative)) for ratio, z in given)
         return Range(low.low, self.p50, p90.p90, max(p90.p90, high.high))
 

@@ -13,7 +13,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError
 from batch_rerank.sections import as_list
 from batch_rerank.store.filesystem import Location, has_magic, locate
-from batch_rerank.store.latest import real_path
+from batch_rerank.store.latest import read_latest, real_path
 
 WRITTEN = (
     "part-00000-00000.parquet",
@@ -42,13 +42,8 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
                 f"input.stage {config.input.stage!r} and output.path {config.output.path!r} lie in each other; use two "
                 "places"
             )
-    pointer = locate(config.output.latest, options) if config.output.latest else None
-    if pointer and same_store(pointer, places["output.path"]) and is_within(pointer, places["output.path"]):
-        raise ConfigError(f"output.latest {config.output.latest!r} lies in output.path; use a name beside it")
     for key, pattern in patterns_of(config):
         read = locate(pattern, config.input.storage_options)
-        if pointer and matches(read, pointer) and (has_magic(read.path) or real_path(read) == real_path(pointer)):
-            raise ConfigError(f"{key} {pattern!r} takes in output.latest {config.output.latest!r}; use another name")
         for name, place in places.items():
             if not same_store(read, place):
                 continue
@@ -60,6 +55,23 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
                     f"{key} {pattern!r} takes in {name} {str(place)!r} (e.g. {seen}): the job would read what it "
                     f"writes; use another {name}, or a pattern that leaves it out"
                 )
+
+
+def refuse_pointer(config: JobConfig) -> None:
+    """Raise ConfigError where `output.latest` lies in the output, or would be read as input; ConflictError where what
+    stands there is no pointer, and StorageError where it cannot be read."""
+    if config.output.latest is None:
+        return
+    options, latest = config.output.storage_options, config.output.latest
+    pointer, output = locate(latest, options), locate(config.output.path, options)
+    if same_store(pointer, output) and is_within(pointer, output):
+        raise ConfigError(f"output.latest {latest!r} lies in output.path; use a name beside it")
+    for key, pattern in patterns_of(config):
+        read = locate(pattern, config.input.storage_options)
+        # beside the shards of a folder it may lie
+        if matches(read, pointer) and (has_magic(read.path) or real_path(read) == real_path(pointer)):
+            raise ConfigError(f"{key} {pattern!r} takes in output.latest {latest!r}; use another name")
+    read_latest(pointer)
 
 
 def matches(pattern: Location, file: Location) -> bool:

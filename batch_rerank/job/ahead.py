@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, ScatteredError
-from batch_rerank.input.places import refuse_overlap
+from batch_rerank.input.places import refuse_overlap, refuse_pointer
 from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_stage, plan_stage
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.gate import check_gate
@@ -17,7 +17,6 @@ from batch_rerank.score.earlier import Earlier, find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
 from batch_rerank.store.bookkeeping import made_again, refuse_strays
 from batch_rerank.store.filesystem import locate
-from batch_rerank.store.latest import read_latest
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, refuse_protocol
@@ -96,8 +95,7 @@ def _input_of(
     and None where that is nothing."""
     configured_model(config)  # a stage may take long: what is wrong with the model comes before it
     refuse_overlap(config)
-    if config.output.latest:
-        read_latest(locate(config.output.latest, config.output.storage_options))  # somebody's file is known before GPUs
+    refuse_pointer(config)
     check_gate(config)
     found: Staged | None = None
     if needs_stage(config):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from batch_rerank.calls import ahead, in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import ConfigError, ConflictError, StorageError, UnfinishedError
-from batch_rerank.input.places import matches, patterns_of
+from batch_rerank.input.places import matches, patterns_of, refuse_pointer
 from batch_rerank.input.shards import check_planned
 from batch_rerank.input.stage_place import scored_from
 from batch_rerank.job.finish import finish
@@ -27,6 +27,7 @@ from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
 from batch_rerank.store import latest as pointers
 from batch_rerank.store.bookkeeping import doubtful, recording, refuse_strays, remove_late_parts
+from batch_rerank.store.failures import is_damage
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest
@@ -90,6 +91,12 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         totals.resumed_pairs = totals.rows_in
         other = found.publication is not None and found.publication.fields != publishing_fields(output)
         again = other or found.condemned
+        stood = _is_whole(found) and not again
+        named, before = _named(config, manifest)
+        # an old output that is looked at again by its path takes no pointer from a newer one
+        point = place.job is not None or not stood or before is None
+        if point:
+            refuse_pointer(config)
         with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             stands = place.job is None
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
@@ -98,10 +105,6 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
             if again and found.publication is not None:
                 withdraw(manifest, found.publication, lease)
             each = in_turn if local else on_ray(config)
-            stood = _is_whole(found) and not again
-            named, before = _named(config, manifest)
-            # an old output that is looked at again by its path takes no pointer from a newer one
-            point = place.job is not None or not stood or before is None
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
     latest = _of_pointer(config, named, before, point)
     seconds = time.monotonic() - started
@@ -232,6 +235,8 @@ def _columns(manifest: Manifest, found: Scan) -> list[list[str]]:
             try:
                 found: list[str] = pq.read_schema(file).names
             except (pa.ArrowException, OSError) as error:
+                if not is_damage(error):
+                    raise
                 raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None
         return found
 

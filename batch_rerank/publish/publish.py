@@ -4,10 +4,10 @@ Every step is one that another publisher can take over: the publication is creat
 which part, parts are a function of it and the score files, and `_SUCCESS` comes when all of them are there.
 """
 
-import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from batch_rerank.calls import Each
@@ -20,7 +20,7 @@ from batch_rerank.publish.score_files import Place
 from batch_rerank.publish.trec import write_trec_run
 from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import locate, storage_errors
-from batch_rerank.store.latest import read_latest, remember_pointer
+from batch_rerank.store.latest import Pointer, read_pointer, remember_pointer
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import PUBLICATION, Manifest, differing
 from batch_rerank.store.names import TREC_RUN, Files, part_name
@@ -166,21 +166,17 @@ def move_latest(manifest: Manifest, plan: Plan, mark: Mark, config: JobConfig) -
         log.info("output.latest stays as it is: this is a sample of %d queries", config.limit)
         return
     location = locate(config.output.latest, config.output.storage_options)
-    told = {
-        "path": str(manifest.root),
-        "fingerprint": plan.fingerprint,
-        "publication": mark.publication,
-        "rows": mark.rows,
-        "published_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    told = Pointer(
+        path=str(manifest.root),
+        fingerprint=plan.fingerprint,
+        publication=mark.publication,
+        rows=mark.rows,
+        published_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    there = read_pointer(location)
+    if there is not None and replace(there, published_at=told.published_at) == told:
+        return
     with storage_errors(location):
-        read_latest(location)  # what is no pointer is somebody's file, the input's perhaps
-        try:
-            there = json.loads(location.read_bytes())
-        except FileNotFoundError:
-            there = None
-        if isinstance(there, dict) and {**there, "published_at": ""} == {**told, "published_at": ""}:
-            return
         remember_pointer(manifest, location)
-        location.write_bytes(json.dumps(told).encode())
+        location.write_bytes(told.to_json())
     log.info("%s names %s", location, manifest.root)

@@ -17,6 +17,7 @@ from batch_rerank.errors import BatchRerankError, ConflictError, StorageError, U
 from batch_rerank.outside import without_secrets
 from batch_rerank.store.disk import uninterrupted
 from batch_rerank.store.distrusted import read_distrusted
+from batch_rerank.store.failures import is_damage
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
@@ -156,7 +157,9 @@ def is_ours(part: Location, plan: Plan) -> bool:
     with storage_errors(part), part.open() as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             return False
     told = metadata.get(b"batch_rerank.fingerprint") == plan.fingerprint.encode()
     return told and b"batch_rerank.publication" in metadata

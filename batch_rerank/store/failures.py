@@ -49,6 +49,13 @@ def input_errors(where: object) -> Iterator[None]:
         yield
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether what was raised while Arrow read from a store is about the bytes of the file. Arrow's own failure is a
+    plain OSError without a number; a store's has a number, a type of its own, or is a refusal."""
+    plain = type(error) is OSError and error.errno is None
+    return not isinstance(error, OSError) or (plain and not _is_refusal(error))
+
+
 def denied(error: StorageError) -> bool:
     """Whether it was a refusal: there may be nothing wrong with the place but that it is somebody else's."""
     return _is_refusal(error.__context__)

@@ -1,9 +1,9 @@
-"""The file that `output.latest` names, read; and the pointers that were moved to an output, as it remembers them."""
+"""The file that `output.latest` names; and the pointers that were moved to an output, as it remembers them."""
 
 import json
 import os
 import posixpath
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.store.filesystem import Location, locate, storage_errors
@@ -14,20 +14,37 @@ POINTERS = "_manifest/pointers.json"
 
 
 @dataclass(frozen=True)
-class _Pointer:
+class Pointer:
+    """What a pointer says: the output's path, and of what is published there; `published_at` in UTC."""
+
     path: str
+    fingerprint: str = ""
+    publication: str = ""
+    rows: int = 0
+    published_at: str = ""
+
+    def to_json(self) -> bytes:
+        """One JSON object."""
+        return json.dumps(asdict(self)).encode()
 
 
-def read_latest(pointer: Location) -> str | None:
-    """The path of the output that a pointer names; None where there is no pointer. Raises StorageError, and
-    ConflictError where it is none of ours."""
+def read_pointer(pointer: Location) -> Pointer | None:
+    """None where there is no pointer. Raises StorageError, and ConflictError where it is none of ours."""
     with storage_errors(pointer):
         try:
-            return parse(_Pointer, pointer.read_bytes()).path
+            return parse(Pointer, pointer.read_bytes())
         except FileNotFoundError:
             return None
         except ValueError:
-            raise ConflictError(f"{pointer}: not what output.latest writes; expected JSON with a path") from None
+            raise ConflictError(
+                f"{pointer}: not what output.latest writes; expected JSON with a path; move it away or use another name"
+            ) from None
+
+
+def read_latest(pointer: Location) -> str | None:
+    """The path of the output that a pointer names. None and raises as `read_pointer`."""
+    found = read_pointer(pointer)
+    return None if found is None else found.path
 
 
 def names(pointer: Location, root: Location) -> bool:

@@ -86,8 +86,7 @@ def _check_ending(name: str, ended: Ended, let: bool) -> None:
 
 def _struck(chaos: Chaos, name: str, step: Step, nth: int, action: str) -> Run:
     operation, when, match = step
-    once = str(chaos.folder / f"{name}.struck")  # woken, it goes on
-    fault = {"operation": operation, "when": when, "match": match, "nth": nth, "action": action, "once": once}
+    fault = {"operation": operation, "when": when, "match": match, "nth": nth, "action": action}
     return chaos.start(name, [fault], verb="publish", sets=OTHERWISE)
 
 

@@ -46,7 +46,8 @@ class Faults:
                 continue
             self.counts[number] += 1
             beyond = self.counts[number] - fault.get("nth", 1)
-            if (beyond == 0 or (beyond > 0 and fault["action"] != "SIGSTOP")) and _first(fault.get("once")):
+            struck = beyond == 0 if fault["action"] == "SIGSTOP" else beyond >= 0
+            if struck and _first(fault.get("once")):
                 _strike(fault, target)
 
     def wrap(self, owner, name, operation, target):
