@@ -19,6 +19,7 @@ import batch_rerank.job.watch as watch_module
 import batch_rerank.ray_data as ray_data
 import batch_rerank.store.mirror as mirror_module
 from batch_rerank import Reranker
+from batch_rerank.config import parse_config
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
@@ -50,6 +51,7 @@ from batch_rerank.score.weights import mirror_model
 from batch_rerank.store.failures import denied, input_errors
 from batch_rerank.store.fetch import Fetched
 from batch_rerank.store.filesystem import File, _file, locate
+from batch_rerank.store.latest import read_latest
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Unit
 
@@ -257,6 +259,53 @@ def test_the_pointer_to_the_latest_output_takes_the_place_of_no_other_file(name:
         run(config, local=True)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "_manifest" not in str(path)}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("given", "latest"),
+    [("in", "in/new.parquet"), ("link/*", "in/new"), ("in/*.parquet", "link/new.parquet"), ("link", "in/new.parquet")],
+)
+def test_a_pointer_that_would_be_read_as_input_is_refused_under_each_of_its_names(
+    given: str, latest: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "in" / "0.parquet", candidate_rows(2, 5))
+    (tmp_path / "link").symlink_to("in")
+    with pytest.raises(ConfigError, match=r"takes in output\.latest"):
+        run(job(tmp_path / given, tmp_path / "out", output__latest=str(tmp_path / latest)), local=True)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_what_a_pointer_does_not_touch_it_does_not_refuse(tmp_path: Path) -> None:
+    """It may lie beside shards; a sample moves none; a wrong glob is told as one."""
+    given = write(tmp_path / "in" / "0.parquet", candidate_rows(3, 5)).parent
+    latest = given / "LATEST.json"
+    for _ in range(2):
+        run(job(given, tmp_path / "out", output__latest=str(latest)), local=True)
+    assert '"rows": 15' in latest.read_text()
+    latest.write_text("theirs")
+    sample = parse_config({**job(given, tmp_path / "sample", output__latest=str(latest)).model_dump(), "limit": 2}, "t")
+    run(sample, local=True)
+    assert latest.read_text() == "theirs"
+    latest.write_text('{"path": "elsewhere", "rows": "many"}')
+    assert read_latest(locate(str(latest))) == "elsewhere"
+    with pytest.raises(InputError, match="not a glob"):
+        run(job(given / "a**.parquet", tmp_path / "other", output__latest=str(latest)), local=True)
+
+
+def test_an_output_is_published_by_its_path_though_its_input_is_out_of_reach(tmp_path: Path) -> None:
+    given, out = write(tmp_path / "in" / "0.parquet", candidate_rows(2, 5)), tmp_path / "out"
+    run(job(given, out, output__latest=str(tmp_path / "LATEST.json")), local=True)
+    (out / "_SUCCESS").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def reach(url: str, *rest: Any) -> Any:
+            if "in/0.parquet" in url:
+                raise StorageError("the input needs credentials that a job file has")
+            return locate(url, *rest)
+
+        patch.setattr("batch_rerank.input.places.locate", reach)
+        republish(Place(str(out)), local=True)
+    assert (out / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "out/LATEST.json", "in/0.parquet"])

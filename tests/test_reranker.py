@@ -1,6 +1,9 @@
 """`Reranker` and `load_config` from Python: what a job has, and clear words where something is wrong."""
 
+import copy
+import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from batch_rerank import Reranker, load_config
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Group
 from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.reranker import _Turn
 from batch_rerank.engine.scorer import make_scorer
 from batch_rerank.errors import ConfigError, InputError
 
@@ -216,6 +220,53 @@ def test_threads_that_share_a_model_have_their_own_scores(tmp_path: Path) -> Non
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(reranker.score, calls))
     np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
+
+
+def test_a_call_in_the_middle_of_another_one_changes_neither(tmp_path: Path) -> None:
+    """As a signal's handler may, in the thread that is at work."""
+    reranker = Reranker(str(bert_reranker(tmp_path / "model")))
+    outer, inner = [("what is it", "word " * 30), ("what is it", "x")], [("y", "z " * 50)]
+    expected, other = reranker.score(outer), reranker.score(inner)
+    seen: list[Any] = []
+
+    def interrupt(*_: object) -> None:
+        handle.remove()
+        seen.append(reranker.score(inner))
+
+    assert reranker._scorer.network is not None
+    handle = reranker._scorer.network.base_model.encoder.register_forward_pre_hook(interrupt)
+    thread = threading.Thread(target=lambda: seen.append(reranker.score(outer)), daemon=True)
+    thread.start()
+    thread.join(120)
+    assert not thread.is_alive()
+    np.testing.assert_array_equal(seen[0], other)
+    np.testing.assert_array_equal(seen[1], expected)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forks_child_does_not_wait_for_a_thread_that_it_lacks() -> None:
+    turn, held, ended = _Turn(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turn.lock:
+            held.set()
+            ended.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if turn.lock.acquire(blocking=False) else 1)
+    status = os.waitpid(child, 0)[1]
+    ended.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_shallow_copy_takes_turns_with_its_original(tmp_path: Path) -> None:
+    reranker = Reranker(str(bert_reranker(tmp_path / "model")))
+    assert copy.copy(reranker)._turn is reranker._turn
 
 
 def test_a_decoder_can_be_sent_to_another_process(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ class Packed:
 
     def __init__(self, model: Any, device: str) -> None:
         self._model, self._device, self._config = model, device, model.config
-        self._plain = model.config._attn_implementation
         self._starts: Tensor | None = None
         head_dim = model.config.hidden_size // model.config.num_attention_heads
         dtype = model.get_input_embeddings().weight.dtype  # the head's is float32
@@ -61,8 +60,7 @@ class Packed:
     def _forward(self, rows: Sequence[Ids], types: Sequence[Ids] | None) -> tuple[Any, Cuts]:
         cuts = Cuts.of([len(row) for row in rows], self._device)
         given = {} if types is None else {"token_type_ids": self._tensor(types)}
-        self._starts = self._at(cuts)
-        with self._attention():
+        with self._packed(self._at(cuts)):
             output = self._model(
                 input_ids=self._tensor(rows),
                 attention_mask=None,
@@ -87,13 +85,14 @@ class Packed:
         return on_device(torch.tensor(cuts.at[:-1]), self._device)
 
     @contextmanager
-    def _attention(self) -> Any:
-        self._config._attn_implementation = NAME
+    def _packed(self, starts: Tensor) -> Any:
+        """One within another leaves the outer one as it was: a signal's handler may score in the middle of a call."""
+        before = self._config._attn_implementation, self._starts
+        self._config._attn_implementation, self._starts = NAME, starts
         try:
             yield
         finally:
-            self._config._attn_implementation = self._plain
-            self._starts = None
+            self._config._attn_implementation, self._starts = before
 
     def _first_positions(self, module: Any, args: tuple[Any, ...]) -> Any:
         """[1, total, hidden] to [n, 1, hidden], for a module that reads [:, 0]."""

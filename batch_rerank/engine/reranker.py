@@ -1,8 +1,10 @@
 """The Python face, in the shape people know from CrossEncoder: one model in this process, no job, no Ray."""
 
+import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,32 @@ class Ranked(TypedDict):
     doc_index: int
     score: float
     relevance_score: float | None
+
+
+class _Turn:
+    """A model keeps a call's state, so threads that share it take turns, and so do shallow copies. Whoever gets it in
+    another process, pickled or by a fork, begins with an open one."""
+
+    every: ClassVar["weakref.WeakSet[_Turn]"] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.open()
+        self.every.add(self)
+
+    def open(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type["_Turn"], tuple[()]]:
+        return _Turn, ()
+
+
+def _open_all() -> None:
+    for turn in _Turn.every:
+        turn.open()
+
+
+if hasattr(os, "register_at_fork"):  # the thread that held it is not in the child
+    os.register_at_fork(after_in_child=_open_all)
 
 
 class Reranker:
@@ -80,16 +108,10 @@ class Reranker:
             escape=escape_control_tokens,
         )
         self.spec = relocate(spec)
-        self._turn = threading.Lock()  # a model keeps a call's state: threads that share it take turns
+        self._turn = _Turn()
         self._encoder = make_encoder(self.spec)
         loaded = tested_scorer(self.spec, device, token_budget, forward, self_test)
         self._scorer, self.tested, self.fallback = loaded.scorer, loaded.result, loaded.fallback
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _turn=threading.Lock())
 
     def _stored(self, name: str, allow_pickle: bool) -> Stored | None:
         """What a store has by this name; the package's own Reranker can reach stores, this one reads hub and disk."""
@@ -143,7 +165,7 @@ class Reranker:
     def _score(self, groups: list[Group], order: npt.NDArray[np.int64]) -> Float32:
         """float32[n]: of the pairs of the groups, each at its place in `order`."""
         scores = np.empty(len(order), np.float32)
-        with self._turn:
+        with self._turn.lock:
             encoded = self._encoder.encode(groups)
             scores[order] = best_chunks(encoded, self._scorer.score(encoded)).scores
         return scores

@@ -5,7 +5,7 @@ are held against the names that will be there, before anything is.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fsspec.utils import glob_translate
 
@@ -49,7 +49,7 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
                 continue
             if is_within(_fixed(read), place):
                 raise ConfigError(f"{key} {pattern!r} lies in {name} {str(place)!r}; use another {name}")
-            seen = _would_match(read, place)
+            seen = _would_match(read, place, WRITTEN)
             if seen:
                 raise ConfigError(
                     f"{key} {pattern!r} takes in {name} {str(place)!r} (e.g. {seen}): the job would read what it "
@@ -57,19 +57,22 @@ def refuse_overlap(config: JobConfig, staging: bool = False) -> None:
                 )
 
 
-def refuse_pointer(config: JobConfig) -> None:
+def refuse_pointer(config: JobConfig, inputs: bool = True) -> None:
     """Raise ConfigError where `output.latest` lies in the output, or would be read as input; ConflictError where what
-    stands there is no pointer, and StorageError where it cannot be read."""
-    if config.output.latest is None:
+    stands there is no pointer, and StorageError where it cannot be read. A sample moves none. `inputs`: False where
+    only a job file would say how the input is reached."""
+    if config.output.latest is None or config.limit is not None:
         return
     options, latest = config.output.storage_options, config.output.latest
     pointer, output = locate(latest, options), locate(config.output.path, options)
     if same_store(pointer, output) and is_within(pointer, output):
         raise ConfigError(f"output.latest {latest!r} lies in output.path; use a name beside it")
-    for key, pattern in patterns_of(config):
+    folder, _, name = pointer.path.rpartition("/")
+    for key, pattern in patterns_of(config) if inputs else ():
         read = locate(pattern, config.input.storage_options)
-        # beside the shards of a folder it may lie
-        if matches(read, pointer) and (has_magic(read.path) or real_path(read) == real_path(pointer)):
+        if not same_store(read, pointer):
+            continue
+        if real_path(read) == real_path(pointer) or _would_match(read, pointer.at(folder or "/"), (name,)):
             raise ConfigError(f"{key} {pattern!r} takes in output.latest {latest!r}; use another name")
     read_latest(pointer)
 
@@ -103,17 +106,17 @@ def _fixed(read: Location) -> Location:
     return read.at(read.path[: read.path.rfind("/", 0, magic.start())] or "/") if magic else read
 
 
-def _would_match(read: Location, place: Location) -> str | None:
-    """A path below `place` that a glob matches."""
+def _would_match(read: Location, place: Location, names: Sequence[str]) -> str | None:
+    """A file of these names below `place` that a glob takes in, or a folder with its Parquet files."""
     fixed = _fixed(read)
-    if fixed is read or not is_within(place, fixed):
+    if not is_within(place, fixed):
         return None
     try:
-        matches = re.compile(glob_translate(read.path[len(fixed.path) :].lstrip("/")))
+        matches = re.compile(glob_translate(read.path[len(fixed.path) :].lstrip("/") or "*.parquet"))
     except ValueError:  # no glob: whoever lists it says so
         return None
     below = real_path(place)[len(real_path(fixed)) :].strip("/")
-    return next((f"{place}/{name}" for name in WRITTEN if matches.match(f"{below}/{name}")), None)
+    return next((f"{place}/{name}" for name in names if matches.match(f"{below}/{name}".lstrip("/"))), None)
 
 
 def same_store(one: Location, other: Location) -> bool:

@@ -96,7 +96,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         # an old output that is looked at again by its path takes no pointer from a newer one
         point = place.job is not None or not stood or before is None
         if point:
-            refuse_pointer(config)
+            refuse_pointer(config, inputs=place.job is not None)
         with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             stands = place.job is None
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)

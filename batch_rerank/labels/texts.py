@@ -88,11 +88,7 @@ def refuse_other_texts(
     asked = np.zeros(len(given), np.uint64)
     starts = np.flatnonzero(np.diff(given["query_index"].to_numpy(), prepend=-1)).tolist()
     bounds, instructions = list(pairwise([*starts, len(given)])), given["instruction"]
-    scored = pc.is_valid(given["text"])  # an instruction on a row without a text has not been read
-    said = [
-        first_text(instructions[start:stop].filter(scored[start:stop])) if model.takes_instruction else None
-        for start, stop in bounds
-    ]
+    said = [first_text(instructions[start:stop]) if model.takes_instruction else None for start, stop in bounds]
     queries = [given["query"][start].as_py() or "" for start in starts]
     for (start, stop), value in zip(bounds, query_hashes(zip(queries, said, strict=True)), strict=True):
         asked[start:stop] = value

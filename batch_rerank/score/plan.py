@@ -23,7 +23,7 @@ from batch_rerank.store.filesystem import File, Location, identity_of, input_err
 from batch_rerank.store.manifest import fingerprint
 from batch_rerank.store.plans import Plan, Shard, Unit
 
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 """Raised when the same job would score differently: it makes older outputs a conflict instead of a mixture."""
 
 PLANNING_THREADS = max(2, min(8, os.cpu_count() or 2))

@@ -4,6 +4,7 @@ import json
 import os
 import posixpath
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from batch_rerank.errors import ConflictError, StorageError
 from batch_rerank.store.filesystem import Location, locate, storage_errors
@@ -15,13 +16,14 @@ POINTERS = "_manifest/pointers.json"
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a pointer says: the output's path, and of what is published there; `published_at` in UTC."""
+    """What a pointer says: the output's path, and of what is published there; `published_at` in UTC. The path is what
+    makes it one; the rest is for readers."""
 
     path: str
-    fingerprint: str = ""
-    publication: str = ""
-    rows: int = 0
-    published_at: str = ""
+    fingerprint: Any = None
+    publication: Any = None
+    rows: Any = None
+    published_at: Any = None
 
     def to_json(self) -> bytes:
         """One JSON object."""
