@@ -282,6 +282,34 @@ def test_what_lies_in_the_cache_and_is_damaged_is_fetched_again(bucket: str, mod
     assert found is not None and found.size == (model / WEIGHTS).stat().st_size
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_tokenizer_that_changed_in_the_cache_is_fetched_again(
+    bucket: str, model: Path, tmp_path: Path, logged: list[str], lost: bool
+) -> None:
+    """Two words change places: as many bytes, other scores. With another small file lost it is no newer version."""
+    url = put(model, bucket)
+    spec = planned(url)
+    (tokenizer,) = (tmp_path / "hf/batch-rerank").glob("model-*/files/tokenizer.json")
+    words = json.loads(tokenizer.read_bytes())
+    vocabulary = words["model"]["vocab"]
+    one, other = [name for name, number in vocabulary.items() if 10 <= number < 100][:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(json.dumps(words).encode().ljust(len(whole))[: len(whole)])
+    if lost:
+        (tokenizer.parent / "config.json").unlink()
+    here, _ = on_this_node(spec, settings(url), weights=False)
+    assert tokenizer.read_bytes() == whole and Path(here.directory) == tokenizer.parent
+    assert [line for line in logged if "tokenizer.json" in line and "is damaged; it is fetched again" in line]
+    tokenizer.write_bytes(whole[: len(whole) // 2].ljust(len(whole)))  # not even JSON
+    assert planned(url).identity == spec.identity and tokenizer.read_bytes() == whole
+    (tokenizer.parent.parent / "kept.json").write_bytes(b"{")
+    assert planned(url).identity == spec.identity and tokenizer.read_bytes() == whole
+    logged.clear()
+    on_this_node(spec, settings(url), weights=False)
+    assert logged == []
+
+
 def test_the_cache_drops_what_was_used_longest_ago_and_nothing_that_is_in_use(
     bucket: str, model: Path, logged: list[str]
 ) -> None:

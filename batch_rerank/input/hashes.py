@@ -5,11 +5,15 @@ no other division of the same bytes has the same hash; a query that takes the jo
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_rerank.schema import QUERY_HASH, TEXT_HASH
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -23,6 +27,32 @@ def first_text(values: pa.ChunkedArray) -> str | None:
     """A query's instruction: flat rows carry it on every row, some of them null."""
     present: Sequence[str] = values.drop_null().slice(0, 1).to_pylist()
     return present[0] if present else None
+
+
+def asked_hashes(rows: pa.Table, with_instructions: bool) -> UInt64:
+    """uint64[n]: of the query of each canonical row."""
+    asked = np.zeros(len(rows), np.uint64)
+    starts = np.flatnonzero(np.diff(rows["query_index"].to_numpy(), prepend=-1)).tolist()
+    bounds, instructions = list(pairwise([*starts, len(rows)])), rows["instruction"]
+    said = [first_text(instructions[start:stop]) if with_instructions else None for start, stop in bounds]
+    queries = [rows["query"][start].as_py() or "" for start in starts]
+    for (start, stop), value in zip(bounds, query_hashes(zip(queries, said, strict=True)), strict=True):
+        asked[start:stop] = value
+    return asked
+
+
+def other_than_scored(scored: pa.Table, asked: UInt64, texts: pa.ChunkedArray) -> tuple[str, npt.NDArray[np.int64]]:
+    """Which rows have another query or text than was scored, and which of the two in words; none where no hash is
+    known. scored: with the hashes of what was scored; asked and texts: of the same rows now, without dictionaries."""
+    # a null text has no hash, and what it is held against is null too, or another
+    here = text_hashes(pc.dictionary_encode(pc.fill_null(texts, "")))
+    now: Mapping[str, tuple[str, UInt64]] = {QUERY_HASH: ("the query", asked), TEXT_HASH: ("the document's text", here)}
+    for name, (what, hashes) in now.items():
+        if name in scored.column_names:
+            other = np.flatnonzero(pc.fill_null(pc.not_equal(scored[name], pa.array(hashes)), False).to_numpy())
+            if len(other):
+                return what, other
+    return "", np.empty(0, np.int64)
 
 
 def text_hashes(texts: pa.ChunkedArray) -> UInt64:

@@ -98,7 +98,7 @@ def read_queries(
             row_groups = tuple(zip(group_rows(parquet), _group_bytes(parquet), strict=True))
             groups = _first_groups(parquet, rows)
             size = sum(_sizes(parquet, groups, columns.leaves(leaf_paths(parquet), ["text"]))[0])
-            types = {name: str(carried_type(_type_of(parquet.schema_arrow, columns, name))) for name in passthrough}
+            types = _passed_types(parquet.schema_arrow, columns)
         with reading(location, "an id column"):
             leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
             count, ids = sum(group_rows(parquet)[: len(groups)]), max(_sizes(parquet, groups, leaves)[1], default=0)
@@ -282,6 +282,21 @@ def group_rows(parquet: pq.ParquetFile) -> list[int]:
 def leaf_paths(parquet: pq.ParquetFile) -> list[str]:
     """The paths of the columns of values, e.g. candidates.list.element.doc_id."""
     return [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+
+
+def passed_types(
+    location: Location, shard: Shard, layout: str, renamed: dict[str, str], passthrough: Sequence[str]
+) -> dict[str, str]:
+    """The types in which columns of a planned shard are passed through. Raises InputError where it is another now, or
+    has not got them."""
+    check_planned(location, shard)
+    with open_parquet(location) as parquet, reading(location, "the Parquet footer"):
+        schema = parquet.schema_arrow
+        return _passed_types(schema, find_columns(schema, layout, renamed, passthrough, str(location)))
+
+
+def _passed_types(schema: pa.Schema, columns: Columns) -> dict[str, str]:
+    return {name: str(carried_type(_type_of(schema, columns, name))) for name in columns.passthrough}
 
 
 def _type_of(schema: pa.Schema, columns: Columns, name: str) -> pa.DataType:

@@ -7,14 +7,18 @@ import pyarrow as pa
 
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import best_chunks
-from batch_rerank.errors import ModelError
+from batch_rerank.errors import InputError, ModelError
+from batch_rerank.input.hashes import asked_hashes, other_than_scored
 from batch_rerank.job.devices import settle, this_machine
 from batch_rerank.publish.output import Place, config_of, open_output
+from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.report.movers import Chosen, choose, rows_of_unit, shapes_of
 from batch_rerank.score.plan import configured_model
 from batch_rerank.score.read_unit import prepare
 from batch_rerank.score.steps import LoadedScorer
-from batch_rerank.store.scan import scan
+from batch_rerank.store.manifest import Manifest
+from batch_rerank.store.plans import Unit
+from batch_rerank.store.scan import Scan, scan
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def score_movers(place: Place) -> list[Again]:
     config = config_of(plan, place)
     free = config.cluster.model_copy(update={"gpus_per_actor": "auto", "cpus_per_actor": "auto"})
     config = settle(config.model_copy(update={"cluster": free}), this_machine(), actors=1)
-    chosen = choose(plan, shapes_of(scan(manifest, plan).committed))
+    state = scan(manifest, plan)
+    chosen = choose(plan, shapes_of(state.committed))
     if not chosen:
         return []
     model = configured_model(config)
@@ -53,7 +58,9 @@ def score_movers(place: Place) -> list[Again]:
     for unit in dict.fromkeys(one.unit for one in chosen):
         rows = rows_of_unit(plan, config, unit)
         own = sorted({one.mover.row: one for one in chosen if one.unit == unit}.items())
-        taken: pa.Table = rows.take([row for row, _ in own])
+        places = [row for row, _ in own]
+        _refuse_other_texts(rows, places, unit, _scored(manifest, state, unit), model.takes_instruction)
+        taken: pa.Table = rows.take(places)
         read = prepare(unit, taken, model.takes_instruction, include_text=False)
         encoded = encoder.encode(read.groups)
         scores = best_chunks(encoded, scorer.score(encoded)).scores
@@ -65,3 +72,29 @@ def score_movers(place: Place) -> list[Again]:
                 **ids, before=one.mover.before, after=one.mover.after, kept=one.mover.score, computed=told
             )
     return [found[one] for one in chosen if one in found]
+
+
+def _scored(manifest: Manifest, found: Scan, unit: Unit) -> pa.Table | None:
+    """A unit's score-file rows with their hashes; None where they were not kept."""
+    receipt = next(one for one in found.committed if one.unit == unit.id)
+    if not found.available(manifest, receipt):
+        return None
+    place = found.place(receipt)
+    scores = ScoreFiles(manifest, {unit.id: place} if place else {}, {} if place else {unit.id: receipt.sha256})
+    ((_, rows),) = scores.read([unit], hashed=True)
+    return rows
+
+
+def _refuse_other_texts(
+    rows: pa.Table, places: list[int], unit: Unit, scored: pa.Table | None, with_instructions: bool
+) -> None:
+    if scored is None:
+        return
+    texts = rows["text"].take(places).cast(pa.large_string())
+    what, other = other_than_scored(scored.take(places), asked_hashes(rows, with_instructions)[places], texts)
+    if len(other):
+        (row,) = rows.select(["query_id", "doc_id"]).slice(places[int(other[0])], 1).to_pylist()
+        raise InputError(
+            f"unit {unit.id}: query_id {row['query_id']!r}, doc_id {row['doc_id']!r}: {what} is not the one that was "
+            "scored; have the input back as it was, or run the job on what there is now"
+        )

@@ -8,7 +8,7 @@ from batch_rerank.publish.publish import move_latest, publish, refuse_other_publ
 from batch_rerank.store.bookkeeping import refuse_strays
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
-from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN
+from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN, Files
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
 from batch_rerank.store.scan import scan
@@ -26,14 +26,18 @@ def finish(
 ) -> None:
     """Publish a plan whose units are all scored, and point `output.latest` at it. Raises what `publish` and `tidy`
     raise."""
-    files = manifest.list_files()
-    scores = (*files.within("_work"), *files.within("_scores"))
-    small = sum(files.found[name].size for name in scores) < SMALL_BYTES
-    mark, _ = publish(manifest, plan, config, model, lease, in_turn if small else each)
+    each = by_size(manifest.list_files(), each)
+    mark, _ = publish(manifest, plan, config, model, lease, each)
     totals.rows_out = mark.rows
     if point:
         move_latest(manifest, plan, mark, config)
-    tidy(manifest, plan, config, lease, in_turn if small else each)
+    tidy(manifest, plan, config, lease, each)
+
+
+def by_size(files: Files, each: Each) -> Each:
+    """Who goes through the scores that a listing shows: this process, where Ray would take longer to start."""
+    scores = (*files.within("_work"), *files.within("_scores"))
+    return in_turn if sum(files.found[name].size for name in scores) < SMALL_BYTES else each
 
 
 def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None:

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 
 from batch_rerank.calls import ahead, in_turn
 from batch_rerank.config import JobConfig
-from batch_rerank.errors import ConfigError, ConflictError, StorageError, UnfinishedError
+from batch_rerank.errors import ConfigError, ConflictError, InputError, StorageError, UnfinishedError
 from batch_rerank.input.places import matches, patterns_of, refuse_pointer
-from batch_rerank.input.shards import check_planned
+from batch_rerank.input.shards import passed_types
 from batch_rerank.input.stage_place import scored_from
-from batch_rerank.job.finish import finish
+from batch_rerank.job.finish import by_size, finish
 from batch_rerank.job.gate import pass_gate
 from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, model_of, open_output
 from batch_rerank.publish.publication import output_of, publishing_fields
-from batch_rerank.publish.publish import unavailable
+from batch_rerank.publish.publish import try_out, unavailable
 from batch_rerank.publish.withdraw import withdraw
 from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
@@ -102,9 +102,10 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
             if despite and not (verdict and verdict.despite):
                 log.info("--despite-gate: no gate held it back")
-            if again and found.publication is not None:
-                withdraw(manifest, found.publication, lease)
             each = in_turn if local else on_ray(config)
+            if again and found.publication is not None:
+                try_out(manifest, plan, found, config, model_of(plan), lease, by_size(found.files, each))
+                withdraw(manifest, found.publication, lease)
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
     latest = _of_pointer(config, named, before, point)
     seconds = time.monotonic() - started
@@ -213,31 +214,40 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
         )
     if same or not plan.units:
         return
-    wanted = [
-        *(["text"] if config.output.include_text else []),
-        *(f"{PASSED}{name}" for name in config.output.passthrough),
-    ]
-    columns = _columns(manifest, found)
-    lacking = [name.removeprefix(PASSED) for name in wanted if any(name not in names for names in columns)]
+    schemas = _schemas(manifest, found)
+    passed = {name: f"{PASSED}{name}" for name in config.output.passthrough}
+    wanted = {**({"text": "text"} if config.output.include_text else {}), **passed}
+    lacking = [name for name, column in wanted.items() if any(column not in schema.names for schema in schemas)]
+    kinds = {
+        name: {str(one.field(column).type) for one in schemas if column in one.names} for name, column in passed.items()
+    }
     if lacking:
         log.info("%s: not in the score files; read from the input", ", ".join(lacking))
-        for shard in plan.shards:
-            check_planned(locate(shard.url, config.input.storage_options), shard)
+        given, more = config.input, [name for name in lacking if name in passed]
+        located = [(locate(shard.url, given.storage_options), shard) for shard in plan.shards]
+        for types in ahead([partial(passed_types, *one, given.layout, given.columns, more) for one in located]):
+            for name, kind in types.items():
+                kinds[name].add(kind)
+    for name, found_kinds in kinds.items():
+        if len(found_kinds) > 1:
+            raise InputError(
+                f"{manifest.root}: output.passthrough names {name!r}, which has the types "
+                f"{', '.join(sorted(found_kinds))} in the input; expected one type in all shards"
+            )
 
 
-def _columns(manifest: Manifest, found: Scan) -> list[list[str]]:
-    """The columns of every file that has scores: those below `_scores/`, and of the others."""
+def _schemas(manifest: Manifest, found: Scan) -> list[pa.Schema]:
+    """Of every file that has scores: those below `_scores/`, and of the others."""
     names = {place[0] if (place := found.place(one)) else work_name(one.unit) for one in found.committed}
 
-    def columns(name: str) -> list[str]:
+    def schema(name: str) -> pa.Schema:
         location = manifest.root / name
         with storage_errors(location), location.open() as file:
             try:
-                found: list[str] = pq.read_schema(file).names
+                return pq.read_schema(file)
             except (pa.ArrowException, OSError) as error:
                 if not is_damage(error):
                     raise
                 raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None
-        return found
 
-    return list(ahead([partial(columns, name) for name in sorted(names)]))
+    return list(ahead([partial(schema, name) for name in sorted(names)]))

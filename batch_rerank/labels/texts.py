@@ -3,7 +3,7 @@
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +12,12 @@ import pyarrow.compute as pc
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import InputError
-from batch_rerank.input.hashes import first_text, query_hashes, text_hashes
+from batch_rerank.input.hashes import asked_hashes, other_than_scored
 from batch_rerank.input.layouts import run_starts
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.labels.choose import EMPTY_TEXT, Choice, Int64
 from batch_rerank.labels.rows import UnitRows
 from batch_rerank.labels.scores import Source
-from batch_rerank.schema import QUERY_HASH, TEXT_HASH
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.plans import Shard, Unit
 
@@ -85,26 +84,17 @@ def refuse_other_texts(
 ) -> None:
     """Raise InputError where a chosen row's text, or its query, is not what was scored. A file's footer, by which its
     version is known, may be the same with a letter changed."""
-    asked = np.zeros(len(given), np.uint64)
-    starts = np.flatnonzero(np.diff(given["query_index"].to_numpy(), prepend=-1)).tolist()
-    bounds, instructions = list(pairwise([*starts, len(given)])), given["instruction"]
-    said = [first_text(instructions[start:stop]) if model.takes_instruction else None for start, stop in bounds]
-    queries = [given["query"][start].as_py() or "" for start in starts]
-    for (start, stop), value in zip(bounds, query_hashes(zip(queries, said, strict=True)), strict=True):
-        asked[start:stop] = value
     here = at[choice.rows]
     texts = pc.cast(given["text"].take(pa.array(here)), pa.large_string())  # those that are chosen, and no dictionary
-    found = {"the query": asked[here], "the document's text": text_hashes(pc.dictionary_encode(texts))}
-    for (what, hashes), name in zip(found.items(), (QUERY_HASH, TEXT_HASH), strict=True):
-        then = rows.table[name].take(pa.array(choice.rows))
-        other = np.flatnonzero(pc.fill_null(pc.not_equal(then, pa.array(hashes)), False).to_numpy())
-        if len(other):
-            row = rows.table.slice(int(choice.rows[other[0]]), 1).to_pylist()[0]
-            raise InputError(
-                f"{where}: unit {rows.unit.id}: query_id {row['query_id']!r}, doc_id {row['doc_id']!r}: {what} is not "
-                f"the one that was scored ({len(other):,} such rows of this unit's labels); have the input back as it "
-                "was, or run the job on what there is now and export that"
-            )
+    then = rows.table.take(pa.array(choice.rows))
+    what, other = other_than_scored(then, asked_hashes(given, model.takes_instruction)[here], texts)
+    if len(other):
+        row = then.slice(int(other[0]), 1).to_pylist()[0]
+        raise InputError(
+            f"{where}: unit {rows.unit.id}: query_id {row['query_id']!r}, doc_id {row['doc_id']!r}: {what} is not "
+            f"the one that was scored ({len(other):,} such rows of this unit's labels); have the input back as it "
+            "was, or run the job on what there is now and export that"
+        )
 
 
 def taken(rows: UnitRows, choice: Choice, given: pa.Table, at: Int64, takes_instruction: str | None) -> pa.Table:

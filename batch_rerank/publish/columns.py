@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError
+from batch_rerank.input.hashes import asked_hashes, other_than_scored
 from batch_rerank.input.unit_reader import read_units
+from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.schema import PASSED
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.plans import Unit
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
 Rows = Iterator[tuple[Unit, pa.Table]]
 
 
-def completed(scored: Rows, work: "PartWork", config: JobConfig, extra: Sequence[str]) -> Rows:
+def completed(
+    scores: ScoreFiles, work: "PartWork", config: JobConfig, with_instructions: bool, extra: Sequence[str]
+) -> Rows:
     """Units with score-file rows that have the columns `extra`, `text` or `+` and a name. Raises InputError where the
-    input has to be read and is not the one that was scored."""
-    for shard, units in groupby(scored, key=lambda pair: pair[0].shard):
+    input has to be read and is not the one that was scored: a footer, by which its version is known, may be the same
+    with a letter changed."""
+    for shard, units in groupby(scores.read(work.units), key=lambda pair: pair[0].shard):
         read: Rows | None = None
         for unit, rows in units:
             wanted = [name for name in extra if _column(name) not in rows.column_names]
@@ -35,8 +40,19 @@ def completed(scored: Rows, work: "PartWork", config: JobConfig, extra: Sequence
             same = rows["doc_id"].combine_chunks().equals(found["doc_id"].combine_chunks())
             if not same or not rows["query_id"].combine_chunks().equals(found["query_id"].combine_chunks()):
                 raise InputError(f"{work.shards[shard].url}: other rows than were scored in unit {unit.id}")
+            (_, hashed) = next(scores.read([unit], hashed=True))
+            texts = found["text"].cast(pa.large_string())
+            what, other = other_than_scored(hashed, asked_hashes(found, with_instructions), texts)
+            if len(other):
+                row = rows.select(["query_id", "doc_id"]).slice(int(other[0]), 1).to_pylist()[0]
+                raise InputError(
+                    f"{work.shards[shard].url}: unit {unit.id}: query_id {row['query_id']!r}, doc_id "
+                    f"{row['doc_id']!r}: {what} is not the one that was scored ({len(other):,} such rows of this "
+                    f"unit); {', '.join(wanted)} would be of another input; have it back as it was, or run the job on "
+                    "what there is now"
+                )
             for name in wanted:
-                values = found["text"].cast(pa.large_string()) if name == "text" else found[_column(name)]
+                values = texts if name == "text" else found[_column(name)]
                 rows = rows.append_column(_column(name), values)
             yield unit, rows
 

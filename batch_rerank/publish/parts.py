@@ -26,6 +26,7 @@ from batch_rerank.publish.columns import completed
 from batch_rerank.publish.nested import nest
 from batch_rerank.publish.rank import rank
 from batch_rerank.publish.score_files import Place, ScoreFiles
+from batch_rerank.publish.trec import refuse_spaced
 from batch_rerank.store.disk import uninterrupted
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import check_epoch
@@ -85,6 +86,11 @@ def publish_part(work: PartWork, config: JobConfig, model: ModelSpec) -> PartRec
     return receipt
 
 
+def try_part(work: PartWork, config: JobConfig, model: ModelSpec) -> None:
+    """Make a part and throw it away. Raises what `publish_part` raises for its scores and its input."""
+    build(work, Manifest(locate(config.output.path, config.output.storage_options, reached=True)), config, model)
+
+
 def build(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSpec) -> tuple[bytes, int]:
     """A part's bytes, and its rows: candidates, in either layout."""
     metadata = {
@@ -113,13 +119,15 @@ def ranked(work: PartWork, manifest: Manifest, config: JobConfig, model: ModelSp
     output = config.output
     extra = [*(["text"] if output.include_text else []), *output.passthrough]
     scores = ScoreFiles(manifest, work.places, work.checksums)
-    for unit, rows in completed(scores.read(work.units), work, config, extra):
+    for unit, rows in completed(scores, work, config, model.takes_instruction, extra):
         if len(rows) != unit.pairs:
             raise StorageError(
                 f"{manifest.root}: the score file of unit {unit.id} has {len(rows):,} rows, the plan {unit.pairs:,}; "
                 "see batch-rerank verify --repair"
             )
         made, index = rank(all_carried(rows), model, output.top_k, extra)
+        if output.trec_run:
+            refuse_spaced(made)
         yield made, np.flatnonzero(np.diff(index, prepend=-1))
 
 

@@ -6,7 +6,7 @@ which part, parts are a function of it and the score files, and `_SUCCESS` comes
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,9 +14,8 @@ from batch_rerank.calls import Each
 from batch_rerank.config import JobConfig, Output
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConflictError, StorageError
-from batch_rerank.publish.parts import PartWork, publish_part
+from batch_rerank.publish.parts import PartWork, publish_part, try_part
 from batch_rerank.publish.publication import make_publication, of_units, publishing_fields
-from batch_rerank.publish.score_files import Place
 from batch_rerank.publish.trec import write_trec_run
 from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import locate, storage_errors
@@ -50,10 +49,8 @@ def publish(
         _withdraw_parts(manifest, found.files, missing)
         log.info("publishing %d parts of %d units", len(missing), len(plan.units))
     done = dict(whole)
-    places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
     said = time.monotonic()
-    checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
-    works = [_work(publication, plan, number, places, checksums, lease.epoch) for number in missing]
+    works = _works(publication, plan, found, missing, lease)
     for receipt in each([partial(publish_part, work, config, model) for work in works]):
         done[int(receipt.part[len("part-") : -len(".parquet")])] = receipt
         lease.check()
@@ -91,11 +88,22 @@ def refuse_unseen(manifest: Manifest, plan: Plan, found: Scan) -> None:
         )
 
 
+def try_out(
+    manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, model: ModelSpec, lease: Lease, each: Each
+) -> None:
+    """Make every part that `publish` will make, and write none: what is published is withdrawn for what can be, and
+    nothing else. Raises what `publish` raises."""
+    publication = _made(plan, found, config, lease)
+    works = list(_works(publication, plan, found, range(len(publication.parts)), lease))
+    log.info("trying %d parts of %d units before what is published is withdrawn", len(works), len(plan.units))
+    for _ in each([partial(try_part, work, config, model) for work in works]):
+        lease.check()
+
+
 def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, lease: Lease) -> Publication:
     """A new publication; of two publishers both follow the first. Behind a withdrawal it is unlike all before it: who
     withdraws may be paused, and removes on S3 what has the content that it saw."""
-    sizes = {receipt.unit: receipt.size for receipt in found.committed}
-    made = make_publication(plan, sizes, publishing_fields(config.output), lease.id if found.withdrawn else "")
+    made = _made(plan, found, config, lease)
     location = manifest.root / PUBLICATION
     with storage_errors(location):
         while not location.create_exclusive(made.to_json()):
@@ -106,6 +114,11 @@ def _begin(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, lease
             lease.check()
             location.remove_seen(seen)
     return made
+
+
+def _made(plan: Plan, found: Scan, config: JobConfig, lease: Lease) -> Publication:
+    sizes = {receipt.unit: receipt.size for receipt in found.committed}
+    return make_publication(plan, sizes, publishing_fields(config.output), lease.id if found.withdrawn else "")
 
 
 def refuse_other_publication(manifest: Manifest, publication: Publication | None, output: Output) -> None:
@@ -136,25 +149,23 @@ def _withdraw_parts(manifest: Manifest, files: Files, numbers: list[int]) -> Non
         manifest.remove_seen(f"_manifest/parts/{number:05d}.json", files)
 
 
-def _work(
-    publication: Publication,
-    plan: Plan,
-    number: int,
-    places: Mapping[str, Place],
-    checksums: Mapping[str, str],
-    epoch: int,
-) -> PartWork:
-    units = of_units(publication, plan, number)
-    return PartWork(
-        number=number,
-        publication=publication.id,
-        fingerprint=plan.fingerprint,
-        units=units,
-        places={unit.id: places[unit.id] for unit in units if unit.id in places},
-        checksums={unit.id: checksums[unit.id] for unit in units if unit.id not in places},
-        epoch=epoch,
-        shards={unit.shard: plan.shards[unit.shard] for unit in units},
-    )
+def _works(
+    publication: Publication, plan: Plan, found: Scan, numbers: Sequence[int], lease: Lease
+) -> Iterator[PartWork]:
+    places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
+    checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
+    for number in numbers:
+        units = of_units(publication, plan, number)
+        yield PartWork(
+            number=number,
+            publication=publication.id,
+            fingerprint=plan.fingerprint,
+            units=units,
+            places={unit.id: places[unit.id] for unit in units if unit.id in places},
+            checksums={unit.id: checksums[unit.id] for unit in units if unit.id not in places},
+            epoch=lease.epoch,
+            shards={unit.shard: plan.shards[unit.shard] for unit in units},
+        )
 
 
 def move_latest(manifest: Manifest, plan: Plan, mark: Mark, config: JobConfig) -> None:

@@ -43,8 +43,17 @@ def _blocks(manifest: Manifest, parts: Iterable[int]) -> Iterator[bytes]:
 
 def trec_lines(rows: pa.Table) -> bytes:
     """Lines of ranked rows: `query_id`, `doc_id`, `rank`, `score` float32 or null."""
+    refuse_spaced(rows)
     rows = rows.combine_chunks()
     ids = rows["query_id"].combine_chunks()
+    scores = pa.array(falling(rows["score"].to_numpy(), run_starts(ids)), pa.float32())
+    fields = [ids, pa.scalar("Q0"), rows["doc_id"], pc.cast(rows["rank"], pa.string()), pc.cast(scores, pa.string())]
+    lines = pc.binary_join_element_wise(*fields, pa.scalar(f"{TAG}\n"), " ")
+    return "".join(lines.to_pylist()).encode()
+
+
+def refuse_spaced(rows: pa.Table) -> None:
+    """Raise InputError for a `query_id` or a `doc_id` that is no field of a TREC run."""
     for name in ("query_id", "doc_id"):
         spaced = rows.filter(pc.match_substring_regex(rows[name], NO_TREC_ID))
         if len(spaced):
@@ -52,10 +61,6 @@ def trec_lines(rows: pa.Table) -> bytes:
                 f"{name} {spaced[name][0].as_py()!r} is empty or has white space, which ends a field of a TREC run; "
                 "rename it, or leave output.trec_run out"
             )
-    scores = pa.array(falling(rows["score"].to_numpy(), run_starts(ids)), pa.float32())
-    fields = [ids, pa.scalar("Q0"), rows["doc_id"], pc.cast(rows["rank"], pa.string()), pc.cast(scores, pa.string())]
-    lines = pc.binary_join_element_wise(*fields, pa.scalar(f"{TAG}\n"), " ")
-    return "".join(lines.to_pylist()).encode()
 
 
 def falling(scores: npt.NDArray[np.float32], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -5,6 +5,8 @@ checkpoint in a directory, or the one that a mirror names. Whoever scores fetche
 driver has seen, once for all processes of a node.
 """
 
+import hashlib
+import json
 import logging
 import os
 import time
@@ -44,6 +46,9 @@ from batch_rerank.store.node_cache import NodeCache
 log = logging.getLogger("batch_rerank")
 
 READS_AT_ONCE = 32
+
+KEPT = "kept.json"
+"""Beside the files of a version: the sha256 of those that are small, as they came."""
 
 SAMPLED = "sampled"
 """Beside the files of a commit: what `identify` says of their content."""
@@ -130,7 +135,43 @@ def on_this_node(model: ModelSpec, settings: Model, weights: bool = True) -> tup
 
 
 def _fetch_small(place: Location, planned: Sequence[Wanted], cache: NodeCache) -> Fetched:
-    return fetch(place, [one for one in planned if _is_small(one.name)], cache, key_of(place, planned), "small")
+    """Configuration and tokenizer: those that this node has kept and that are not what came are fetched again. Encoders
+    are built of them before anybody looks at the whole checkpoint."""
+    small, key = [one for one in planned if _is_small(one.name)], key_of(place, planned)
+    found = fetch(place, small, cache, key, "small")
+    kept = found.directory.parent / KEPT
+    if kept.exists():
+        damaged = _damaged(found.directory, small, kept)
+        if not damaged:
+            return found
+        log.warning("%s: %s in %s is damaged; it is fetched again", place, ", ".join(damaged), found.directory)
+        with cache.alone(f"{key}.small", f"{place}: forgetting {found.directory}"):
+            forget(found.directory, _damaged(found.directory, small, kept))
+        found = fetch(place, small, cache, key, "small")
+    place_file(os.replace, str(kept), json.dumps(_checksums(found.directory, small)).encode())
+    return found
+
+
+def _damaged(directory: Path, small: Sequence[Wanted], kept: Path) -> list[str]:
+    """The files that are not what they were when they came, or of which that cannot be told."""
+    try:
+        told = json.loads(kept.read_bytes())
+    except ValueError:
+        told = None
+    then, now = told if isinstance(told, dict) else {}, _checksums(directory, small)
+    return [name for name, checksum in now.items() if then.get(name) != checksum]
+
+
+def _checksums(directory: Path, small: Sequence[Wanted]) -> dict[str, str]:
+    """The sha256 of each file; empty where another process has just found it damaged."""
+
+    def checksum(name: str) -> str:
+        try:
+            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return ""
+
+    return {one.name: checksum(one.name) for one in small}
 
 
 def _fetch_whole(place: Location, planned: Sequence[Wanted], cache: NodeCache, identity: str) -> Fetched:
