@@ -5,6 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from batch_rerank.errors import InputError
 from batch_rerank.input import canonical
 from batch_rerank.input.carried import carried_type
 from batch_rerank.job.run import run
+from batch_rerank.publish.nested import flat
 from batch_rerank.publish.verify import verify
 
 TEXTS = [
@@ -107,6 +109,8 @@ def test_an_optional_column_that_comes_and_goes_is_said(column: str, tmp_path: P
     assert verify(str(tmp_path / "out")).problems == []
 
 
+UUIDS = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16] * 6, pa.binary(16)))
+EACH = pa.array(range(7), pa.int32())
 ODD = {
     "string_view": pa.array(["a", None] * 3, pa.string_view()),
     "binary_view": pa.array([b"a", None] * 3, pa.binary_view()),
@@ -121,7 +125,13 @@ ODD = {
     "nulls": pa.nulls(6),
     "half": pa.array([1.0, None] * 3, pa.float16()),
     "duration": pa.array([1, None] * 3, pa.duration("ns")),
-    "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16] * 6, pa.binary(16))),
+    "uuid": UUIDS,
+    "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}"] * 6)),
+    "struct_of_uuid": pa.StructArray.from_arrays([UUIDS, pa.array(range(6))], ["u", "k"]),
+    "list_of_uuid": pa.ListArray.from_arrays(EACH, UUIDS),
+    "map_of_uuid": pa.MapArray.from_arrays(EACH, pa.array(["a"] * 6), UUIDS),
+    "lists_of_lists_of_uuid": pa.ListArray.from_arrays(EACH, pa.ListArray.from_arrays(EACH, UUIDS)),
+    "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((6, 2, 2), np.float32)),
 }
 
 
@@ -134,6 +144,8 @@ def test_every_type_is_passed_through(layout: str, tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "in/a.parquet")
     run(job(tmp_path / "in", tmp_path / "out", output__passthrough=list(ODD), output__layout=layout), local=True)
     assert verify(str(tmp_path / "out")).problems == []
+    (part,) = (tmp_path / "out").glob("*.parquet")
+    assert flat(pq.read_table(part).slice(0, 0)).column_names[-len(ODD) :] == list(ODD)
 
 
 @pytest.mark.parametrize("column", ["text", "doc_id", "score", "title"])

@@ -39,11 +39,18 @@ def flat(rows: pa.Table) -> pa.Table:
         data |= {field.name: structs.field(number) for number, field in enumerate(structs.type)}
         tables.append(pa.table(data))
     if not tables:
-        return pa.schema([rows.schema.field("query_id"), *rows.schema.field(LIST).type.value_type]).empty_table()
+        fields = [rows.schema.field("query_id"), *rows.schema.field(LIST).type.value_type]
+        # not Schema.empty_table: pyarrow 26 makes no list of an extension type (uuid) out of nothing
+        return pa.table([pa.chunked_array([], field.type) for field in fields], schema=pa.schema(fields))
     return pa.concat_tables(tables)
 
 
+def flat_names(schema: pa.Schema) -> list[str]:
+    """The columns that `flat` has of rows of this schema. Raises KeyError and TypeError where it is no output's."""
+    if not is_nested(schema.names):
+        return list(schema.names)
+    return ["query_id", *(field.name for field in schema.field(LIST).type.value_type)]
+
+
 def _array(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    # pyarrow 26 writes lists of extension types (uuid) and cannot read them: "ArrowNotImplementedError: extension"
-    return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError
 from batch_rerank.publish.compare_rows import compare, rows_of_units
-from batch_rerank.publish.nested import flat, is_nested
+from batch_rerank.publish.nested import flat, flat_names, is_nested
 from batch_rerank.publish.output import Opened, input_ids
 from batch_rerank.publish.verify_units import Verdict, content
 from batch_rerank.schema import OUTPUT_NAMES
@@ -81,7 +81,7 @@ def _read_part(manifest: Manifest, check: PartCheck) -> tuple[pa.Table | None, l
     try:
         receipt = parse(PartReceipt, body)
         schema = pq.read_schema(io.BytesIO(data))
-        names = flat(schema.empty_table()).column_names
+        names = flat_names(schema)
         whole = is_nested(schema.names) or not set(HELD) <= set(names)
         rows = flat(pq.read_table(io.BytesIO(data), columns=None if whole else HELD))
     except (KeyError, AttributeError, TypeError):
