@@ -1,8 +1,8 @@
 """What the sections of a job file have in common, and those that stand alone."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from batch_rerank.outside import problem_of, protocol_of
 
@@ -62,6 +62,21 @@ class Section(BaseModel):
     """Base of all sections."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as True, which Python counts as 1."""
+        truths = [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, bool)]
+        if truths and _has_numbers(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(
+                f"found {str(truths[0]).lower()}; expected a number (YAML reads yes and no as truth values)"
+            )
+        return value
+
+
+def _has_numbers(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_has_numbers, get_args(annotation)))
 
 
 def as_list(places: Places | None) -> list[str]:

@@ -222,6 +222,34 @@ def test_a_value_that_fits_no_choice_is_one_error(tmp_path: Path, attempt: Any) 
     assert "scoring.token_budget: found 0; input should be 'auto' or: found 0" in error
 
 
+NUMBERS = (
+    "output.top_k",
+    "output.file_bytes",
+    "input.unit_pairs",
+    "input.max_missing",
+    "model.max_length",
+    "scoring.max_failed_units",
+    "cluster.actors",
+    "cluster.actors.min",
+    "cluster.gpus_per_actor",
+    "cost.max_usd",
+    "labels.seed",
+    "labels.negatives.ranks",
+)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_truth_value_is_no_number(key: str, tmp_path: Path, attempt: Any) -> None:
+    """`top_k: yes` kept one candidate of each query."""
+    write(tmp_path / "in" / "a.parquet", candidate_rows(1, 2))
+    section, *names = key.split(".")
+    value: Any = [True, 9] if key.endswith("ranks") else True
+    for name in reversed(names):
+        value = {name: value}
+    code, error = attempt(**{section: value})
+    assert code == 2 and f"{key}: found true; expected a number" in error
+
+
 def test_a_missing_section(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "job.yaml").write_text("input: {layout: flat, path: x}\n")
     code, _, error = cli("run", tmp_path / "job.yaml")
