@@ -66,8 +66,10 @@ def run(
     with verdict_told(as_json):
         summary = run_job(load_config(job, overrides or (), limit), local=local)
     totals = summary.totals
-    if summary.units == 0:
+    if summary.stood:
         log.info("nothing to do: all %d units were done already", totals.units)
+    elif summary.units == 0:
+        log.info("nothing to score: all %d units were done already; they are published now", totals.units)
     else:
         rate = f"{summary.pairs / summary.seconds:,.0f} pairs/s with start-up"
         steady = f", {summary.steady_rate:,.0f} after it" if summary.steady_rate else ""

@@ -70,7 +70,8 @@ def publish(
 
     with verdict_told(as_json):
         done = republish(find_place(output, overrides or (), limit), local=local, despite=despite_gate)
-    how = "already published; nothing to do" if done.stood else "published again" if done.again else "published"
+    stood = f"already published; {', '.join(done.beside) or 'nothing to do'}"
+    how = stood if done.stood else "published again" if done.again else "published"
     log.info("%s: %s rows from %s candidates in %.1f s", how, f"{done.rows_out:,}", f"{done.rows_in:,}", done.seconds)
     log.info("output: %s", done.output)
     if done.latest:

@@ -12,6 +12,7 @@ from batch_rerank.input.stage import Staged, describe_stage, find_stage, needs_s
 from batch_rerank.job.devices import Machines, Node, settle, this_machine
 from batch_rerank.job.gate import check_gate
 from batch_rerank.job.staging import stage
+from batch_rerank.publish.publication import stands
 from batch_rerank.publish.publish import refuse_other_publication
 from batch_rerank.score.earlier import Earlier, find_earlier
 from batch_rerank.score.plan import configured_model, make_plan
@@ -151,7 +152,9 @@ def _there(config: JobConfig, plan: Plan) -> There:
         refuse_other_publication(manifest, found.publication, config.output)
         again = made_again(manifest, plan, found)
         done = frozenset(receipt.unit for receipt in found.committed if receipt.unit not in again)
-        there = There(done, "_SUCCESS" in found.files.found, manifest.read_status().totals.gpu_seconds / 3600)
+        there = There(
+            done, stands(manifest.read_mark(), existing, found), manifest.read_status().totals.gpu_seconds / 3600
+        )
     Lease(manifest.root, config.cluster.lease_seconds).look()
     return there
 

@@ -4,6 +4,7 @@ from batch_rerank.calls import SMALL_BYTES, Each, in_turn
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.publish.keep import tidy
+from batch_rerank.publish.publication import stands
 from batch_rerank.publish.publish import move_latest, publish, refuse_other_publication
 from batch_rerank.store.bookkeeping import refuse_strays
 from batch_rerank.store.lease import Lease
@@ -11,6 +12,7 @@ from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.names import OUTPUT_KINDS, TREC_RUN, Files
 from batch_rerank.store.plans import Plan
 from batch_rerank.store.receipts import Totals
+from batch_rerank.store.records import Mark
 from batch_rerank.store.scan import scan
 
 
@@ -59,17 +61,21 @@ def finished(config: JobConfig, manifest: Manifest, plan: Plan) -> Totals | None
     for receipt in found.committed:
         totals.add(receipt)
     totals.rows_out = mark.rows
-    if found.publication is None or found.condemned or totals.units < len(existing.units):
+    if totals.units < len(existing.units) or not stands(mark, existing, found):
         return None
-    told = (existing.fingerprint, len(existing.units), found.publication.id)
-    whole = {part.part: (part.size, part.sha256) for part in found.parts.values()}
-    if (mark.fingerprint, mark.units, mark.publication) != told:
-        return None
-    if {part.name: (part.size, part.sha256) for part in mark.parts} != whole:
-        return None
-    absent = config.output.trec_run and not (mark.trec_run and found.files.size(TREC_RUN) == mark.trec_run.size)
-    needless = ("work",) if config.output.keep_scores else ("work", "scores")
-    untidy = any(found.files.matching(OUTPUT_KINDS[kind]) for kind in needless)
-    if absent or untidy or totals.failed > config.scoring.max_failed_rows * totals.rows_in:
-        return None
-    return totals
+    failed = totals.failed > config.scoring.max_failed_rows * totals.rows_in
+    return None if failed or left_beside(config, mark, found.files) else totals
+
+
+def left_beside(config: JobConfig, mark: Mark | None, files: Files) -> list[str]:
+    """What is left to do where all parts are there, in the words in which it is told once it is done."""
+    run = mark.trec_run if mark else None
+    absent = config.output.trec_run and not (run and files.size(TREC_RUN) == run.size)
+    kept = not config.output.keep_scores and files.matching(OUTPUT_KINDS["scores"])
+    work = files.matching(OUTPUT_KINDS["work"])
+    told = {
+        "its TREC run was written": absent,
+        "its scores were removed": kept or (work and not config.output.keep_scores),
+        "its scores were gathered": work and config.output.keep_scores,
+    }
+    return [words for words, done in told.items() if done]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import pyarrow as pa
@@ -15,12 +15,12 @@ from batch_rerank.errors import ConfigError, ConflictError, InputError, StorageE
 from batch_rerank.input.places import matches, patterns_of, refuse_pointer
 from batch_rerank.input.shards import passed_types
 from batch_rerank.input.stage_place import scored_from
-from batch_rerank.job.finish import by_size, finish
+from batch_rerank.job.finish import by_size, finish, left_beside
 from batch_rerank.job.gate import pass_gate
 from batch_rerank.job.reported import Reported, reported
 from batch_rerank.job.staging import on_ray
 from batch_rerank.publish.output import Place, config_of, model_of, open_output
-from batch_rerank.publish.publication import output_of, publishing_fields
+from batch_rerank.publish.publication import output_of, publishing_fields, stands
 from batch_rerank.publish.publish import try_out, unavailable
 from batch_rerank.publish.withdraw import withdraw
 from batch_rerank.schema import PASSED
@@ -44,7 +44,8 @@ log = logging.getLogger("batch_rerank")
 class Published:
     """What was published, candidates in and rows out, and how long it took. again: another publication was withdrawn;
     stood: all of it was there already; latest: what became of the pointer, empty where the job has none; gate: what
-    the job's gate has found, None where nothing was judged; report: where it is, None without one."""
+    the job's gate has found, None where nothing was judged; report: where it is, None without one; beside: what was
+    done beside what stood, in words."""
 
     output: str
     rows_in: int
@@ -55,6 +56,7 @@ class Published:
     stood: bool = False
     latest: str = ""
     report: str | None = None
+    beside: list[str] = field(default_factory=list)
 
 
 def republish(place: Place, *, local: bool = False, despite: str | None = None) -> Published:
@@ -91,15 +93,16 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         totals.resumed_pairs = totals.rows_in
         other = found.publication is not None and found.publication.fields != publishing_fields(output)
         again = other or found.condemned
-        stood = _is_whole(found) and not again
+        mark = manifest.read_mark()
+        stood = stands(mark, plan, found) and not again
+        beside = left_beside(config, mark, found.files) if stood else []
         named, before = _named(config, manifest)
         # an old output that is looked at again by its path takes no pointer from a newer one
         point = place.job is not None or not stood or before is None
         if point:
             refuse_pointer(config, inputs=place.job is not None)
         with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
-            stands = place.job is None
-            verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, stands)
+            verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, place.job is None)
             if despite and not (verdict and verdict.despite):
                 log.info("--despite-gate: no gate held it back")
             each = in_turn if local else on_ray(config)
@@ -109,7 +112,7 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
             finish(manifest, plan, totals, config, model_of(plan), lease, each, point)
     latest = _of_pointer(config, named, before, point)
     seconds = time.monotonic() - started
-    done = (totals.rows_in, totals.rows_out, again, seconds, verdict, stood, latest, told.place)
+    done = (totals.rows_in, totals.rows_out, again, seconds, verdict, stood, latest, told.place, beside)
     return Published(str(manifest.root), *done)
 
 
@@ -136,12 +139,6 @@ def _of_pointer(config: JobConfig, named: bool, before: str | None, point: bool)
     if point:
         return f"{latest} names it now" + (f", and named {before} before" if before else "")
     return f"{latest} names {before} and stays; batch-rerank publish JOB, with the job file, moves it"
-
-
-def _is_whole(found: Scan) -> bool:
-    publication = found.publication
-    whole = publication is not None and len(found.parts) == len(publication.parts)
-    return whole and "_SUCCESS" in found.files.found
 
 
 HOW = ("forward", "cache_dir", "cache_bytes", "storage_options")

@@ -49,7 +49,7 @@ class Summary:
     included; `steady_rate` is this run's pairs/s from its first finished unit on, None with fewer than two; `reuse`:
     which earlier outputs served, and why others did not; `gate` is what the job's gate has found, None where nothing
     was judged; `held`: planned against actual (job/actual.py), of the run that ended last; `report` is where the run's
-    report is, None where there is none."""
+    report is, None where there is none; `stood`: nothing was left to do."""
 
     output: str
     fingerprint: str
@@ -64,6 +64,7 @@ class Summary:
     gate: Verdict | None = None
     held: dict[str, Any] | None = None
     report: str | None = None
+    stood: bool = False
 
 
 def run(config: JobConfig, *, local: bool = False) -> Summary:
@@ -83,7 +84,7 @@ def run(config: JobConfig, *, local: bool = False) -> Summary:
         described = Summary(str(manifest.root), plan.fingerprint, totals, totals.units, 0, 0, 0.0, None, plan.counts)
         describe(plan, model)
         seconds = time.monotonic() - started
-        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=read_held(manifest))
+        return replace(described, seconds=seconds, gate=read_verdict(manifest), held=read_held(manifest), stood=True)
     totals = Totals()
     earlier = find_earlier(config, plan)
     gate = plan.config.get("gate")  # with the places that it needs, from wherever it is judged

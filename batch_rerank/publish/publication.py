@@ -10,6 +10,8 @@ from batch_rerank.errors import StorageError
 from batch_rerank.store.manifest import PUBLICATION, fingerprint
 from batch_rerank.store.plans import Plan, Unit
 from batch_rerank.store.receipts import Publication
+from batch_rerank.store.records import Mark
+from batch_rerank.store.scan import Scan
 
 PUBLISHING_VERSION = 1
 """Raised when the same scores would be published differently."""
@@ -47,6 +49,18 @@ def of_units(publication: Publication, plan: Plan, number: int) -> list[Unit]:
     """The units of a part."""
     first, last = publication.parts[number]
     return plan.units[first : last + 1]
+
+
+def stands(mark: Mark | None, plan: Plan, found: Scan) -> bool:
+    """Whether `_SUCCESS` speaks of what a listing shows: of this publication, which nobody has begun to take back, and
+    of all its parts as their receipts say."""
+    publication = found.publication
+    if mark is None or publication is None or found.condemned:
+        return False
+    told = (plan.fingerprint, len(plan.units), publication.id)
+    whole = {part.part: (part.size, part.sha256) for part in found.parts.values()}
+    there = len(whole) == len(publication.parts) and whole == {one.name: (one.size, one.sha256) for one in mark.parts}
+    return there and (mark.fingerprint, mark.units, mark.publication) == told
 
 
 def output_of(publication: Publication, output: Output) -> Output:

@@ -5,6 +5,7 @@ holder is known to have ended where it was on this machine, and elsewhere its co
 """
 
 from batch_rerank.publish.output import Place, lease_seconds_of, open_output
+from batch_rerank.publish.publication import stands
 from batch_rerank.store.lease import sign_of_life
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
@@ -43,7 +44,7 @@ def status_of_output(place: Place) -> dict[str, Shown]:
         "units_padded": sum(bool(receipt.fallback) for receipt in found.committed),
         "units_moved": sum(receipt.moves for receipt in found.committed),
         "gate": None if verdict is None else verdict.summary,
-        "success": "_SUCCESS" in found.files.found,
+        "success": "_SUCCESS" in found.files.found if manifest.staged else stands(manifest.read_mark(), plan, found),
     }
 
 

@@ -14,6 +14,7 @@ import batch_rerank
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError, StorageError
 from batch_rerank.publish.output import Place, config_of, open_output
+from batch_rerank.publish.publication import stands
 from batch_rerank.report.histograms import agreement_of, moments, places_of, relevance_of, scores_of, tokens_of
 from batch_rerank.report.movers import movers, shapes_of
 from batch_rerank.report.timeline import timeline
@@ -61,7 +62,7 @@ def gather(
     whole = together(shape for _, shape in shapes)
     earlier, before = _earlier(against)
     mark = manifest.read_mark()
-    rows_out = mark.rows if mark and not found.condemned else None
+    rows_out = mark.rows if mark and stands(mark, plan, found) else None
     gate = _gate(manifest)
     counts = {
         **{name: value for name, value in asdict(totals).items() if name not in ("rows_out", "audit_difference")},
