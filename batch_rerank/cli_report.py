@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from batch_rerank.cli_base import Json, LimitOfJob, Output, SetOfJob, app, print_json, verb
 
@@ -68,6 +68,6 @@ def _again(place: "Place", as_json: bool) -> None:
     table = Table("query_id", "doc_id", "place", "score kept", "computed now", "difference")
     for one in found:
         now, off = ("-", "-") if one.computed is None else (f"{one.computed:.6g}", f"{one.computed - one.kept:+.2g}")
-        ids = (escape(shown_id(one.query_id)), escape(shown_id(one.doc_id)))
+        ids = (Text(shown_id(one.query_id)), Text(shown_id(one.doc_id)))  # no markup, and no :name: of a picture
         table.add_row(*ids, f"{one.before} -> {one.after}", f"{one.kept:.6g}", now, off)
     Console().print(table)

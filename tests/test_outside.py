@@ -402,3 +402,14 @@ def test_the_evaluation_of_a_sample_says_first_that_it_is_one(tmp_path: Path, cl
     )
     assert cli("run", tmp_path / "job.yaml", "--local")[0] == 0
     assert "sample" not in cli("evaluate", "--run", tmp_path / "out", *arguments)[2]
+
+
+@pytest.mark.parametrize("verb", ["status", "fetch", "plan"])
+def test_a_name_that_is_too_long_for_a_file_is_no_file(verb: str, tmp_path: Path, cli: Cli) -> None:
+    """Nor is it a traceback."""
+    long, job_file = "n" * 300, tmp_path / "job.yaml"
+    keys = {"input": {"layout": "flat", "path": str(tmp_path)}, "output": {"path": str(tmp_path / "out")}}
+    job_file.write_text(yaml.safe_dump({**keys, "model": {"name": long}, "cluster": {"gpus_per_actor": 0}}))
+    arguments = {"status": [long], "fetch": [long, tmp_path / "copy"], "plan": [job_file, "--local"]}
+    code, _, error = cli(verb, *arguments[verb])
+    assert code in (5, 6) and long in error and "Traceback" not in error

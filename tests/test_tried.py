@@ -15,6 +15,7 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 
+Cli = Callable[..., tuple[int, str, str]]
 Break = Callable[[Path], None]
 ROWS = [row for query in range(4) for row in candidate_rows(1, 5, query)]
 
@@ -109,6 +110,17 @@ def test_columns_of_other_types_in_each_shard(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected one type in all shards"):
         republish(Place(again.output.path, {}, again), local=True)
     assert published(tmp_path / "out") == before
+
+
+def test_ids_of_movers_are_no_pictures(tmp_path: Path, cli: Cli) -> None:
+    """rich writes :bug: as a picture, and [b] as nothing."""
+    model = bert_reranker(tmp_path / "model")
+    rows = [{**row, "doc_id": f":bug:[b]{row['doc_id']}"} for row in ROWS]
+    write(tmp_path / "in/0.parquet", rows)
+    keys = {"model__name": str(model), "model__kind": "auto", "model__max_length": 128}
+    run(job(tmp_path / "in", tmp_path / "out", **keys), local=True)
+    code, out, _ = cli("report", tmp_path / "out", "--score-movers")
+    assert code == 0 and ":bug:[b]d" in out
 
 
 def test_movers_of_other_texts_are_not_scored_again(tmp_path: Path) -> None:

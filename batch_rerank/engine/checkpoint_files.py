@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def locate(name: str, revision: str | None, weights: bool = True, pickled: bool 
     """The checkpoint's directory and, for a hub id, its commit. Downloads from the hub what is not cached; without
     `weights` the small files only, so that a CPU node does not fetch 16 GB to tokenise."""
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if os.path.isdir(directory):
         if (directory / UNFINISHED).exists() and not (directory / MIRROR).exists():
             raise ModelError(
                 f"model directory {directory}: a copy that is not finished; expected {MIRROR}; wait for "

@@ -1,8 +1,8 @@
 """An output that is there already, opened for `status`, `verify` and `evaluate`: by its place, or by its job file."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -50,7 +50,7 @@ class Opened:
 
 def find_place(output: str, overrides: Sequence[str] = (), limit: int | None = None) -> Place:
     """The place of an output, given by its path or URL, or by the job file that it is of. Raises ConfigError."""
-    if "://" in output or not Path(output).is_file():
+    if "://" in output or not os.path.isfile(output):  # which raises for no name
         if overrides or limit is not None:
             raise ConfigError(f"{output}: --set and --limit are for a job file; expected its path, found no such file")
         if problem := problem_of(output):
