@@ -19,7 +19,7 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.keep import gather_scores
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.parts import publish_part
-from batch_rerank.publish.publish import _work
+from batch_rerank.publish.publish import _works
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import Location, locate
@@ -36,9 +36,7 @@ def late(out: Path, number: int, at: str, source: Path, monkeypatch: pytest.Monk
     assert plan is not None
     found = scan(manifest, plan)
     assert found.publication is not None
-    places = {r.unit: p for r in found.committed if (p := found.place(r)) is not None}
-    checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
-    work = _work(found.publication, plan, number, places, checksums, _latest(manifest.root)[0])  # type: ignore[index]
+    (work,) = _works(found.publication, plan, found, [number], _latest(manifest.root)[0])  # type: ignore[index]
     config = job(source, out, output__file_bytes=1)
     create, asked = Location.create_exclusive, []
 

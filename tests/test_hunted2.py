@@ -18,7 +18,7 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.clean import clean
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.parts import publish_part
-from batch_rerank.publish.publish import _work
+from batch_rerank.publish.publish import _works
 from batch_rerank.publish.verify import verify
 from batch_rerank.store.bookkeeping import mark_done
 from batch_rerank.store.filesystem import File, Location, locate
@@ -267,10 +267,9 @@ def test_a_late_worker_takes_no_part_back_that_its_successor_made(
     assert plan is not None
     found = scan(manifest, plan)
     assert found.publication is not None
-    places = {r.unit: place for r in found.committed if (place := found.place(r)) is not None}
     with hold(manifest.root, 60):
         pass  # the successor
-    work = _work(found.publication, plan, 0, places, {}, _latest(manifest.root)[0] - 1)  # type: ignore[index]
+    (work,) = _works(found.publication, plan, found, [0], _latest(manifest.root)[0] - 1)  # type: ignore[index]
     with pytest.raises(ConflictError):
         publish_part(work, config, model_of(plan))
     assert len(rows_of(out)) == 300 and verify(str(out)).problems == []
@@ -288,8 +287,7 @@ def test_a_late_worker_takes_back_what_it_wrote_and_not_what_took_its_place(
     assert plan is not None
     found = scan(manifest, plan)
     assert found.publication is not None
-    places = {r.unit: place for r in found.committed if (place := found.place(r)) is not None}
-    work = _work(found.publication, plan, 0, places, {}, _latest(manifest.root)[0])  # type: ignore[index]
+    (work,) = _works(found.publication, plan, found, [0], _latest(manifest.root)[0])  # type: ignore[index]
     (out / "part-00000.parquet").unlink()
     create, asked = Location.create_exclusive, []
 

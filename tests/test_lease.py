@@ -18,7 +18,7 @@ from batch_rerank.job.run import run
 from batch_rerank.publish.verify import verify
 from batch_rerank.store import lease as leases
 from batch_rerank.store.filesystem import Location, locate
-from batch_rerank.store.lease import Holder, hold
+from batch_rerank.store.lease import Holder, _latest, hold
 
 SLOW_JOB = """
 import sys, time
@@ -49,6 +49,24 @@ def test_a_second_job_stops_at_once_and_says_who_holds_the_output(flat_shards: P
             run(job(flat_shards, tmp_path / "out"), local=True)
         assert time.monotonic() - started < 5
     assert run(job(flat_shards, tmp_path / "out"), local=True).units == 6
+
+
+def test_a_store_that_was_away_is_no_silence_of_the_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits was held up in its first look for longer than the lease; so was the holder, which beats soon after."""
+    root, looks = locate(str(tmp_path)), []
+
+    def slow(root: Location) -> tuple[int, bytes] | None:
+        looks.append(1)
+        if len(looks) == 2:
+            time.sleep(1.5)
+        if len(looks) == 6:
+            elsewhere(root, counter=1)
+        return _latest(root)
+
+    elsewhere(root)
+    monkeypatch.setattr("batch_rerank.store.lease._latest", slow)
+    with pytest.raises(ConflictError, match="process 7 on far"), hold(root, 1):
+        pass
 
 
 def test_a_holder_elsewhere_is_alive_as_soon_as_its_counter_moves(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def publish(
         log.info("publishing %d parts of %d units", len(missing), len(plan.units))
     done = dict(whole)
     said = time.monotonic()
-    works = _works(publication, plan, found, missing, lease)
+    works = _works(publication, plan, found, missing, lease.epoch)
     for receipt in each([partial(publish_part, work, config, model) for work in works]):
         done[int(receipt.part[len("part-") : -len(".parquet")])] = receipt
         lease.check()
@@ -94,7 +94,7 @@ def try_out(
     """Make every part that `publish` will make, and write none: what is published is withdrawn for what can be, and
     nothing else. Raises what `publish` raises."""
     publication = _made(plan, found, config, lease)
-    works = list(_works(publication, plan, found, range(len(publication.parts)), lease))
+    works = list(_works(publication, plan, found, range(len(publication.parts)), lease.epoch))
     log.info("trying %d parts of %d units before what is published is withdrawn", len(works), len(plan.units))
     for _ in each([partial(try_part, work, config, model) for work in works]):
         lease.check()
@@ -149,9 +149,7 @@ def _withdraw_parts(manifest: Manifest, files: Files, numbers: list[int]) -> Non
         manifest.remove_seen(f"_manifest/parts/{number:05d}.json", files)
 
 
-def _works(
-    publication: Publication, plan: Plan, found: Scan, numbers: Sequence[int], lease: Lease
-) -> Iterator[PartWork]:
+def _works(publication: Publication, plan: Plan, found: Scan, numbers: Sequence[int], epoch: int) -> Iterator[PartWork]:
     places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
     checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
     for number in numbers:
@@ -163,7 +161,7 @@ def _works(
             units=units,
             places={unit.id: places[unit.id] for unit in units if unit.id in places},
             checksums={unit.id: checksums[unit.id] for unit in units if unit.id not in places},
-            epoch=lease.epoch,
+            epoch=epoch,
             shards={unit.shard: plan.shards[unit.shard] for unit in units},
         )
 

@@ -36,6 +36,9 @@ EPOCH = "[1-9][0-9]{0,8}"
 HEARTBEATS = 12
 """Heartbeats in the lease's time: a second job learns within one of them that the first is alive."""
 
+LOOKS = 2
+"""In a heartbeat's time, of who waits for a sign of life."""
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -193,9 +196,9 @@ class Lease:
             log.warning("%s: taken over from %s, which has ended", self._root, holder)
             return
         log.info("%s: held by %s; waiting up to %g s for a sign of life", self._root, holder, self._seconds)
-        deadline = time.monotonic() + self._seconds
-        while time.monotonic() < deadline:
-            time.sleep(self._seconds / HEARTBEATS / 2)
+        # looks, and no clock: a store that was away, or a pause of ours, is no silence of the holder's
+        for _ in range(LOOKS * HEARTBEATS):
+            time.sleep(self._seconds / HEARTBEATS / LOOKS)
             now = _latest(self._root)
             if now and now != (epoch, seen):
                 last = Holder.from_json(now[1])
@@ -274,15 +277,13 @@ def sign_of_life(root: Location, seconds: float) -> Sign:
         alive = _is_alive(holder)
         if alive is not None:
             return Sign(holder, alive)
-        watched = 3 * seconds / HEARTBEATS
-        deadline = time.monotonic() + watched
-        while time.monotonic() < deadline:
-            time.sleep(seconds / HEARTBEATS / 2)
+        for _ in range(3 * LOOKS):
+            time.sleep(seconds / HEARTBEATS / LOOKS)
             now = _latest(root)
             last = Holder.from_json(now[1]) if now else None
             if now != seen and last is not None:
                 return Sign(last, not last.released, released=last.released)
-        return Sign(holder, None, seconds=watched)
+        return Sign(holder, None, seconds=3 * seconds / HEARTBEATS)
 
 
 def check_epoch(root: Location, epoch: int) -> None:
@@ -323,11 +324,8 @@ def _machine() -> str:
 def _started(pid: int) -> str | None:
     """When a process began, in ticks since the boot: tells it from a later one with the same number. None where there
     is no such process, or only its remains."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return fields[19] if fields[0] not in "ZX" else None
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else None
 
 
 def _is_alive(holder: Holder) -> bool | None:
@@ -336,11 +334,12 @@ def _is_alive(holder: Holder) -> bool | None:
         return None
     if _started(holder.pid) != holder.process:
         return False
-    return None if _is_stopped(holder.pid) else True
+    fields = _stat(holder.pid)
+    return None if fields and fields[0] in "Tt" else True
 
 
-def _is_stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
-    except (OSError, IndexError):
-        return False
+def _stat(pid: int) -> list[str]:
+    """What the system says of a process behind its name; nothing where there is none."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return []
