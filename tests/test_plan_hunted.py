@@ -21,7 +21,7 @@ from batch_rerank.config import JobConfig
 from batch_rerank.engine.work import Arithmetic
 from batch_rerank.estimate.forecast import forecast
 from batch_rerank.estimate.ranges import totals
-from batch_rerank.estimate.rates import Known, Rate, shape_of
+from batch_rerank.estimate.rates import Known, Rate, find_rates, shape_of
 from batch_rerank.estimate.sample import Budget
 from batch_rerank.job import actual
 from batch_rerank.job.ahead import plan_job
@@ -29,6 +29,7 @@ from batch_rerank.job.bench import bench
 from batch_rerank.job.estimate import deadline_seconds, estimate
 from batch_rerank.job.run import run
 from batch_rerank.job.spend import Spend
+from batch_rerank.score.plan import configured_model
 from batch_rerank.store.receipts import Totals
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -295,3 +296,30 @@ def test_a_bench_that_cannot_be_written_does_not_begin(
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("a minute is spent"))
     code, _, said = cli("bench", file, "--local")
     assert code == 6 and "out-bench.json" in said
+
+
+@pytest.mark.parametrize(
+    ("card", "accelerator", "same"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100", True),
+        ("NVIDIA A100-SXM4-80GB", "A100", True),
+        ("NVIDIA A100-SXM4-80GB", "A100-80G", True),
+        ("NVIDIA A100-SXM4-80GB", "A100-40G", False),
+        ("NVIDIA A100-SXM4-80GB", "A10", False),
+        ("NVIDIA L40S", "L40", False),
+        ("NVIDIA L4", "L4", True),
+        ("Tesla T4", "T4", True),
+        ("AMD Instinct MI300X OAM", "AMD-Instinct-MI300X-OAM", True),
+        ("", "L4", False),
+    ],
+)
+def test_a_rate_of_another_card_is_not_this_jobs(
+    card: str, accelerator: str, same: bool, given: Path, tmp_path: Path, logged: list[str]
+) -> None:
+    keys = {"cluster__gpus_per_actor": 1, "cluster__cpus_per_actor": 1, "cluster__accelerator_type": accelerator}
+    config = job(given, tmp_path / "out", **keys)
+    model = configured_model(config)
+    rate = Rate(shape_of(model), model.dtype, "cuda", 1e4, card=card, source="bench")
+    (tmp_path / "out-bench.json").write_text(json.dumps({"rate": rate.__dict__}))
+    assert bool(find_rates(config, model, local=False)) == same
+    assert any(f"these are {accelerator}; passed over" in line for line in logged) != same

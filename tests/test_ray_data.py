@@ -171,6 +171,16 @@ def test_passed_through_columns_of_a_block_without_candidates_are_null() -> None
     assert found.schema.field("candidates").type.value_type.field("lang").type == pa.null()
 
 
+@pytest.mark.parametrize("candidates", [[], None])
+def test_a_block_without_candidates_has_the_columns_that_are_renamed(candidates: Any) -> None:
+    operator = Rerank(FREE, columns={"score": "bm25", "rank": "at", "title": "name"})
+    full = [{"doc_id": "d", "text": "x", "name": "t", "bm25": 2.0, "at": 1}]
+    (found,) = operator(pa.Table.from_pylist([{**query("a"), "candidates": candidates}]))
+    (other,) = operator(pa.Table.from_pylist([{**query("a"), "candidates": full}]))
+    assert found.schema.equals(other.schema)
+    assert found["candidates"].to_pylist() == [[]]
+
+
 def test_columns_have_the_names_that_are_given() -> None:
     row = {"qid": 3, "question": "q", "docs": [{"pid": 1, "passage": "x"}, {"pid": 2, "passage": "y"}]}
     names = {"query_id": "qid", "query": "question", "candidates": "docs", "doc_id": "pid", "text": "passage"}

@@ -6,6 +6,7 @@ A bench is a file beside the output (`<output>-bench.json`); what a run found li
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -128,8 +129,20 @@ def find_rates(config: JobConfig, model: ModelSpec, local: bool) -> list[Known]:
                 "%s: its rate is of actors with %d threads, these have %s; passed over", location, rate.threads, own
             )
             continue
+        asked = config.cluster.accelerator_type
+        if asked is not None and not is_card(rate.card, asked):
+            log.info("%s: its rate is of %s, these are %s; passed over", location, rate.card or "unknown cards", asked)
+            continue
         found.append(Known(rate, str(location)))
     return sorted(found, key=lambda one: (one.rate.local == local, one.rate.at), reverse=True)
+
+
+def is_card(card: str, accelerator: str) -> bool:
+    """Whether a card, by the name that its driver gives it, is one that Ray calls so: "NVIDIA A100-SXM4-80GB" is A100
+    and A100-80G, and no A10."""
+    words = re.split(r"[^a-z0-9]+", card.lower())
+    first, *more = re.split(r"[^a-z0-9]+", accelerator.lower())
+    return first in words and all(any(word.startswith(one) for word in words) for one in more)
 
 
 def _read(location: Location) -> Rate | None:

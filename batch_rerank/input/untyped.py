@@ -14,12 +14,13 @@ TYPES = {
 
 
 def with_types(table: pa.Table, renamed: Mapping[str, str], passthrough: Sequence[str]) -> pa.Table:
-    """Nested rows with a type for each of our columns. Passed-through columns that a block without candidates cannot
-    have are there, with the type null."""
+    """Nested rows with a type for each of our columns. Those that a block without candidates cannot have are there:
+    passed-through ones with the type null, and what `renamed` says that there is."""
     types = {renamed.get(name, name): kind for name, kind in TYPES.items()}
     listed = renamed.get("candidates", "candidates")
     passed = [pa.field(name, pa.null()) for name in passthrough if name not in table.column_names]
-    bare = pa.struct([*(pa.field(renamed.get(name, name), pa.string()) for name in ("doc_id", "text")), *passed])
+    own = ["doc_id", "text", *(name for name in ("title", "score", "rank") if name in renamed)]
+    bare = pa.struct([*(pa.field(renamed.get(name, name), TYPES[name]) for name in own), *passed])
 
     def of(field: pa.Field) -> pa.Field:
         known = pa.types.is_null(field.type) and field.name in types

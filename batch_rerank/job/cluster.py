@@ -257,7 +257,8 @@ def on_actor(config: JobConfig, call: Callable[[JobConfig], T]) -> tuple[T, JobC
         config = settle(config, found)
         room(config.cluster, found)
         cpus, _, _ = reservations(config.cluster.threads, config.cluster.gpus, 1, machines())
-        task: Any = ray.remote(num_cpus=cpus, num_gpus=config.cluster.gpus, max_retries=0)(_call)
+        wanted: dict[str, Any] = {"num_gpus": config.cluster.gpus, "accelerator_type": config.cluster.accelerator_type}
+        task: Any = ray.remote(num_cpus=cpus, max_retries=0, **wanted)(_call)
         try:
             value, error = pickle.loads(ray.get(task.remote(pickle.dumps((call, config, environment())))))
         except ray.exceptions.RayError as failure:
