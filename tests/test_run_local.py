@@ -100,6 +100,16 @@ def test_renamed_columns_integer_ids_and_dictionary_columns(tmp_path: Path) -> N
     assert sorted(out["doc_id"].to_pylist()) == ["40", "41", "42"]
 
 
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_ranks_that_repeat_are_told_apart_by_scores_as_they_are(layout: str, tmp_path: Path) -> None:
+    """One float32 has room for both scores."""
+    rows = [{**row, "rank": 1, "score": 20.12345601 + 7e-8 * number} for number, row in enumerate(candidate_rows(1, 4))]
+    write(tmp_path / "in.parquet", rows if layout == "flat" else nested(rows))
+    run(job(tmp_path / "in.parquet", tmp_path / "out", input__layout=layout), local=True)
+    ranks = {row["doc_id"]: row["first_stage_rank"] for row in rows_of(tmp_path / "out").to_pylist()}
+    assert ranks == {"d0": 4, "d1": 3, "d2": 2, "d3": 1}
+
+
 def test_the_inputs_rank_is_the_first_stage_rank(tmp_path: Path) -> None:
     rows = [{"query_id": "q", "query": "?", "doc_id": f"d{n}", "text": str(n), "rank": 10 - n} for n in range(3)]
     run(job(write(tmp_path / "in.parquet", rows), tmp_path / "out"), local=True)

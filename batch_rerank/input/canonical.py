@@ -59,7 +59,7 @@ def candidates(batch: pa.RecordBatch, columns: Columns, first: int) -> pa.Table:
         "instruction": _once(ours("instruction"), size),
         "doc_id": pc.cast(ours("doc_id"), pa.string()),
         "text": _once(_titled(ours("title"), ours("text")), size),
-        "score": _number(ours("score"), size, pa.float32()),
+        "score": _number(ours("score"), size, pa.float64()),
         "rank": _number(ours("rank"), size, pa.int32()),
     }
     for name, of_candidate in columns.passthrough.items():
@@ -82,7 +82,7 @@ def whole(pieces: Sequence[pa.Table], columns: Columns, where: str) -> pa.Table:
         "query_index": pa.array(index, pa.int32()),
         "query_id": ids,
         **{name: rows[name] for name in ("query", "instruction", "doc_id", "text")},
-        "first_stage_score": rows["score"],
+        "first_stage_score": pc.cast(rows["score"], pa.float32(), safe=False),
         "first_stage_rank": _told_apart(pc.coalesce(rows["rank"], position), rows["score"], index),
         **{name: rows[name] for name in rows.column_names if name.startswith(PASSED)},
     }
@@ -129,7 +129,7 @@ def _titled(title: pa.Array | None, text: pa.Array | None) -> pa.Array | None:
 def _number(values: pa.Array | None, size: int, kind: pa.DataType) -> pa.Array:
     if values is None:
         return pa.nulls(size, kind)
-    return pc.cast(values, kind, safe=kind != pa.float32())
+    return pc.cast(values, kind, safe=kind != pa.float64())
 
 
 def _plain(texts: pa.Array) -> pa.Array:
