@@ -14,6 +14,7 @@ import checkpoints
 import numpy as np
 import pytest
 import yaml
+from checkpoints import bert_reranker
 from conftest import candidate_rows, job, nested, scored_only, write
 from test_estimate import gpu_job, whole
 
@@ -323,3 +324,22 @@ def test_a_rate_of_another_card_is_not_this_jobs(
     (tmp_path / "out-bench.json").write_text(json.dumps({"rate": rate.__dict__}))
     assert bool(find_rates(config, model, local=False)) == same
     assert any(f"these are {accelerator}; passed over" in line for line in logged) != same
+
+
+def test_what_no_sampled_unit_computes_the_rest_may(tmp_path: Path) -> None:
+    """A night that reuses all of its sample: its FLOP were exactly 0, so any budget and any deadline held."""
+    model = bert_reranker(tmp_path / "model")
+    given = write(tmp_path / "in.parquet", candidate_rows(200, 4), row_group_size=40)
+    keys = {"model__name": str(model), "model__kind": "auto", "model__max_length": 64, "input__unit_pairs": 8}
+    run(job(given, tmp_path / "first", **keys), local=True)
+    config = job(given, tmp_path / "second", reuse__from=str(tmp_path / "first"), **keys)
+    ahead = plan_job(config, local=True)
+    assert ahead.model is not None and ahead.earlier is not None
+    rate_for(config, tmp_path / "second", work_per_second=1e9)
+    budget = Budget(text=1, read=float("inf"), least=10, most=10)
+    found = estimate(ahead.config, ahead.plan, ahead.model, budget=budget, reuse=ahead.earlier.reuse, local=True)
+    assert found.tally is not None and found.forecast.seconds is not None
+    flop, all_of_it = found.tally.flop, found.tally.tokens.p50 * Arithmetic.of(ahead.model).per_token
+    assert (found.tally.reused.p50, found.tally.reused.high) == (800, 800)
+    assert flop.p50 == 0 and 0.1 * all_of_it < flop.p90 < flop.high < 0.5 * all_of_it
+    assert found.forecast.seconds.p50 < found.forecast.seconds.p90 < found.forecast.seconds.high

@@ -88,8 +88,8 @@ def totals(y: Floats, x: Floats, pairs: float, population: int, corrected: bool)
     corrected: every cluster was read whole, so that the share of `population` that was read is certain. The interval is
     one of the logarithm, for what texts come to is skewed; its degrees of freedom are Satterthwaite's (1946), few where
     few clusters make the variance. A symmetric one with n - 1 missed the truth 9 to 19 times of 100 on lognormal
-    lengths. Of what no cluster has, up to 3 in n clusters may consist. Clusters without pairs say nothing; where fewer
-    than two have any, how far they vary is not known, and UNSURE stands for it.
+    lengths. Of what no cluster has, up to 3 in n clusters may consist: 0.05 is about (1 - 3 / n) ** n. Clusters without
+    pairs say nothing; where fewer than two have any, how far they vary is not known, and UNSURE stands for it.
     """
     y, x = y[x > 0], x[x > 0]
     n = len(x)
@@ -109,7 +109,8 @@ def totals(y: Floats, x: Floats, pairs: float, population: int, corrected: bool)
         ratio.tolist(), np.sqrt(variance).tolist(), freedom.tolist(), read.tolist(), strict=True
     ):
         if not one:
-            found.append(Range(0.0, 0.0, 0.0, pairs * min(1.0, 3 / n) if n < population else 0.0))
+            ninety, most = (pairs * min(1.0, -math.log(1 - share) / n) for share in (0.9, 0.95))
+            found.append(Range(0.0, 0.0, ninety, most) if n < population else Range.exact(0.0))
             continue
         half, ninety = (student(share, free) * spread / one for share in (NOMINAL, 0.9))
         p50 = one * pairs

@@ -7,7 +7,7 @@ import numpy as np
 
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
-from batch_rerank.engine.work import Work
+from batch_rerank.engine.work import Arithmetic, Work
 from batch_rerank.estimate.count import Counted, Remembering, count_units
 from batch_rerank.estimate.ranges import Range, distinct, totals
 from batch_rerank.estimate.sample import Sample
@@ -91,12 +91,18 @@ def tally(
     else:
         certain = sample.share == 1 and all(weight == 1 for weight in weights)
         found = totals(y, x.astype(np.float64), plan.pairs, sample.population, certain)
-        seen = [texts[unit.id] for cluster in sample.clusters for unit in cluster.units]
+        drawn = [texts[unit.id] for cluster in sample.clusters for unit in cluster.units]
+        seen = [drawn[at] for at in np.random.default_rng(seed).permutation(len(drawn))]  # neighbours are alike
         documents = distinct(seen, found[-1].p50)  # of a unit each text once
     named = dict(zip(MEASURES, found, strict=True))
     unit_texts = named.pop("unit_texts")
-    named["flop"] = named["flop"] if named["flop"].p50 else Range.exact(0)  # a free scorer has none, however many units
+    for name in ("scored", "failed", "truncated", "reused"):
+        named[name] = named[name].within(0, plan.pairs)
     named["reused"] = Range.exact(0) if reuse is None else named["reused"]
+    token = Arithmetic.of(model).per_token  # 0 of a free scorer, which has no FLOP however many units
+    for name, most in (("computed_tokens", named["tokens"].high), ("flop", named["tokens"].high * token)):
+        if not named[name].p50:  # all that was read is reused; what may not be is counted in pairs
+            named[name] = named[name].times(most / max(1, plan.pairs))
     if remembering is not None:
         alone, dealt = remembered
         named["computed_tokens"] = _between(alone.tokens, dealt.tokens, named["computed_tokens"].p50, actors)
