@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import INSTRUCTION, bert_reranker, modernbert_reranker, qwen3_embedding, qwen3_reranker, xlmr_reranker
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import NFKC, Lowercase, Sequence
+from tokenizers.pre_tokenizers import Whitespace
 
 from batch_rerank.engine.checkpoint import resolve_model
 from batch_rerank.engine.encoded import Encoded, Group
-from batch_rerank.engine.encoding import make_encoder
+from batch_rerank.engine.encoding import EscapingEncoder, make_encoder
 from batch_rerank.engine.packing import batches
 from batch_rerank.engine.tokens import TokenCache, load_tokenizer
 
@@ -286,3 +289,26 @@ def test_escaped_control_tokens_are_text_and_other_texts_stay_as_they_are(
             if "unk" not in added[token].lower():  # what "[" itself is in a small vocabulary
                 assert found.count(token) == frame.count(token), added[token]
         assert len(pair_ids(encode(name, group), pair)) < len(found), "unescaped, they are control tokens"
+
+
+def test_a_control_token_that_only_normalizing_makes_is_text_too() -> None:
+    """Tokens that are `normalized` are found in the text as the tokenizer has it, and may take spaces along."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Sequence([NFKC(), Lowercase()]), Whitespace()
+    tokenizer.add_tokens([AddedToken("<stop>", normalized=True), AddedToken("<Mask>", normalized=True, lstrip=True)])
+    stop, mask = (tokenizer.token_to_id(name) for name in ("<stop>", "<Mask>"))
+    texts = ["a<stop>a", "a<STOP>", "a＜stop＞a＜ＳＴＯＰ＞", "a   ＜mask＞a", "<Mask><Mask> <MASK>", "a", "", "ﬁ ＜"]
+    assert [number in tokenizer.encode(text).ids for text in texts for number in (stop, mask)].count(True) == 5
+    given: list[Group] = []
+
+    class Kept:
+        def encode(self, groups: list[Group]) -> None:
+            given.extend(groups)
+
+    EscapingEncoder(Kept(), tokenizer).encode([Group(texts[0], texts, texts[2])])
+    (group,) = given
+    for text in (group.query, group.instruction, *group.documents):
+        assert text is not None and not {stop, mask} & set(tokenizer.encode(text).ids), text
+    for before, after in zip(texts, group.documents, strict=True):
+        assert after.replace(" ", "") == before.replace(" ", "")
+    assert group.documents[5:] == texts[5:], "what holds none stays"

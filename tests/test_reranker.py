@@ -58,6 +58,8 @@ def test_an_instruction_a_pair_is_its_own(plain: Reranker) -> None:
     [
         (["a"], "found 1 for 2 pairs"),
         (["a", 3], r"instruction\[1\]: found int"),
+        ("\ud800", r"instruction\[0\]: found half a character"),
+        ([None, "a\udfff"], r"instruction\[1\]: found half a character"),
     ],
 )
 def test_instructions_that_are_none_are_named(plain: Reranker, instruction: Any, said: str) -> None:
@@ -83,6 +85,8 @@ def test_a_model_without_a_place_for_an_instruction_says_so(tmp_path: Path) -> N
         ([("q", float("nan"))], r"pairs\[0\]: the document: found float"),
         (["ab"], r"pairs\[0\]: found str; expected two texts"),
         ([("q", "x", "y")], r"pairs\[0\]: found tuple"),
+        ([{"query": "q", "document": "x"}], r"pairs\[0\]: found dict; expected two texts"),
+        ([{"q", "x"}], r"pairs\[0\]: found set; expected two texts"),
     ],
 )
 def test_pairs_without_a_text_are_named(plain: Reranker, pairs: Any, said: str) -> None:
@@ -97,6 +101,9 @@ def test_documents_without_a_text_are_named(plain: Reranker) -> None:
         plain.rank(None, ["x"])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"found one text; expected a list"):
         plain.rank("q", "x")
+    for documents in ({"d1": "x"}, {"x"}):
+        with pytest.raises(InputError, match=rf"found a {type(documents).__name__}; expected a list"):
+            plain.rank("q", documents)
     for top_k in (0, -1, 1.5, True, "2"):
         with pytest.raises(ConfigError, match=f"top_k: found {top_k!r}"):
             plain.rank("q", ["x"], top_k=top_k)

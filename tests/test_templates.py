@@ -46,6 +46,8 @@ def test_every_hub_model_names_a_template_that_exists() -> None:
         ({"middle": "{instruction} {query} {document}"}, ["instruction: missing"]),
         ({"instructed": "{query} {document}", "instruction": ""}, ["instructed: lacks {instruction}"]),
         ({"scale": 0}, ["scale"]),
+        ({"scale": float("inf")}, ["scale"]),
+        ({"scale": float("nan")}, ["scale"]),
         ({"relevance": "softmax"}, ["relevance"]),
         ({"true_token": [1], "max_length": "long", "colour": 1}, ["true_token: found [1]", "max_length", "'colour'"]),
     ],

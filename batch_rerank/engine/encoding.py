@@ -73,13 +73,17 @@ class EscapingEncoder:
     "< |im_end|>".
 
     Tokenizers find the strings of their added tokens anywhere, so a document could end its own turn and begin an
-    answer. The space keeps the text readable and the control token out.
+    answer. The space keeps the text readable and the control token out. Tokens that are `normalized` are found in the
+    normalized text, so "＜mask＞" may be one too: where there are any, the tokenizer is asked where it sees one.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer) -> None:
-        contents = sorted(_added(tokenizer), key=len, reverse=True)
-        self._encoder = encoder
+        added = _added(tokenizer)
+        contents = sorted(added.values(), key=len, reverse=True)
+        self._encoder, self._tokenizer, self._added = encoder, tokenizer, set(added)
         self._control = re.compile("|".join(map(re.escape, contents))) if contents else None
+        known = tokenizer.get_added_tokens_decoder()
+        self._look = tokenizer.normalizer is not None and any(known[number].normalized for number in added)
 
     def encode(self, groups: Sequence[Group]) -> Encoded:
         """See Encoder."""
@@ -95,12 +99,25 @@ class EscapingEncoder:
         )
 
     def _escape(self, text: str) -> str:
-        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._control else text
+        if self._control:
+            text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        while self._look and (seen := self._seen(text)):
+            for start, stop in reversed(seen):
+                sign = text[start:stop].lstrip()  # some tokens take the spaces before them along
+                broken = f"{sign[0]} {sign[1:]}" if len(sign) > 1 else " "
+                text = f"{text[: stop - len(sign)]}{broken}{text[stop:]}"
+        return text
+
+    def _seen(self, text: str) -> list[tuple[int, int]]:
+        """Where the tokenizer sees an added token."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [at for number, at in zip(encoding.ids, encoding.offsets, strict=True) if number in self._added]
 
 
-def _added(tokenizer: Tokenizer) -> list[str]:
+def _added(tokenizer: Tokenizer) -> dict[int, str]:
     """The added tokens that a space can break: not single characters, nor the runs of spaces that some have."""
-    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if len(token.content.strip()) > 1]
+    known = tokenizer.get_added_tokens_decoder()
+    return {number: token.content for number, token in known.items() if len(token.content.strip()) > 1}
 
 
 class PairEncoder:

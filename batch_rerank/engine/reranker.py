@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
@@ -123,16 +123,15 @@ class Reranker:
 
         Raises InputError where a text is none, and ConfigError where the model takes no instruction.
         """
-        pairs = list(pairs)
-        instructions = self._instructions(instruction, len(pairs))
+        given = [_two(pair, position) for position, pair in enumerate(pairs)]
+        instructions = self._instructions(instruction, len(given))
         groups: dict[tuple[str, str | None], list[int]] = {}
-        for position, (pair, own) in enumerate(zip(pairs, instructions, strict=True)):
-            query, document = _two(pair, position)
+        for position, ((query, document), own) in enumerate(zip(given, instructions, strict=True)):
             _refuse_no_text(query, f"pairs[{position}]: the query")
             _refuse_no_text(document, f"pairs[{position}]: the document")
             groups.setdefault((query, own), []).append(position)
         return self._score(
-            [Group(query, [pairs[i][1] for i in places], own) for (query, own), places in groups.items()],
+            [Group(query, [given[i][1] for i in places], own) for (query, own), places in groups.items()],
             np.array([i for places in groups.values() for i in places], np.int64),
         )
 
@@ -141,8 +140,9 @@ class Reranker:
     ) -> list[Ranked]:
         """The documents by score descending, ties in the order given, those without a score (NaN) last; all of them, or
         the best `top_k`. Raises what `score` raises."""
-        if isinstance(documents, str):
-            raise InputError("documents: found one text; expected a list of texts: [document]")
+        if isinstance(documents, str | Mapping | Set):
+            found = "one text" if isinstance(documents, str) else f"a {type(documents).__name__}"
+            raise InputError(f"documents: found {found}; expected a list of texts: [document]")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
             raise ConfigError(f"top_k: found {top_k!r}; expected a whole number from 1, or None for all documents")
         documents = list(documents)
@@ -177,9 +177,9 @@ class Reranker:
         found = [given] * n if given is None or isinstance(given, str) else list(given)
         if len(found) != n:
             raise InputError(f"instruction: found {len(found)} for {n} pairs; expected one text, or one a pair")
-        wrong = next((i for i, one in enumerate(found) if not isinstance(one, str | None)), None)
-        if wrong is not None:
-            raise InputError(f"instruction[{wrong}]: found {type(found[wrong]).__name__}; expected a text or None")
+        for position, one in enumerate(found[:1] if isinstance(given, str) else found):
+            if one is not None:
+                _refuse_no_text(one, f"instruction[{position}]")
         if self.spec.instruction is None and any(one is not None for one in found):
             raise ConfigError(
                 f"instruction: model {self.spec.name!r} (template {self.spec.template}) has no place for one; leave it "
@@ -189,7 +189,7 @@ class Reranker:
 
 
 def _two(pair: Any, position: int) -> tuple[Any, Any]:
-    if not isinstance(pair, str) and hasattr(pair, "__len__") and len(pair) == 2:
+    if not isinstance(pair, str | Mapping | Set) and hasattr(pair, "__len__") and len(pair) == 2:
         query, document = pair
         return query, document
     raise InputError(f"pairs[{position}]: found {type(pair).__name__}; expected two texts: (query, document)")

@@ -5,6 +5,7 @@ each piece is tokenised apart, as the model's own code does it. What stands afte
 document's tail goes first, then the query's.
 """
 
+import math
 import re
 import reprlib
 from collections.abc import Mapping
@@ -86,7 +87,7 @@ def parse_template(given: Mapping[str, Any]) -> CausalTemplate:
     texts = {key: _texts(given[key]) for key in ("middle", "instructed") if key in given}
     template = CausalTemplate(**{"name": "custom", **given, **texts})
     errors = _wrong_pieces(template)
-    if template.relevance not in ("sigmoid", "none") or not template.scale > 0:
+    if template.relevance not in ("sigmoid", "none") or not 0 < template.scale < math.inf:
         errors.append(
             f"found relevance {template.relevance!r} and scale {template.scale}; expected sigmoid or none, > 0"
         )
