@@ -189,6 +189,39 @@ def test_columns_have_the_names_that_are_given() -> None:
     assert {one["doc_id"] for one in found["candidates"]} == {"1", "2"}
 
 
+def of_candidates(rows: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    """The rows with another field in each candidate."""
+    lists = rows["candidates"].combine_chunks()
+    fields = [*(lists.values.field(number) for number in range(lists.values.type.num_fields)), values]
+    structs = pa.StructArray.from_arrays(fields, [*(field.name for field in lists.values.type), name])
+    return rows.set_column(2, "candidates", pa.ListArray.from_arrays(lists.offsets, structs))
+
+
+def test_a_null_list_may_span_candidates() -> None:
+    rows = pa.Table.from_pylist(nested(candidate_rows(3, 2)))
+    lists = rows["candidates"].combine_chunks()
+    spanning = pa.ListArray.from_arrays(lists.offsets, lists.values, mask=pa.array([False, True, False]))
+    (found,) = Rerank(FREE)(rows.set_column(2, "candidates", spanning))
+    assert [len(one) for one in found["candidates"].to_pylist()] == [2, 0, 2]
+    (expected,) = Rerank(FREE)(rows)
+    assert found["candidates"].to_pylist()[2] == expected["candidates"].to_pylist()[2]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, None], pa.int8()), pa.array(["a", None])),
+        pa.RunEndEncodedArray.from_arrays(pa.array([1, 2, 3, 4], pa.int32()), pa.array(["a", None, "a", None])),
+    ],
+)
+def test_dictionaries_with_nulls_and_runs_are_passed_through(values: pa.Array) -> None:
+    rows = of_candidates(pa.Table.from_pylist(nested(candidate_rows(2, 2))), "kind", values)
+    pieces = pa.concat_tables([rows.slice(0, 1), rows.slice(1)])
+    (found,) = Rerank(FREE, passthrough=["kind"])(pieces)
+    kinds = [one["kind"] for row in found["candidates"].to_pylist() for one in sorted(row, key=lambda c: c["doc_id"])]
+    assert kinds == ["a", None, "a", None]
+
+
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
 def test_texts_and_ids_of_other_arrow_types_are_read(kind: pa.DataType) -> None:
     rows = pa.Table.from_pylist([query("a", "x", "y"), query("b", "z")])

@@ -36,7 +36,10 @@ def candidates(batch: pa.RecordBatch, columns: Columns, first: int) -> pa.Table:
     unit's it came from (null in `flat`), our columns under our names, and the passed-through ones."""
     if columns.layout == "nested":
         lists = batch.column(columns.names["candidates"])
-        rows = pc.list_parent_indices(lists)
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        rows = pa.array(
+            np.repeat(np.arange(len(lists)), lengths)
+        )  # a null list may span values, which count for nothing
         structs = pc.list_flatten(lists)
     else:
         rows = structs = None
@@ -151,6 +154,8 @@ def _compact(values: pa.DictionaryArray) -> pa.DictionaryArray:
     """The same values with a dictionary of those that occur."""
     absent = pc.is_null(values.indices).to_numpy(zero_copy_only=False)
     indices = pc.fill_null(values.indices, 0).to_numpy(zero_copy_only=False)
+    if values.dictionary.null_count:  # Arrow puts no such dictionaries together
+        absent |= pc.is_null(values.dictionary).to_numpy(zero_copy_only=False)[indices]
     used, places = np.unique(indices[~absent], return_inverse=True)
     new = np.zeros(len(indices), np.int64)
     new[~absent] = places

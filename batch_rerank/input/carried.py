@@ -1,10 +1,11 @@
 """Passed-through columns in types whose rows Arrow can select and put together, in every file the same.
 
 A writer chooses a dictionary's index by how many values that file has: pandas takes int8 for a Categorical of up to
-127, and the values of two files together may be more. Of string_view and binary_view pyarrow 26 selects no rows.
+127, and the values of two files together may be more. Of string_view, binary_view and runs pyarrow 26 selects no rows.
 """
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 INDEX = pa.int32()
 """Of every dictionary, however many values a file has."""
@@ -13,6 +14,8 @@ INDEX = pa.int32()
 def carried_type(kind: pa.DataType) -> pa.DataType:
     """The type in which a column of type `kind` is passed through: the same values, also those inside lists and
     structs."""
+    if pa.types.is_run_end_encoded(kind):
+        return carried_type(kind.value_type)
     if pa.types.is_dictionary(kind):
         return pa.dictionary(INDEX, carried_type(kind.value_type), kind.ordered)
     if pa.types.is_string_view(kind):
@@ -37,6 +40,7 @@ def carried_type(kind: pa.DataType) -> pa.DataType:
 def carried(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """A column in the type in which it is passed through."""
     kind = carried_type(values.type)
+    values = pc.run_end_decode(values) if pa.types.is_run_end_encoded(values.type) else values
     return values if kind == values.type else values.cast(kind)
 
 
