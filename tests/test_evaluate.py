@@ -197,6 +197,20 @@ def test_a_damaged_page_of_what_is_measured_is_no_measure(column: str, layout: s
     assert evaluate(str(tmp_path / "out"), str(tmp_path / "qrels"), ["AP"]) == expected
 
 
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_a_damaged_footer_is_a_storage_error_whatever_arrow_makes_of_it(layout: str, tmp_path: Path) -> None:
+    """Names that are no UTF-8, or another column's: no traceback, and no column that is missing without a word."""
+    given = write(tmp_path / "in.parquet", candidate_rows(2, 3))
+    run(job(given, tmp_path / "out", output__layout=layout), local=True)
+    part, columns = tmp_path / "out" / "part-00000.parquet", ["query_id", "doc_id", "rank", "score"]
+    whole = part.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for name, other in (("rank", b"r\xff\xffk"), ("doc_id", b"doc_ID")):
+        part.write_bytes(whole[:footer] + whole[footer:].replace(name.encode(), other))
+        with pytest.raises(StorageError, match=r"cannot be read .* see batch-rerank verify --repair"):
+            list(read_part(locate(str(part)), columns))
+
+
 @pytest.mark.parametrize("raised", [OSError(errno.EIO, "no answer"), ConnectionResetError("no answer")])
 def test_a_store_that_is_away_in_the_middle_of_a_part_is_no_damage(
     raised: OSError, output: Path, monkeypatch: pytest.MonkeyPatch

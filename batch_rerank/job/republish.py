@@ -27,7 +27,7 @@ from batch_rerank.schema import PASSED
 from batch_rerank.sections import Section
 from batch_rerank.store import latest as pointers
 from batch_rerank.store.bookkeeping import doubtful, recording, refuse_strays, remove_late_parts
-from batch_rerank.store.failures import is_damage
+from batch_rerank.store.failures import UNREADABLE, is_damage
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import hold
 from batch_rerank.store.manifest import Manifest
@@ -242,7 +242,7 @@ def _schemas(manifest: Manifest, found: Scan) -> list[pa.Schema]:
         with storage_errors(location), location.open() as file:
             try:
                 return pq.read_schema(file)
-            except (pa.ArrowException, OSError) as error:
+            except UNREADABLE as error:
                 if not is_damage(error):
                     raise
                 raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None

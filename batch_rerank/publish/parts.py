@@ -28,6 +28,7 @@ from batch_rerank.publish.rank import rank
 from batch_rerank.publish.score_files import Place, ScoreFiles
 from batch_rerank.publish.trec import refuse_spaced
 from batch_rerank.store.disk import uninterrupted
+from batch_rerank.store.failures import UNREADABLE
 from batch_rerank.store.filesystem import Location, locate, storage_errors
 from batch_rerank.store.lease import check_epoch
 from batch_rerank.store.manifest import Manifest, sha256
@@ -185,7 +186,7 @@ def _replace(location: Location, work: PartWork, manifest: Manifest, ours: bytes
     seen, data = location.stat(), location.read_bytes()
     try:
         metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
-    except (pa.ArrowException, OSError):
+    except UNREADABLE:
         metadata = {}
     if metadata.get(b"batch_rerank.fingerprint") != work.fingerprint.encode():
         raise StorageError(

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from batch_rerank.errors import StorageError
 from batch_rerank.publish.nested import LIST, flat, is_nested
-from batch_rerank.store.failures import is_damage
+from batch_rerank.store.failures import UNREADABLE, is_damage
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.manifest import sha256
 
@@ -40,8 +40,8 @@ def _rows(location: Location, file: IO[bytes], columns: Sequence[str]) -> Iterat
         wanted = [*(name for name in columns if name == "query_id"), LIST] if nested else list(columns)
         for group in range(parquet.metadata.num_row_groups):
             rows = parquet.read_row_group(group, columns=wanted)
-            yield flat(rows).select(columns) if nested else rows
-    except (pa.ArrowException, OSError) as error:
+            yield flat(rows).select(columns)
+    except (*UNREADABLE, TypeError, AttributeError) as error:  # a footer, which no checksum covers, may say anything
         if not is_damage(error):
             raise
         raise StorageError(f"{location}: cannot be read ({error}); see batch-rerank verify --repair") from None

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import BatchRerankError
 from batch_rerank.input.unit_reader import read_units
+from batch_rerank.store.failures import UNREADABLE
 from batch_rerank.store.filesystem import locate
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Unit
@@ -151,7 +152,7 @@ def _ids(manifest: Manifest, found: Scan, receipt: Receipt, row: int) -> Json:
     try:
         with (manifest.root / name).open() as file:
             rows = pq.ParquetFile(file).read_row_group(group, columns=["query_id", "doc_id"])
-    except (pa.ArrowException, OSError, BatchRerankError):
+    except (*UNREADABLE, BatchRerankError):
         return {}
     return _known(rows, row)
 

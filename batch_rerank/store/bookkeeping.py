@@ -10,14 +10,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_rerank.errors import BatchRerankError, ConflictError, StorageError, UnfinishedError
 from batch_rerank.outside import without_secrets
 from batch_rerank.store.disk import uninterrupted
 from batch_rerank.store.distrusted import read_distrusted
-from batch_rerank.store.failures import is_damage
+from batch_rerank.store.failures import UNREADABLE, is_damage
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.lease import Lease
 from batch_rerank.store.manifest import Manifest
@@ -157,7 +156,7 @@ def is_ours(part: Location, plan: Plan) -> bool:
     with storage_errors(part), part.open() as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             if not is_damage(error):
                 raise
             return False

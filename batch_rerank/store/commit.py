@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 import batch_rerank
 from batch_rerank.errors import StorageError
+from batch_rerank.store.failures import UNREADABLE
 from batch_rerank.store.filesystem import Location, storage_errors
 from batch_rerank.store.manifest import Manifest, sha256
 from batch_rerank.store.receipts import SUMMED, Receipt
@@ -41,7 +42,7 @@ def read_footer(data: bytes) -> tuple[pa.Table, dict[str, str], dict[str, int]]:
     try:
         table = pq.read_table(io.BytesIO(data))
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(str(error) or type(error).__name__) from None
     return table, metadata, parse_counts(metadata.get("batch_rerank.counts", "{}").encode())
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
+
 from batch_rerank.errors import BatchRerankError, InputError, StorageError
 from batch_rerank.outside import protocol_of
 
@@ -10,6 +12,9 @@ LIBRARIES = (
     *("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "http."),
     *("adlfs", "azure.", "gcsfs", "google.", "requests", "huggingface_hub", "httpx"),
 )
+
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
+"""What Arrow raises where a file is not what it was: a damaged name may be a UnicodeDecodeError or a KeyError."""
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def is_damage(error: Exception) -> bool:
     """Whether what was raised while Arrow read from a store is about the bytes of the file. Arrow's own failure is a
     plain OSError without a number; a store's has a number, a type of its own, or is a refusal."""
     plain = type(error) is OSError and error.errno is None
-    return not isinstance(error, OSError) or (plain and not _is_refusal(error))
+    return not _is_of_a_library(error) and (not isinstance(error, OSError) or (plain and not _is_refusal(error)))
 
 
 def denied(error: StorageError) -> bool:
