@@ -30,7 +30,6 @@ import json, logging, sys, time
 logging.basicConfig(level=logging.WARNING)
 import batch_rerank.job.run as jobs
 from batch_rerank.config import load_config
-from batch_rerank.job.republish import republish
 from batch_rerank.publish.output import Place
 from batch_rerank.publish.verify import verify
 seconds = {}
@@ -43,8 +42,8 @@ def timed(module, name):
         finally:
             seconds[name] = round(time.monotonic() - started, 1)
     setattr(module, name, wrapped)
-import batch_rerank.job.ahead as ahead, batch_rerank.job.finish as finish
-for module, name in ((ahead, "make_plan"), (finish, "publish"), (finish, "tidy")):
+import batch_rerank.job.ahead as ahead, batch_rerank.job.finish as finish, batch_rerank.job.republish as again
+for module, name in ((ahead, "make_plan"), (again, "try_out"), (finish, "publish"), (finish, "tidy")):
     timed(module, name)
 config = load_config(sys.argv[1])
 what, started = sys.argv[2], time.monotonic()
@@ -56,7 +55,7 @@ if what == "run":
 elif what == "verify":
     said = {"problems": verify(config.output.path).problems}
 elif what == "publish":
-    said = {"rows": republish(Place(config.output.path, {}, config)).rows_out}
+    said = {"rows": again.republish(Place(config.output.path, {}, config)).rows_out}
 told = open("/proc/self/status").read()  # not getrusage: its peak is the parent's where that was larger
 peak = round(int(told.split("VmHWM:")[1].split()[0]) / 1024)
 print(json.dumps({**said, **seconds, "seconds": round(time.monotonic() - started, 1), "peak_mib": peak}))

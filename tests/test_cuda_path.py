@@ -188,12 +188,16 @@ def compute(model: Any, encoded: Encoded) -> list[torch.Tensor]:
     return [model.scores(encoded, pairs) for pairs in model.split(encoded, np.arange(len(encoded.document)), 500)]
 
 
+IN_FLOAT32 = [
+    pytest.param(name, forward, "float32", marks=pytest.mark.slow)
+    for name, forward in itertools.product(BUILDERS, ("packed", "padded"))
+]
 IN_FLOAT8 = [(name, "packed", "float8") for name in ("causal", "document first", "biased", "gemma")]
 
 
 @pytest.mark.parametrize(
     ("name", "forward", "dtype"),
-    [*itertools.product(BUILDERS, ("packed", "padded"), ("bfloat16", "float32")), *IN_FLOAT8],
+    [*itertools.product(BUILDERS, ("packed", "padded"), ("bfloat16",)), *IN_FLOAT8, *IN_FLOAT32],
 )
 def test_a_unit_runs_on_a_gpu_without_waiting_for_it(
     monkeypatch: pytest.MonkeyPatch, specs: Callable[[str, str], ModelSpec], name: str, forward: str, dtype: str

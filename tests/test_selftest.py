@@ -104,7 +104,7 @@ def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]
 # ---- healthy models
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_healthy_model_passes_in_every_dtype(originals: dict[str, Path], name: str, dtype: str) -> None:
     result = result_of(originals[name], dtype=dtype, template=TEMPLATE.get(name, "auto"))
