@@ -69,7 +69,7 @@ def run(
     if summary.stood:
         log.info("nothing to do: all %d units were done already", totals.units)
     elif summary.units == 0:
-        log.info("nothing to score: all %d units were done already; they are published now", totals.units)
+        log.info("nothing to score: all %d units were done already; publishing is done now", totals.units)
     else:
         rate = f"{summary.pairs / summary.seconds:,.0f} pairs/s with start-up"
         steady = f", {summary.steady_rate:,.0f} after it" if summary.steady_rate else ""

@@ -199,7 +199,7 @@ def test_more_failed_rows_than_the_limit_end_with_exit_1_and_a_higher_limit_fini
     assert "1 of 10 rows failed (0 null queries, 1 null texts, 0 in the engine)" in error
     code, _, error = cli("run", tmp_path / "job.yaml", "--local", "--set", "scoring.max_failed_rows=0.1")
     assert code == 0
-    assert "nothing to score: all 1 units were done already; they are published now" in error
+    assert "nothing to score: all 1 units were done already; publishing is done now" in error
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 

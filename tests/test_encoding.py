@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import INSTRUCTION, bert_reranker, modernbert_reranker, qwen3_embedding, qwen3_reranker, xlmr_reranker
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.normalizers import NFKC, Lowercase, Sequence
+from tokenizers.normalizers import NFKC, Lowercase, Replace, Sequence
 from tokenizers.pre_tokenizers import Whitespace
 
 from batch_rerank.engine.checkpoint import resolve_model
@@ -312,3 +313,32 @@ def test_a_control_token_that_only_normalizing_makes_is_text_too() -> None:
     for before, after in zip(texts, group.documents, strict=True):
         assert after.replace(" ", "") == before.replace(" ", "")
     assert group.documents[5:] == texts[5:], "what holds none stays"
+
+
+@pytest.mark.parametrize("kind", [r"\s+", " {2,}"])
+def test_a_normalizer_that_takes_spaces_away_holds_nobody_up(kind: str) -> None:
+    """The space that breaks a token is gone in the text that is looked at: a document of ten characters hung."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    spaces = Replace(Regex(kind), "" if kind == r"\s+" else " ")
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Sequence([NFKC(), spaces]), Whitespace()
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in ("<mask>", "x yz")])
+    control = set(tokenizer.get_added_tokens_decoder())
+    texts = ["a ＜mask＞ b", "<mask><mask>", "＜ m a s k ＞", "x yz", "x  yz ", "a"]
+    calls, given = [], list[Group]()
+
+    class Kept:
+        def encode(self, groups: list[Group]) -> None:
+            given.extend(groups)
+
+    class Counting:
+        normalizer = tokenizer.normalizer
+        get_added_tokens_decoder = tokenizer.get_added_tokens_decoder
+
+        def encode_batch(self, texts: list[str], **how: Any) -> Any:
+            calls.append(len(texts))
+            return tokenizer.encode_batch(texts, **how)
+
+    EscapingEncoder(Kept(), Counting()).encode([Group("a", texts * 50) for _ in range(20)])
+    assert all(not control & set(tokenizer.encode(text).ids) for text in given[0].documents)
+    assert given[0].documents[5] == "a" and len(given) == 20
+    assert calls[0] == len(set(texts)) + 1 and len(calls) < 8, "each distinct text once, the empty instruction too"

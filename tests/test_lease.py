@@ -197,3 +197,15 @@ def test_a_write_whose_temporary_file_a_successor_removed_is_made_again(
     getattr(locate(str(tmp_path / "part")), write)(b"rows")
     assert removed and [file.name for file in tmp_path.iterdir()] == ["part"]
     assert (tmp_path / "part").read_bytes() == b"rows"
+
+
+def test_a_process_may_have_any_name() -> None:
+    """The system cuts names after 15 bytes, in the middle of a character."""
+    name = b"caf\xc3"
+    code = f"import ctypes, sys; ctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0); print(1, flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert name in Path(f"/proc/{process.pid}/stat").read_bytes()
+    assert leases._started(process.pid)
+    process.communicate(b"")

@@ -310,8 +310,9 @@ def test_a_bench_that_cannot_be_written_does_not_begin(
         ("NVIDIA L40S", "L40", False),
         ("NVIDIA L4", "L4", True),
         ("Tesla T4", "T4", True),
-        ("AMD Instinct MI300X OAM", "AMD-Instinct-MI300X-OAM", True),
-        ("", "L4", False),
+        ("AMD Instinct MI300X", "AMD-Instinct-MI300X-OAM", True),
+        ("AMD Instinct MI250X", "AMD-Instinct-MI300X-OAM", False),
+        ("", "L4", True),  # of a run on any GPU
     ],
 )
 def test_a_rate_of_another_card_is_not_this_jobs(

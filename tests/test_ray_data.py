@@ -173,7 +173,7 @@ def test_passed_through_columns_of_a_block_without_candidates_are_null() -> None
 
 @pytest.mark.parametrize("candidates", [[], None])
 def test_a_block_without_candidates_has_the_columns_that_are_renamed(candidates: Any) -> None:
-    operator = Rerank(FREE, columns={"score": "bm25", "rank": "at", "title": "name"})
+    operator = Rerank(FREE, columns={"score": "bm25", "rank": "at", "title": "name"}, passthrough=["name"])
     full = [{"doc_id": "d", "text": "x", "name": "t", "bm25": 2.0, "at": 1}]
     (found,) = operator(pa.Table.from_pylist([{**query("a"), "candidates": candidates}]))
     (other,) = operator(pa.Table.from_pylist([{**query("a"), "candidates": full}]))

@@ -58,7 +58,7 @@ def test_an_output_without_all_its_parts_is_not_published(
     assert report["verdict"]["tone"] == "bad" and report["counts"]["rows_out"] is None
     assert "has been taken back, or is damaged" in report["verdict"]["line"]
     code, _, error = cli("run", file, "--local")
-    assert code == 0 and "nothing to score: all 6 units were done already; they are published now" in error
+    assert code == 0 and "nothing to score: all 6 units were done already; publishing is done now" in error
     assert status_of_output(Place(str(output)))["success"] is True
     code, _, error = cli("run", file, "--local")
     assert code == 0 and "nothing to do: all 6 units were done already" in error

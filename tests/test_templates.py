@@ -47,6 +47,7 @@ def test_every_hub_model_names_a_template_that_exists() -> None:
         ({"instructed": "{query} {document}", "instruction": ""}, ["instructed: lacks {instruction}"]),
         ({"scale": 0}, ["scale"]),
         ({"scale": float("inf")}, ["scale"]),
+        ({"scale": 10**400}, ["scale"]),
         ({"scale": float("nan")}, ["scale"]),
         ({"relevance": "softmax"}, ["relevance"]),
         ({"true_token": [1], "max_length": "long", "colour": 1}, ["true_token: found [1]", "max_length", "'colour'"]),

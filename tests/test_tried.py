@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checkpoints import bert_reranker
-from conftest import Row, candidate_rows, job, rows_of, write
+from conftest import Row, candidate_rows, job, rows_of, scored_only, write
 from test_labels_held import plainly
 
-from batch_rerank.errors import InputError, StorageError
+import batch_rerank.publish.score_files as score_files
+from batch_rerank.errors import ConfigError, InputError, StorageError
 from batch_rerank.job.again import score_movers
 from batch_rerank.job.republish import republish
 from batch_rerank.job.run import run
 from batch_rerank.publish.output import Place
+from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.publish.verify import verify
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -133,3 +137,55 @@ def test_movers_of_other_texts_are_not_scored_again(tmp_path: Path) -> None:
     other_letter("text")(tmp_path / "in")
     with pytest.raises(InputError, match="the document's text is not the one that was scored"):
         score_movers(Place(str(tmp_path / "out")))
+
+
+def test_a_pointer_among_the_sources_of_a_stage_is_refused(tmp_path: Path) -> None:
+    """The plan's input is the stage; what the job reads is its sources."""
+    rows = candidate_rows(4, 6)
+    for number in range(2):  # each query has rows in both
+        write(tmp_path / "raw" / f"{number}.parquet", rows[number::2])
+    staged = job(str(tmp_path / "raw/*"), tmp_path / "out")
+    run(staged, local=True)
+    before = published(tmp_path / "out")
+    again = job(str(tmp_path / "raw/*"), tmp_path / "out", output__latest=str(tmp_path / "raw/latest"), output__top_k=2)
+    with pytest.raises(ConfigError, match=r"takes in output\.latest"):
+        republish(Place(again.output.path, {}, again), local=True)
+    assert published(tmp_path / "out") == before and not (tmp_path / "raw/latest").exists()
+
+
+@pytest.mark.parametrize("keep", ["work", "scores"])
+def test_a_map_is_one_type_whatever_its_column_is_called(keep: str, tmp_path: Path) -> None:
+    """pyarrow writes a map's type with the name of its column, which is another one in score files."""
+    table = pa.Table.from_pylist(candidate_rows(4, 10))
+    table = table.append_column("x", pa.array([[("a", 1)]] * 40, pa.map_(pa.string(), pa.int32())))
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/0.parquet")
+    keys = {"input__unit_pairs": 10}
+    out = scored_only(job(tmp_path / "in", tmp_path / "out", **keys))
+    (out / "_work/00000-00001.parquet").unlink()
+    with_map = job(tmp_path / "in", out, output__passthrough=["x"], **keys)
+    if keep == "scores":
+        run(with_map, local=True)
+        with_map = job(tmp_path / "in", out, output__passthrough=["x"], output__top_k=2, **keys)
+        republish(Place(str(out), {}, with_map), local=True)
+    else:
+        run(with_map, local=True)
+    assert all(value == [("a", 1)] for value in rows_of(out)["x"].to_pylist())
+    assert verify(str(out)).problems == []
+
+
+def test_columns_from_the_input_cost_the_same_however_many_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is opened once, and each of its row groups is looked at once for where its hashes begin."""
+    counted: list[str] = []
+    kept, firsts = ScoreFiles._kept, score_files._firsts
+    monkeypatch.setattr(ScoreFiles, "_kept", lambda self, name: counted.append(name) or kept(self, name))
+    monkeypatch.setattr(score_files, "_firsts", lambda file: counted.append("firsts") or firsts(file))
+    write(tmp_path / "in/0.parquet", candidate_rows(30, 2))
+    keys = {"input__unit_pairs": 4}
+    run(job(tmp_path / "in", tmp_path / "out", **keys), local=True)
+    again = job(tmp_path / "in", tmp_path / "out", output__passthrough=["lang"], **keys)
+    republish(Place(again.output.path, {}, again), local=True)
+    assert counted == ["_scores/00000.parquet", "firsts"] * 2, "tried, then made"
+    assert set(rows_of(tmp_path / "out")["lang"].to_pylist()) == {"alpha", "beta"}

@@ -1,5 +1,6 @@
 """A model that lies in a store: found by small reads, fetched once a node, and never a mixture or a half."""
 
+import errno
 import json
 import os
 import shutil
@@ -300,14 +301,31 @@ def test_a_tokenizer_that_changed_in_the_cache_is_fetched_again(
         (tokenizer.parent / "config.json").unlink()
     here, _ = on_this_node(spec, settings(url), weights=False)
     assert tokenizer.read_bytes() == whole and Path(here.directory) == tokenizer.parent
-    assert [line for line in logged if "tokenizer.json" in line and "is damaged; it is fetched again" in line]
+    assert [line for line in logged if "tokenizer.json" in line and "not what came, as kept.json says" in line]
     tokenizer.write_bytes(whole[: len(whole) // 2].ljust(len(whole)))  # not even JSON
     assert planned(url).identity == spec.identity and tokenizer.read_bytes() == whole
-    (tokenizer.parent.parent / "kept.json").write_bytes(b"{")
-    assert planned(url).identity == spec.identity and tokenizer.read_bytes() == whole
+    for record in (b"{", b"[" * 100_000, b"\xff", b"[]"):
+        (tokenizer.parent.parent / "kept.json").write_bytes(record)
+        assert planned(url).identity == spec.identity and tokenizer.read_bytes() == whole
     logged.clear()
     on_this_node(spec, settings(url), weights=False)
     assert logged == []
+
+
+def test_a_full_disk_is_no_traceback_where_all_is_there(
+    bucket: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = put(model, bucket)
+    planned(url)
+    (kept,) = (tmp_path / "hf/batch-rerank").glob("model-*/kept.json")
+    kept.unlink()  # as an earlier version has left it
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights_module, "place_file", full)
+    with pytest.raises(StorageError, match=r"kept.json: storage failed: No space left"):
+        planned(url)
 
 
 def test_the_cache_drops_what_was_used_longest_ago_and_nothing_that_is_in_use(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from batch_rerank.engine.causal_encoding import CausalEncoder, answer_tokens
 from batch_rerank.engine.checkpoint import ModelSpec
@@ -74,7 +74,8 @@ class EscapingEncoder:
 
     Tokenizers find the strings of their added tokens anywhere, so a document could end its own turn and begin an
     answer. The space keeps the text readable and the control token out. Tokens that are `normalized` are found in the
-    normalized text, so "＜mask＞" may be one too: where there are any, the tokenizer is asked where it sees one.
+    normalized text, so "＜mask＞" may be one too: where there are any, the tokenizer is asked where it sees one, which
+    takes as long again as tokenising. Where even the space is normalized away, a character of the token goes.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer) -> None:
@@ -87,31 +88,51 @@ class EscapingEncoder:
 
     def encode(self, groups: Sequence[Group]) -> Encoded:
         """See Encoder."""
+        texts = [text for group in groups for text in (group.query, group.instruction or "", *group.documents)]
+        plain = self._plain(list(dict.fromkeys(texts)))
         return self._encoder.encode(
             [
                 Group(
-                    self._escape(group.query),
-                    [self._escape(document) for document in group.documents],
-                    group.instruction and self._escape(group.instruction),
+                    plain[group.query],
+                    [plain[document] for document in group.documents],
+                    group.instruction and plain[group.instruction],
                 )
                 for group in groups
             ]
         )
 
-    def _escape(self, text: str) -> str:
-        if self._control:
-            text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-        while self._look and (seen := self._seen(text)):
-            for start, stop in reversed(seen):
-                sign = text[start:stop].lstrip()  # some tokens take the spaces before them along
-                broken = f"{sign[0]} {sign[1:]}" if len(sign) > 1 else " "
-                text = f"{text[: stop - len(sign)]}{broken}{text[stop:]}"
-        return text
+    def _plain(self, texts: Sequence[str]) -> dict[str, str]:
+        """Distinct texts without control tokens."""
+        found = {text: self._control.sub(_apart, text) if self._control else text for text in texts}
+        left, broken = list(found) if self._look else [], _broken
+        while left:
+            encodings = self._tokenizer.encode_batch([found[text] for text in left], add_special_tokens=False)
+            seen = zip(left, map(self._places, encodings), strict=True)
+            again = {text: places for text, places in seen if places and found[text]}
+            for text, places in again.items():
+                for start, stop in reversed(places):
+                    found[text] = broken(found[text], start, stop)
+            left, broken = list(again), _shortened  # a normalizer may drop the space again
+        return found
 
-    def _seen(self, text: str) -> list[tuple[int, int]]:
-        """Where the tokenizer sees an added token."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    def _places(self, encoding: Encoding) -> list[tuple[int, int]]:
         return [at for number, at in zip(encoding.ids, encoding.offsets, strict=True) if number in self._added]
+
+
+def _apart(found: re.Match[str]) -> str:
+    return f"{found[0][0]} {found[0][1:]}"
+
+
+def _broken(text: str, start: int, stop: int) -> str:
+    """With a space behind the first character of a token, before which it may take spaces along."""
+    first = stop - len(text[start:stop].lstrip()) + 1
+    return f"{text[:first]} {text[first:]}"
+
+
+def _shortened(text: str, start: int, stop: int) -> str:
+    """Without the last character of a token, which no normalizer brings back."""
+    last = max(stop, 1) - 1
+    return text[:last] + text[last + 1 :]
 
 
 def _added(tokenizer: Tokenizer) -> dict[int, str]:

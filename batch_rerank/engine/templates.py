@@ -5,9 +5,9 @@ each piece is tokenised apart, as the model's own code does it. What stands afte
 document's tail goes first, then the query's.
 """
 
-import math
 import re
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,10 +87,9 @@ def parse_template(given: Mapping[str, Any]) -> CausalTemplate:
     texts = {key: _texts(given[key]) for key in ("middle", "instructed") if key in given}
     template = CausalTemplate(**{"name": "custom", **given, **texts})
     errors = _wrong_pieces(template)
-    if template.relevance not in ("sigmoid", "none") or not 0 < template.scale < math.inf:
-        errors.append(
-            f"found relevance {template.relevance!r} and scale {template.scale}; expected sigmoid or none, > 0"
-        )
+    if template.relevance not in ("sigmoid", "none") or not 0 < template.scale <= sys.float_info.max:
+        found = f"found relevance {template.relevance!r} and scale {reprlib.repr(template.scale)}"
+        errors.append(f"{found}; expected sigmoid or none, > 0")
     if errors:
         raise ConfigError("model.template: " + "; ".join(errors))
     return template

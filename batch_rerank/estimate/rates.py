@@ -130,8 +130,8 @@ def find_rates(config: JobConfig, model: ModelSpec, local: bool) -> list[Known]:
             )
             continue
         asked = config.cluster.accelerator_type
-        if asked is not None and not is_card(rate.card, asked):
-            log.info("%s: its rate is of %s, these are %s; passed over", location, rate.card or "unknown cards", asked)
+        if asked is not None and rate.card and not is_card(rate.card, asked):  # a run on any GPU does not know its card
+            log.info("%s: its rate is of %s, these are %s; passed over", location, rate.card, asked)
             continue
         found.append(Known(rate, str(location)))
     return sorted(found, key=lambda one: (one.rate.local == local, one.rate.at), reverse=True)
@@ -139,10 +139,11 @@ def find_rates(config: JobConfig, model: ModelSpec, local: bool) -> list[Known]:
 
 def is_card(card: str, accelerator: str) -> bool:
     """Whether a card, by the name that its driver gives it, is one that Ray calls so: "NVIDIA A100-SXM4-80GB" is A100
-    and A100-80G, and no A10."""
+    and A100-80G, and no A10. Of what follows the first word those with a number count: Ray's AMD names have a form."""
     words = re.split(r"[^a-z0-9]+", card.lower())
     first, *more = re.split(r"[^a-z0-9]+", accelerator.lower())
-    return first in words and all(any(word.startswith(one) for word in words) for one in more)
+    numbered = [one for one in more if re.search(r"\d", one)]
+    return first in words and all(any(word.startswith(one) for word in words) for one in numbered)
 
 
 def _read(location: Location) -> Rate | None:

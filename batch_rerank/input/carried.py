@@ -14,8 +14,6 @@ INDEX = pa.int32()
 def carried_type(kind: pa.DataType) -> pa.DataType:
     """The type in which a column of type `kind` is passed through: the same values, also those inside lists and
     structs."""
-    if pa.types.is_run_end_encoded(kind):
-        return carried_type(kind.value_type)
     if pa.types.is_dictionary(kind):
         return pa.dictionary(INDEX, carried_type(kind.value_type), kind.ordered)
     if pa.types.is_string_view(kind):
@@ -39,8 +37,8 @@ def carried_type(kind: pa.DataType) -> pa.DataType:
 
 def carried(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """A column in the type in which it is passed through."""
+    values = pc.run_end_decode(values) if pa.types.is_run_end_encoded(values.type) else values  # no file has them
     kind = carried_type(values.type)
-    values = pc.run_end_decode(values) if pa.types.is_run_end_encoded(values.type) else values
     return values if kind == values.type else values.cast(kind)
 
 

@@ -98,7 +98,7 @@ def read_queries(
             row_groups = tuple(zip(group_rows(parquet), _group_bytes(parquet), strict=True))
             groups = _first_groups(parquet, rows)
             size = sum(_sizes(parquet, groups, columns.leaves(leaf_paths(parquet), ["text"]))[0])
-            types = _passed_types(parquet.schema_arrow, columns)
+            types = {name: str(kind) for name, kind in _passed_types(parquet.schema_arrow, columns).items()}
         with reading(location, "an id column"):
             leaves = columns.leaves(leaf_paths(parquet), ["query_id", "doc_id"])
             count, ids = sum(group_rows(parquet)[: len(groups)]), max(_sizes(parquet, groups, leaves)[1], default=0)
@@ -286,7 +286,7 @@ def leaf_paths(parquet: pq.ParquetFile) -> list[str]:
 
 def passed_types(
     location: Location, shard: Shard, layout: str, renamed: dict[str, str], passthrough: Sequence[str]
-) -> dict[str, str]:
+) -> dict[str, pa.DataType]:
     """The types in which columns of a planned shard are passed through. Raises InputError where it is another now, or
     has not got them."""
     check_planned(location, shard)
@@ -295,8 +295,8 @@ def passed_types(
         return _passed_types(schema, find_columns(schema, layout, renamed, passthrough, str(location)))
 
 
-def _passed_types(schema: pa.Schema, columns: Columns) -> dict[str, str]:
-    return {name: str(carried_type(_type_of(schema, columns, name))) for name in columns.passthrough}
+def _passed_types(schema: pa.Schema, columns: Columns) -> dict[str, pa.DataType]:
+    return {name: carried_type(_type_of(schema, columns, name)) for name in columns.passthrough}
 
 
 def _type_of(schema: pa.Schema, columns: Columns, name: str) -> pa.DataType:

@@ -18,9 +18,10 @@ def with_types(table: pa.Table, renamed: Mapping[str, str], passthrough: Sequenc
     passed-through ones with the type null, and what `renamed` says that there is."""
     types = {renamed.get(name, name): kind for name, kind in TYPES.items()}
     listed = renamed.get("candidates", "candidates")
-    passed = [pa.field(name, pa.null()) for name in passthrough if name not in table.column_names]
     own = ["doc_id", "text", *(name for name in ("title", "score", "rank") if name in renamed)]
-    bare = pa.struct([*(pa.field(renamed.get(name, name), TYPES[name]) for name in own), *passed])
+    fields = {renamed.get(name, name): TYPES[name] for name in own}
+    fields = {**{name: pa.null() for name in passthrough if name not in table.column_names}, **fields}
+    bare = pa.struct(list(fields.items()))
 
     def of(field: pa.Field) -> pa.Field:
         known = pa.types.is_null(field.type) and field.name in types

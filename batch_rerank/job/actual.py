@@ -125,7 +125,7 @@ def compare(planned: Estimate, course: Course, model: ModelSpec, gpu_seconds: fl
             shape=shape_of(model),
             dtype=model.dtype,
             device=cluster.device,
-            card=processor() if cluster.device == "cpu" else "",
+            card=processor() if cluster.device == "cpu" else cluster.accelerator_type or "",
             threads=0 if cluster.cpus_per_actor == "auto" else cluster.cpus_per_actor,
             work_per_second=course.work / course.busy,
             utilisation=course.utilisation,

@@ -101,6 +101,8 @@ def republish(place: Place, *, local: bool = False, despite: str | None = None) 
         point = place.job is not None or not stood or before is None
         if point:
             refuse_pointer(config, inputs=place.job is not None)
+            if place.job is not None:  # a stage is read instead of what its job names
+                refuse_pointer(config.model_copy(update={"input": place.job.input}))
         with reported(manifest, plan, config, lease, told), recording(manifest, plan, totals, lease):
             verdict = pass_gate(manifest, plan, totals, config, model_of(plan), lease, despite, place.job is None)
             if despite and not (verdict and verdict.despite):
@@ -216,7 +218,7 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
     wanted = {**({"text": "text"} if config.output.include_text else {}), **passed}
     lacking = [name for name, column in wanted.items() if any(column not in schema.names for schema in schemas)]
     kinds = {
-        name: {str(one.field(column).type) for one in schemas if column in one.names} for name, column in passed.items()
+        name: [one.field(column).type for one in schemas if column in one.names] for name, column in passed.items()
     }
     if lacking:
         log.info("%s: not in the score files; read from the input", ", ".join(lacking))
@@ -224,12 +226,13 @@ def _check(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig) -> No
         located = [(locate(shard.url, given.storage_options), shard) for shard in plan.shards]
         for types in ahead([partial(passed_types, *one, given.layout, given.columns, more) for one in located]):
             for name, kind in types.items():
-                kinds[name].add(kind)
-    for name, found_kinds in kinds.items():
-        if len(found_kinds) > 1:
+                kinds[name].append(kind)
+    for name, of_column in kinds.items():
+        other = next((kind for kind in of_column if kind != of_column[0]), None)
+        if other is not None:
             raise InputError(
-                f"{manifest.root}: output.passthrough names {name!r}, which has the types "
-                f"{', '.join(sorted(found_kinds))} in the input; expected one type in all shards"
+                f"{manifest.root}: output.passthrough names {name!r}, which has the types {of_column[0]} and {other} "
+                "in the input; expected one type in all shards"
             )
 
 

@@ -28,7 +28,8 @@ def completed(
     """Units with score-file rows that have the columns `extra`, `text` or `+` and a name. Raises InputError where the
     input has to be read and is not the one that was scored: a footer, by which its version is known, may be the same
     with a letter changed."""
-    for shard, units in groupby(scores.read(work.units), key=lambda pair: pair[0].shard):
+    columns = [_column(name) for name in extra]
+    for shard, units in groupby(scores.read(work.units, wanted=columns), key=lambda pair: pair[0].shard):
         read: Rows | None = None
         for unit, rows in units:
             wanted = [name for name in extra if _column(name) not in rows.column_names]
@@ -40,9 +41,8 @@ def completed(
             same = rows["doc_id"].combine_chunks().equals(found["doc_id"].combine_chunks())
             if not same or not rows["query_id"].combine_chunks().equals(found["query_id"].combine_chunks()):
                 raise InputError(f"{work.shards[shard].url}: other rows than were scored in unit {unit.id}")
-            (_, hashed) = next(scores.read([unit], hashed=True))
             texts = found["text"].cast(pa.large_string())
-            what, other = other_than_scored(hashed, asked_hashes(found, with_instructions), texts)
+            what, other = other_than_scored(rows, asked_hashes(found, with_instructions), texts)
             if len(other):
                 row = rows.select(["query_id", "doc_id"]).slice(int(other[0]), 1).to_pylist()[0]
                 raise InputError(

@@ -1,8 +1,9 @@
 """Units' scores, read back from where they are: a file of their own, or a row group of a file below `_scores/`."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +31,20 @@ class ScoreFiles:
         self._manifest, self._places, self._checksums = manifest, places, checksums
         self._opened: tuple[str, pq.ParquetFile] | None = None
         self._hashes: tuple[UInt64, UInt64] | None = None
+        self._firsts: list[int] = []
 
-    def read(self, units: Iterable[Unit], hashed: bool = False) -> Iterator[tuple[Unit, pa.Table]]:
-        """Units with their rows, without the hashes unless `hashed`, and there are any; some are held at a time. Raises
-        StorageError where a file is not what its receipt says."""
+    def read(
+        self, units: Iterable[Unit], hashed: bool = False, wanted: Sequence[str] = ()
+    ) -> Iterator[tuple[Unit, pa.Table]]:
+        """Units with their rows; with the hashes, if there are any, where `hashed`, or where a file lacks one of the
+        columns `wanted`. Some are held at a time. Raises StorageError where a file is not what its receipt says."""
         units = list(units)
         alone = ahead(partial(self._alone, unit.id) for unit in units if unit.id not in self._places)
         for unit in units:
             place = self._places.get(unit.id)
             location = self._manifest.root / (work_name(unit.id) if place is None else place[0])
             try:
-                rows = self._gathered(place, hashed) if place else _rows(next(alone), hashed)
+                rows = self._gathered(place, hashed, wanted) if place else _rows(next(alone), hashed, wanted)
             except (pa.ArrowException, OSError) as error:
                 reason = lines_of(error)[0]
                 raise StorageError(
@@ -53,21 +57,23 @@ class ScoreFiles:
         name = work_name(unit_id)
         return _checked(self._manifest, name, self._manifest.read(name), self._checksums[unit_id])
 
-    def _gathered(self, place: Place, hashed: bool) -> pa.Table:
+    def _gathered(self, place: Place, hashed: bool, wanted: Sequence[str]) -> pa.Table:
         name, group = place
         if self._opened is None or self._opened[0] != name:
             receipt = self._manifest.read_scores_receipt(name)
             data = _checked(self._manifest, name, self._manifest.read(name), receipt.sha256 if receipt else None)
             self._opened = (name, pq.ParquetFile(io.BytesIO(data)))
-            self._hashes = None
+            self._hashes, self._firsts = None, []
         file = self._opened[1]
-        rows = file.read_row_group(group, columns=_columns(file))
-        if hashed and self._hashes is None:
-            self._hashes = self._kept(name)
-        if not hashed or self._hashes is None:
+        names = _columns(file)
+        rows = file.read_row_group(group, columns=names)
+        if not hashed and set(wanted) <= set(names):
             return rows
-        scored = pc.is_valid(rows["score"]).to_numpy()
-        first = sum(_scored(file, before) for before in range(group))
+        if not self._firsts:
+            self._hashes, self._firsts = self._kept(name), _firsts(file)
+        if self._hashes is None:
+            return rows
+        scored, first = pc.is_valid(rows["score"]).to_numpy(), self._firsts[group]
         for column, hashes in zip((QUERY_HASH, TEXT_HASH), self._hashes, strict=True):
             full = np.zeros(len(rows), np.uint64)
             full[scored] = hashes[first : first + int(scored.sum())]
@@ -97,17 +103,23 @@ def _checked(manifest: Manifest, name: str, data: bytes, checksum: str | None) -
     return data
 
 
-def _rows(data: bytes, hashed: bool) -> pa.Table:
+def _rows(data: bytes, hashed: bool, wanted: Sequence[str]) -> pa.Table:
     file = pq.ParquetFile(io.BytesIO(data))
-    return file.read(columns=None if hashed else _columns(file))
+    names = _columns(file)
+    return file.read(columns=None if hashed or not set(wanted) <= set(names) else names)
 
 
-def _scored(file: pq.ParquetFile, group: int) -> int:
-    """Pairs of a row group that have a score."""
-    told = file.metadata.row_group(group).column(file.schema_arrow.names.index("score")).statistics
-    if told is None or not told.has_null_count:  # not as we write it
-        return int(pc.sum(pc.is_valid(file.read_row_group(group, columns=["score"])["score"])).as_py() or 0)
-    return int(told.num_values)
+def _firsts(file: pq.ParquetFile) -> list[int]:
+    """How many pairs before each row group have a score."""
+    column, counts = file.schema_arrow.names.index("score"), []
+    for group in range(file.num_row_groups):
+        told = file.metadata.row_group(group).column(column).statistics
+        if told is None or not told.has_null_count:  # not as we write it
+            scores = file.read_row_group(group, columns=["score"])["score"]
+            counts.append(len(scores) - scores.null_count)
+        else:
+            counts.append(int(told.num_values))
+    return list(accumulate(counts, initial=0))
 
 
 def _columns(file: pq.ParquetFile) -> list[str]:

@@ -144,19 +144,26 @@ def _fetch_small(place: Location, planned: Sequence[Wanted], cache: NodeCache) -
         damaged = _damaged(found.directory, small, kept)
         if not damaged:
             return found
-        log.warning("%s: %s in %s is damaged; it is fetched again", place, ", ".join(damaged), found.directory)
+        names = ", ".join(damaged)
+        log.warning("%s: %s in %s: not what came, as %s says; fetched again", place, names, found.directory, kept.name)
         with cache.alone(f"{key}.small", f"{place}: forgetting {found.directory}"):
             forget(found.directory, _damaged(found.directory, small, kept))
         found = fetch(place, small, cache, key, "small")
-    place_file(os.replace, str(kept), json.dumps(_checksums(found.directory, small)).encode())
+    _remember(kept, json.dumps(_checksums(found.directory, small)).encode())
     return found
+
+
+def _remember(path: Path, content: bytes) -> None:
+    """Write a file of ours beside those of a model. Raises StorageError."""
+    with storage_errors(path):
+        place_file(os.replace, str(path), content)
 
 
 def _damaged(directory: Path, small: Sequence[Wanted], kept: Path) -> list[str]:
     """The files that are not what they were when they came, or of which that cannot be told."""
     try:
         told = json.loads(kept.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     then, now = told if isinstance(told, dict) else {}, _checksums(directory, small)
     return [name for name, checksum in now.items() if then.get(name) != checksum]
@@ -191,7 +198,7 @@ def _fetch_whole(place: Location, planned: Sequence[Wanted], cache: NodeCache, i
     sampled = found.directory.parent / SAMPLED
     if found.size and not sampled.exists():
         if identity.startswith("commit:"):  # its content has just been held against checksums, and a commit tells none
-            place_file(os.replace, str(sampled), identify(found.directory, None).encode())
+            _remember(sampled, identify(found.directory, None).encode())
         return found
     if _is_whole(found.directory, identity):
         return found
@@ -279,7 +286,7 @@ def _keep_headers(place: Location, directory: Path, weights: Mapping[str, Readab
     for name, file in weights.items():
         kept = directory / f"{name}{HEADER}"
         if name.endswith(".safetensors") and not kept.exists():
-            place_file(os.replace, str(kept), header_of(str(place / name), file))
+            _remember(kept, header_of(str(place / name), file))
 
 
 def _identity(place: Location, directory: Path, small: Sequence[Wanted], weights: Mapping[str, Readable]) -> str:
@@ -289,7 +296,7 @@ def _identity(place: Location, directory: Path, small: Sequence[Wanted], weights
         return kept.read_text()
     started = time.monotonic()
     found = identity_of({**{one.name: LocalFile(directory / one.name) for one in small}, **weights})
-    place_file(os.replace, str(kept), found.encode())
+    _remember(kept, found.encode())
     log.info("%s: %s, from samples of its weights in %.1f s", place, found, time.monotonic() - started)
     return found
 

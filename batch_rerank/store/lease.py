@@ -341,5 +341,5 @@ def _is_alive(holder: Holder) -> bool | None:
 def _stat(pid: int) -> list[str]:
     """What the system says of a process behind its name; nothing where there is none."""
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].decode().split()  # a name may be any bytes
     return []
