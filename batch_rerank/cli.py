@@ -105,7 +105,7 @@ def _reused(totals: Totals) -> str:
     scored = totals.scored - totals.reused
     why = {
         "of new queries": totals.new_queries,
-        "new or changed documents": totals.new_documents,
+        "with new or changed documents": totals.new_documents,
         "whose earlier score is damaged or gone": totals.unreadable,
     }
     reasons = ", ".join(f"{count:,} {name}" for name, count in why.items() if count)
@@ -118,7 +118,7 @@ def _reused(totals: Totals) -> str:
 
 def _list(odd: dict[str, int]) -> str:
     found = [f"{count:,} {name}" for name, count in odd.items() if count]
-    return ", ".join(found) or "nothing was cut or skipped"
+    return ", ".join(found) or "no text was cut, and no row failed"
 
 
 @app.command()

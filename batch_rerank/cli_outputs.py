@@ -162,6 +162,13 @@ def evaluate(
             "this is a sample of %s queries, and the means are over all %s judged ones: %s of them count as zero",
             *(f"{count:,}" for count in (result.limit, result.queries, result.queries_missing)),
         )
+    if result.deeper:
+        log.warning(
+            "%s: deeper than output.top_k: %d, by which the reranked run was cut and the first stage was not; what was "
+            "cut counts as not found (batch-rerank publish with a larger top_k keeps more)",
+            ", ".join(result.deeper),
+            result.top_k,
+        )
     table = Table("measure", "before", "after", "change")
     for name, after in result.after.items():
         before = result.before[name]
@@ -246,6 +253,8 @@ def compare(
     if as_json:
         print_json(asdict(found))
         return
+    if not found.queries:
+        log.warning("no query_id is in both outputs: there is nothing to compare")
     if found.differing:
         log.info("the jobs differ in %s", ", ".join(found.differing))
     log.info(
@@ -256,10 +265,9 @@ def compare(
     shift = (found.shift_mean, found.shift_mean_absolute, found.shift_largest)
     log.info("scores of %s pairs: %+.4g on average, %.4g absolute, %.4g at most", f"{found.pairs:,}", *shift)
     table = Table("agreement", "mean", title=f"scores within {found.tolerance:g} are ties")
-    for depth, value in found.overlap.items():
-        table.add_row(f"overlap@{depth}", f"{value:.4f}")
-    table.add_row("RBO (p 0.9)", f"{found.rbo:.4f}")
-    table.add_row("Kendall's tau", "-" if found.tau is None else f"{found.tau:.4f}")
+    agreements = {f"overlap@{depth}": value for depth, value in found.overlap.items()}
+    for name, value in {**agreements, "RBO (p 0.9)": found.rbo, "Kendall's tau": found.tau}.items():
+        table.add_row(name, "-" if value is None else f"{value:.4f}")
     console = Console()
     console.print(table)
     if found.judged:

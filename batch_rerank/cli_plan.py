@@ -69,6 +69,14 @@ def plan(
         value["estimate"] = found.json()
         for line in said(found):
             log.info("%s", line)
+        most, failed = ahead.config.scoring.max_failed_rows, found.tally.failed.p50 if found.tally else 0
+        if failed > most * ahead.left.pairs:
+            log.warning(
+                "%s of %s rows have no text or query, more than scoring.max_failed_rows: %g allows: a run scores the "
+                "others and ends with exit 1",
+                *(f"{count:,.0f}" for count in (failed, ahead.left.pairs)),
+                most,
+            )
         if left is not None:
             value["deadline"] = met = for_deadline(found, left)
             log.info("deadline    in %s: %s", duration(left), _actors(met))

@@ -112,7 +112,7 @@ def second_night(collection: Path, model: str, root: Path, first: str) -> str:
     return (
         f"a second night, {CHANGED} functions changed: {totals.reused:,} pairs reused, "
         f"{totals.scored - totals.reused:,} scored; {time.monotonic() - started:.0f} s; "
-        f"of the top 10, {found.overlap['10']:.2%} stay\nits rows: {second}/part-*.parquet"
+        f"of the top 10, {found.overlap['10'] or 0:.2%} stay\nits rows: {second}/part-*.parquet"
     )
 
 

@@ -142,7 +142,7 @@ def test_other_candidates_top_k_layouts_and_passes_are_compared(
     found = compare(Place(str(tmp_path / "old")), Place(str(tmp_path / "new")))
     assert (found.queries, found.only_old, found.only_new) == (8, 4, 1)
     assert (found.gained, found.lost, found.pairs) == (0, 8 * 15, 80)
-    assert found.overlap["10"] == 1 and found.differing == ["input.shards"]
+    assert found.overlap["10"] == 1 and found.differing == ["input.shards", "output.top_k"]
     monkeypatch.setattr(matched, "HELD_ROWS", 40)
     again = compare(Place(str(tmp_path / "old")), Place(str(tmp_path / "new")))
     assert (again.queries, again.only_old, again.only_new, again.lost) == (8, 4, 1, 120)
@@ -193,7 +193,7 @@ def test_the_interval_is_a_bootstraps() -> None:
 def test_what_cannot_be_compared(outputs: tuple[Path, Path], flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
     scored_only(job(flat_shards, tmp_path / "scored"))
     code, _, error = cli("compare", outputs[0], tmp_path / "scored")
-    assert code == 6 and "no _SUCCESS, it is not finished" in error
+    assert code == 6 and "no _SUCCESS, the job has not finished" in error
     assert cli("compare", outputs[0], tmp_path / "absent")[0] == 6
     assert cli("compare", *outputs, "--qrels", tmp_path / "absent")[0] == 3
 

@@ -228,3 +228,26 @@ def test_a_store_that_is_away_in_the_middle_of_a_part_is_no_damage(
     with pytest.raises(StorageError, match="storage failed: no answer"):
         list(read_part(part, ["rank"]))
     assert not is_damage(raised)
+
+
+@pytest.mark.parametrize(("top_k", "deeper"), [(None, []), (10, ["AP", "R@100"]), (5, ["nDCG@10", "AP", "R@100"])])
+def test_measures_that_look_deeper_than_top_k_are_said(
+    top_k: int | None, deeper: list[str], tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The first stage has all its candidates, the reranked run has not: their difference is the cut's too."""
+    given = write(tmp_path / "in.parquet", candidate_rows(3, 20))
+    run(job(given, tmp_path / "out", output__top_k=top_k), local=True)
+    (tmp_path / "qrels").write_text("q0 0 d3 1\nq1 0 d7 1\n")
+    asked = ("evaluate", "--run", tmp_path / "out", "--qrels", tmp_path / "qrels", "nDCG@10", "AP", "R@100", "RR@5")
+    code, _, error = cli(*asked, "--local")
+    assert code == 0 and ("deeper than output.top_k" in error) == bool(deeper)
+    assert f"{', '.join(deeper)}: deeper than output.top_k: {top_k}, by which" in error or not deeper
+    code, out, _ = cli(*asked, "--local", "--json")
+    assert (json.loads(out)["top_k"], json.loads(out)["deeper"]) == (top_k, deeper)
+
+
+def test_judgements_of_other_queries_are_an_error(output: Path, tmp_path: Path) -> None:
+    """A table of zeros with exit 0 looks like a bad model."""
+    (tmp_path / "qrels").write_text("other-7 0 d3 1\n")
+    with pytest.raises(InputError, match=r"qrels: none of its 1 queries is in .*, e.g. 'other-7'"):
+        evaluate(str(output), str(tmp_path / "qrels"))

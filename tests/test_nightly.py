@@ -22,7 +22,7 @@ def test_the_week_runs_as_written(tmp_path: Path) -> None:
         told.append(done.stdout + done.stderr)
     first, second, bad, despite, back, cleaned = told
     assert "not there yet" in first and "4,000 scored" in first
-    assert "3,960 pairs reused" in second and "40 scored: 40 new or changed documents" in second
+    assert "3,960 pairs reused" in second and "40 scored: 40 with new or changed documents" in second
     assert "overlap" in second
     assert "overlap@10 >= 0.8: found 0.5" in bad and "exit code 7" in bad
     assert "short texts are wanted" in despite and "published" in back

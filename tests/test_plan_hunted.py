@@ -344,3 +344,13 @@ def test_what_no_sampled_unit_computes_the_rest_may(tmp_path: Path) -> None:
     assert (found.tally.reused.p50, found.tally.reused.high) == (800, 800)
     assert flop.p50 == 0 and 0.1 * all_of_it < flop.p90 < flop.high < 0.5 * all_of_it
     assert found.forecast.seconds.p50 < found.forecast.seconds.p90 < found.forecast.seconds.high
+
+
+def test_batch_sizes_are_tried_no_longer_than_asked(tmp_path: Path) -> None:
+    """Each was tried on a whole unit, however long one takes: 154 s of `--seconds 5`. The job's own comes first."""
+    model = bert_reranker(tmp_path / "model")
+    given = write(tmp_path / "in.parquet", candidate_rows(4, 4))
+    config = job(given, tmp_path / "out", model__name=str(model), model__kind="auto", model__max_length=64)
+    budgets = bench(config, local=True, seconds=1e-9)["budgets"]
+    assert len(budgets) == 1
+    assert set(bench(config, local=True, seconds=1)["budgets"]) > set(budgets)

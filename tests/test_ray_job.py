@@ -197,7 +197,7 @@ def test_a_submitted_job_ends_with_a_verified_output(head: Head, submitted: Subm
 def test_its_log_has_the_summary(head: Head, submitted: Submitted) -> None:
     log = untimed(head.log("whole"))
     assert "3 shards, 12 queries, 300 pairs, 6 units" in log
-    assert "240 rows from 300 candidates; nothing was cut or skipped" in log
+    assert "240 rows from 300 candidates; no text was cut, and no row failed" in log
     assert f"output: {submitted.folder}/submitted" in log[-2:]  # a report may follow
 
 

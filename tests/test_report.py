@@ -290,7 +290,7 @@ def test_judgements_that_match_nothing_are_no_measure(
 ) -> None:
     (tmp_path / "qrels").write_text("other 0 d1 1\n")
     measured = asked(cli, output, "--qrels", tmp_path / "qrels")["measures"]
-    assert "none of the 1 judged queries" in measured["problem"] and "rows" not in measured
+    assert "none of its 1 queries is in" in measured["problem"] and "rows" not in measured
     (tmp_path / "qrels").write_text("q1 0 elsewhere 1\n")
     measured = asked(cli, output, "--qrels", tmp_path / "qrels")["measures"]
     assert "no judged document" in measured["problem"]

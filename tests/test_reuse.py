@@ -559,7 +559,7 @@ def test_the_command_line_says_what_was_reused(first: Path, tmp_path: Path, cli:
     told = json.loads(out)
     assert code == 0 and (told["reused"], told["scored"]) == (119, 1)
     assert told["reuse"] == {"outputs": [str(first)], "passed_over": {}}
-    assert "119 pairs reused; 1 scored: 1 new or changed documents" in error
+    assert "119 pairs reused; 1 scored: 1 with new or changed documents" in error
 
 
 def test_what_cannot_serve_is_named(first: Path, tmp_path: Path, cli: Cli) -> None:

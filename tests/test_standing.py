@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import job
+from conftest import candidate_rows, job, write
 
 from batch_rerank.job.run import run
 from batch_rerank.publish.output import Place
@@ -81,3 +81,61 @@ def test_what_is_done_beside_is_said(flat_shards: Path, tmp_path: Path, cli: Cli
         assert json.loads(out)["beside"] == ([] if said == "nothing to do" else [said])
     assert not list((tmp_path / "out/_scores").glob("*")) and (tmp_path / "out/_run.trec").exists()
     assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+
+
+def test_an_output_that_its_gate_holds_back_is_not_told_to_run_again(
+    flat_shards: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """The run would end with 7 again."""
+    file = job_file(tmp_path, flat_shards, gate__error=["truncated >= 0.5"])
+    assert cli("run", file, "--local")[0] == 7
+    (tmp_path / "qrels").write_text("q0 0 d3 1\n")
+    labels = ("--to", "trec", "--path", tmp_path / "labels", "--dry-run")
+    verbs = {
+        "evaluate": ("--run", tmp_path / "out", "--qrels", tmp_path / "qrels"),
+        "compare": (tmp_path / "out", tmp_path / "out"),
+        "export": (tmp_path / "out", *labels),
+        "verify": (tmp_path / "out", "--local"),
+    }
+    for verb, arguments in verbs.items():
+        code, out, error = cli(verb, *arguments)
+        said = " ".join(f"{out} {error}".split())
+        assert code in (3, 6) and "its gate holds it back (failed: truncated >= 0.5" in said, verb
+        assert "--despite-gate" in said and "not finished" not in said, verb
+
+
+def test_a_gate_that_looks_deeper_than_what_is_kept_says_so(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
+    run(job(flat_shards, tmp_path / "earlier", output__report=False), local=True)
+    (tmp_path / "qrels").write_text("q0 0 d3 1\n")
+    conditions = ["overlap@10 >= 0", "R@100 >= 0", "nDCG@3 >= 0", "rbo >= 0", "failed <= 1"]
+    places = {"gate__qrels": str(tmp_path / "qrels"), "gate__against": str(tmp_path / "earlier")}
+    file = job_file(tmp_path, flat_shards, output__top_k=3, gate__error=conditions, **places)
+    code, _, error = cli("plan", file, "--local")
+    assert code == 0 and error.count("looks deeper than output.top_k: 3") == 2
+    assert "gate: 'overlap@10 >= 0' looks deeper" in error and "gate: 'R@100 >= 0' looks deeper" in error
+
+
+def test_outputs_without_a_query_in_common_agree_in_nothing(tmp_path: Path, cli: Cli) -> None:
+    for name, first in (("one", 0), ("other", 50)):
+        write(tmp_path / name / "0.parquet", candidate_rows(2, 3, first=first))
+        run(job(tmp_path / name, tmp_path / f"out-{name}"), local=True)
+    code, out, error = cli("compare", tmp_path / "out-one", tmp_path / "out-other")
+    assert code == 0 and "no query_id is in both outputs" in error and "0.0000" not in out
+    found = json.loads(cli("compare", tmp_path / "out-one", tmp_path / "out-other", "--json")[1])
+    assert found["rbo"] is None and set(found["overlap"].values()) == {None}
+
+
+def test_a_bench_does_not_mind_how_the_output_is_published(flat_shards: Path, tmp_path: Path, cli: Cli) -> None:
+    run(job(flat_shards, tmp_path / "out", output__report=False), local=True)
+    file = job_file(tmp_path, flat_shards, output__top_k=3)
+    assert cli("plan", file, "--local")[0] == 4
+    assert cli("bench", file, "--local", "--seconds", "1")[0] == 0
+
+
+def test_a_plan_says_that_too_many_rows_have_no_text(tmp_path: Path, cli: Cli) -> None:
+    rows = [{**row, "text": None if number == 3 else row["text"]} for number, row in enumerate(candidate_rows(2, 10))]
+    write(tmp_path / "in/0.parquet", rows)
+    file = job_file(tmp_path, tmp_path / "in")
+    said = "1 of 20 rows have no text or query, more than scoring.max_failed_rows: 0.01 allows"
+    assert said in cli("plan", file, "--local")[2]
+    assert said not in cli("plan", file, "--local", "--set", "scoring.max_failed_rows=0.05")[2]

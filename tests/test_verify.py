@@ -72,7 +72,7 @@ def test_a_foreign_file_that_a_glob_would_read(output: Path) -> None:
 
 def test_an_unfinished_output(output: Path) -> None:
     (output / "_SUCCESS").unlink()
-    assert verify(str(output)).problems == ["no _SUCCESS: the job has not finished"]
+    assert verify(str(output)).problems == ["no _SUCCESS, the job has not finished; run it again to the end"]
 
 
 def test_an_input_that_changed(output: Path, flat_shards: Path) -> None:

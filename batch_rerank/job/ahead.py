@@ -75,14 +75,15 @@ class Ahead:
         return replace(self.plan, units=self.plan.left(self.there.done))
 
 
-def plan_job(config: JobConfig, *, local: bool = False) -> Ahead:
+def plan_job(config: JobConfig, *, local: bool = False, anew: bool = False) -> Ahead:
     """What a run would do. Writes nothing and starts nothing: without a cluster to join, the device is this machine's.
-    Raises what a run would raise before its first unit; a lease that has to be watched is said."""
+    Raises what a run would raise before its first unit; a lease that has to be watched is said. `anew`: whatever there
+    is at the output's place."""
     config = settled(config, local=True) if local else _supposed(config)
     found = _input_of(config, find_stage)
     if found is not None:
         job, plan, model = found
-        there = _there(job, plan)
+        there = There() if anew else _there(job, plan)
         return Ahead(job, plan, model, find_earlier(job, plan), there)
     place, plan = plan_stage(config)
     log.info("to be staged at %s: %s; units are planned when it is", place, describe_stage(plan))

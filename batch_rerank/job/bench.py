@@ -30,7 +30,7 @@ from batch_rerank.store.plans import Plan, Unit
 log = logging.getLogger("batch_rerank")
 
 SECONDS = 60.0
-TRIED = (0.25, 0.5, 1.0, 2.0)
+TRIED = (1.0, 0.5, 2.0, 0.25)
 """Token budgets that are tried, as multiples of the one that the job has."""
 
 READ = Budget(text=256 * 2**20, read=2 * 2**30, least=16, most=400)
@@ -80,7 +80,7 @@ class Bench:
 def bench(config: JobConfig, *, local: bool = False, seconds: float = SECONDS) -> dict[str, Any]:
     """Measure, write what was found beside the output, and return it. Raises what a run would raise before its first
     unit, and InputError where there is nothing to score."""
-    ahead = plan_job(config, local=local)
+    ahead = plan_job(config, local=local, anew=True)
     if ahead.model is None:
         raise ConfigError("the input is not staged yet; batch-rerank stage, then bench")
     if not ahead.plan.pairs:
@@ -131,7 +131,7 @@ def measure(config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Uni
     matrix = matrix_rate(model, config.cluster.device)
     encoded = _encoded(config, model, plan, units)
     first = next(encoded)
-    budgets = _budgets(scorer, model, first)
+    budgets = _budgets(scorer, model, first, seconds)
     with scorer.sheet.unit():
         score_unit(first, scorer)  # what a process does once is the start's, not the rate's
     scorer.forget()
@@ -176,23 +176,28 @@ def _encoded(config: JobConfig, model: ModelSpec, plan: Plan, units: Sequence[Un
             yield encode_unit(read, encoder)
 
 
-def _budgets(scorer: LoadedScorer, model: ModelSpec, unit: EncodedUnit) -> dict[int, float]:
-    """The rate of one unit with several token budgets; nothing for a free scorer, which has none. Those that its memory
-    is too small for are halved by the engine, and slower for it."""
+def _budgets(scorer: LoadedScorer, model: ModelSpec, unit: EncodedUnit, seconds: float) -> dict[int, float]:
+    """The rate of one unit with several token budgets, until the time is over; nothing for a free scorer, which has
+    none. Those that its memory is too small for are halved by the engine, and slower for it."""
     own = scorer.token_budget
     if own is None:
         return {}
     work, encoded = Arithmetic.of(model), unit.encoded
     by_text = model.kind == "bi_encoder"
     done = work.of_texts(np.diff(encoded.offsets)[read_segments(encoded)]) if by_text else work.of_pairs(encoded)
-    found = {}
+    found: dict[int, float] = {}
+    began = time.monotonic()
     for factor in TRIED:
+        if found and time.monotonic() - began >= seconds:
+            took = (time.monotonic() - began) / len(found)
+            log.info("a unit takes %.0f s: %d of %d batch sizes were tried", took, len(found), len(TRIED))
+            break
         tokens = max(SMALLEST, int(own * factor))
         score = scorer.under(tokens)
         started = time.monotonic()
         score(encoded)
         found[tokens] = done.flop / max(1e-9, time.monotonic() - started)
-    return found
+    return dict(sorted(found.items()))
 
 
 def matrix_rate(model: ModelSpec, device: str) -> float:

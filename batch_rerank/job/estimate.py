@@ -175,7 +175,9 @@ def said(found: Estimate) -> list[str]:
             f"{one.flop.p50:.3g} FLOP",
         ]
         if one.reused.p50:
-            lines.append(f"reused      {_counted(one.reused)} pairs")
+            reuse = found.config.reuse
+            audit = ", some of them computed again by reuse.audit" if reuse and reuse.audit else ""
+            lines.append(f"reused      {_counted(one.reused)} pairs{audit}")
         if one.failed.p50:
             lines.append(f"null        {_counted(one.failed)} rows without a text or query")
     if one is not None and not one.units:

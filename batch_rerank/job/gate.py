@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from batch_rerank.conditions import LATEST, SHARES, Gate
+from batch_rerank.conditions import LATEST, SHARES, Gate, looks_deeper
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import ConfigError, GateError, InputError, StorageError
@@ -46,6 +46,10 @@ def check_gate(config: JobConfig) -> None:
         return
     _qrels(gate, config)
     _earlier(gate, config, manifest)
+    top_k = config.output.top_k
+    for _, one in gate.conditions:
+        if (one.needs_qrels and looks_deeper(one.name, top_k)) or (top_k is not None and one.depth > top_k):
+            log.warning("gate: %r looks deeper than output.top_k: %d; what is cut counts as not found", one.text, top_k)
 
 
 def await_gate(manifest: Manifest, config: JobConfig, gate: object, lease: Lease) -> None:

@@ -14,6 +14,7 @@ from batch_rerank.judge.rankings import Ranking, published
 from batch_rerank.publish.output import Place, open_output
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan
+from batch_rerank.store.verdict import why_unfinished
 
 DEPTHS = (1, 10, 100)
 MOVED = 10
@@ -52,15 +53,15 @@ class Judged:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over the queries that both outputs have. tau: of the documents of a query that both have; shift: new score
-    minus old of those pairs; gained and lost: documents that only one of them has; `differing`: fields of the two
-    jobs, empty where they are the same."""
+    """Means over the queries that both outputs have, None where there is none. tau: of the documents of a query that
+    both have; shift: new score minus old of those pairs; gained and lost: documents that only one of them has;
+    `differing`: fields of the two jobs, and output.top_k, empty where they are the same."""
 
     queries: int
     only_old: int
     only_new: int
-    overlap: dict[str, float]
-    rbo: float
+    overlap: dict[str, float | None]
+    rbo: float | None
     tau: float | None
     pairs: int
     gained: int
@@ -90,6 +91,8 @@ def compare(
         sums.take(Held(there.tables(), number, passes), Held(here.tables(), number, passes))
     fields, others = plan.fingerprint_fields, other_plan.fingerprint_fields
     differing = [name for name in sorted({*fields, *others}) if fields.get(name) != others.get(name)]
+    cuts = [found and found.fields.get("top_k") for found in (one.read_publication(), other.read_publication())]
+    differing += ["output.top_k"] if cuts[0] != cuts[1] else []
     judged = {} if qrels is None else _judged(there, here, qrels, measures or DEFAULT_MEASURES)
     return sums.comparison(differing, judged)
 
@@ -97,7 +100,7 @@ def compare(
 def _opened(place: Place) -> tuple[Manifest, Plan]:
     manifest, plan = open_output(place)
     if not manifest.success.exists():
-        raise StorageError(f"{manifest.root}: no _SUCCESS, it is not finished; run it to the end, then compare")
+        raise StorageError(f"{manifest.root}: {why_unfinished(manifest)}, then compare")
     return manifest, plan
 
 
@@ -137,13 +140,16 @@ class _Sums:
 
     def comparison(self, differing: list[str], judged: dict[str, Judged]) -> Comparison:
         """The means."""
-        queries, pairs = max(1, self._queries), max(1, self._pairs)
+        queries, pairs = self._queries, max(1, self._pairs)
         return Comparison(
-            queries=self._queries,
+            queries=queries,
             only_old=self._only_old,
             only_new=self._only_new,
-            overlap={str(depth): float(value) / queries for depth, value in zip(DEPTHS, self._overlap, strict=True)},
-            rbo=self._rbo / queries,
+            overlap={
+                str(depth): float(value) / queries if queries else None
+                for depth, value in zip(DEPTHS, self._overlap, strict=True)
+            },
+            rbo=self._rbo / queries if queries else None,
             tau=self._tau / self._taus if self._taus else None,
             pairs=self._pairs,
             gained=self._gained,

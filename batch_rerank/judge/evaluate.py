@@ -6,7 +6,7 @@ not have counts as zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from math import fsum
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_rerank.calls import SMALL_BYTES, Each, in_turn
-from batch_rerank.conditions import measure_of
+from batch_rerank.conditions import looks_deeper, measure_of
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError, StorageError
 from batch_rerank.publish.output import Opened, Place, config_of, input_ids, open_output
@@ -25,6 +25,7 @@ from batch_rerank.publish.read_parts import read_part
 from batch_rerank.store.filesystem import Options, locate, storage_errors
 from batch_rerank.store.manifest import PUBLICATION
 from batch_rerank.store.plans import Shard, Unit
+from batch_rerank.store.verdict import why_unfinished
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@10")
 
@@ -60,6 +61,8 @@ class Evaluation:
     before_by_query: dict[str, dict[str, float]]
     after_by_query: dict[str, dict[str, float]]
     limit: int | None = None
+    top_k: int | None = None
+    deeper: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -81,9 +84,7 @@ def evaluate(
     manifest, plan = open_output(place)
     config = config_of(plan, place)
     if not manifest.success.exists():
-        raise InputError(
-            f"{manifest.root}: no _SUCCESS, the job has not finished; run it again to the end, then evaluate"
-        )
+        raise InputError(f"{manifest.root}: {why_unfinished(manifest)}, then evaluate")
     publication, mark = manifest.read_publication(), manifest.read_mark()
     if publication is None:
         raise StorageError(f"{manifest.root}: _SUCCESS without {PUBLICATION}; the manifest is damaged; run it again")
@@ -103,6 +104,12 @@ def evaluate(
         for run, values in seen.items():
             sums[run].take(values)
     before, after = sums["before"], sums["after"]
+    if plan.pairs and not (before.queries or after.queries):
+        raise InputError(
+            f"{qrels_path}: none of its {len(qrels):,} queries is in {manifest.root}, e.g. {next(iter(qrels))!r}; "
+            "expected judgements of these queries, by their query_id"
+        )
+    top_k = publication.fields.get("top_k")
     return Evaluation(
         queries=len(qrels),
         queries_missing=len(qrels) - after.queries,
@@ -111,6 +118,8 @@ def evaluate(
         before_by_query=before.by_query if per_query else {name: {} for name in before.seen},
         after_by_query=after.by_query if per_query else {name: {} for name in after.seen},
         limit=config.limit,
+        top_k=top_k,
+        deeper=[name for name in before.seen if looks_deeper(name, top_k)],
     )
 
 

@@ -26,6 +26,7 @@ from batch_rerank.store.filesystem import Options, locate
 from batch_rerank.store.manifest import Manifest
 from batch_rerank.store.plans import Plan, Shard, Unit
 from batch_rerank.store.scan import Scan, scan
+from batch_rerank.store.verdict import why_unfinished
 
 COLUMNS = ["query_index", "query_id", "doc_id", "first_stage_rank"]
 
@@ -91,9 +92,7 @@ def open_scores(place: OutputPlace, depth: int | None) -> Opened:
     unfinished or does not have them any more, and StorageError."""
     manifest, plan = open_output(place)
     if manifest.read_mark() is None:
-        raise InputError(
-            f"{manifest.root}: no _SUCCESS, the job has not finished; run it again to the end, then export"
-        )
+        raise InputError(f"{manifest.root}: {why_unfinished(manifest)}, then export")
     found = scan(manifest, plan)
     there = {receipt.unit for receipt in found.committed}
     absent = [unit.id for unit in plan.units if unit.id not in there]

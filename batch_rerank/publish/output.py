@@ -52,7 +52,7 @@ def find_place(output: str, overrides: Sequence[str] = (), limit: int | None = N
     """The place of an output, given by its path or URL, or by the job file that it is of. Raises ConfigError."""
     if "://" in output or not os.path.isfile(output):  # which raises for no name
         if overrides or limit is not None:
-            raise ConfigError(f"{output}: --set and --limit are for a job file; expected its path, found no such file")
+            raise ConfigError(f"{output}: --set and --limit are for a job file; found no such file, expected one")
         if problem := problem_of(output):
             raise ConfigError(problem)
         return Place(output)

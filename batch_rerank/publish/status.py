@@ -56,5 +56,5 @@ def of_lease(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     if found.alive is None:
         return "silent", f"{found.holder}: no sign of life for {found.seconds:g} s; it may be paused, cut off or killed"
     if found.released:
-        return "ended", f"{found.holder} has ended without saying how; run the job again"
+        return "ended", f"it has ended without saying how; {found.holder} was the last at work here; run the job again"
     return "killed", f"{found.holder} has ended without saying how (killed, or its machine is gone); run the job again"

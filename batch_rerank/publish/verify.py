@@ -28,6 +28,7 @@ from batch_rerank.store.plans import Plan, Unit
 from batch_rerank.store.receipts import Publication
 from batch_rerank.store.records import Mark, TrecRun, parse
 from batch_rerank.store.scan import Scan, evidence, note_name, part_files, scan, unit_files
+from batch_rerank.store.verdict import why_unfinished
 
 VERIFY_THREADS = 4
 
@@ -178,7 +179,7 @@ def _verify_mark(manifest: Manifest, plan: Plan, found: Scan) -> tuple[Mark | No
     """`_SUCCESS`, and what is wrong with it and with the TREC run that it speaks of."""
     body = content(manifest.success)
     if body is None:
-        return None, ["no _SUCCESS: the job has not finished"]
+        return None, [why_unfinished(manifest)]
     try:
         mark = parse(Mark, body)
     except ValueError:

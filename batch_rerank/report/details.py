@@ -169,7 +169,7 @@ def measures(content: Json) -> str:
     about = f"{count(told['queries'])} judged queries of <code>{shown(told['qrels'], 300)}</code>."
     if told.get("missing"):
         about += f" {count(told['missing'])} of them are not in the output and count as zero."
-    problem = f"<p>{shown(told['problem'], 600)}</p>" if told.get("problem") else ""
+    problem = "".join(f"<p>{shown(told[name], 600)}</p>" for name in ("problem", "cut") if told.get(name))
     rows = [
         [
             shown(one["measure"]),

@@ -48,6 +48,8 @@ def measures_of(place: Place, qrels: str) -> Json:
                 "even": int((np.abs(change) <= EVEN).sum()),
             }
         )
+    if found.deeper:
+        told["cut"] = f"{', '.join(found.deeper)}: deeper than output.top_k: {found.top_k}; what was cut is not found"
     if not any(row["before"] or row["after"] for row in rows):
         told["problem"] = "no judged document is among the candidates of the judged queries: every measure is 0"
     return {**told, "rows": rows}

@@ -69,6 +69,17 @@ class Verdict:
             location.write_bytes(json.dumps(asdict(self), indent=1).encode())
 
 
+def why_unfinished(manifest: Manifest) -> str:
+    """Why an output has no `_SUCCESS`, and what to do first. Raises StorageError."""
+    verdict = read_verdict(manifest)
+    if verdict is None or verdict.passed or verdict.awaited:
+        return "no _SUCCESS, the job has not finished; run it again to the end"
+    return (
+        f"no _SUCCESS, its gate holds it back ({verdict.summary}; {GATE} has the rows): "
+        "publish it with batch-rerank publish OUTPUT --despite-gate REASON"
+    )
+
+
 def read_verdict(manifest: Manifest) -> Verdict | None:
     """The last verdict; None where nothing was judged. Raises StorageError where it is damaged."""
     location = manifest.root / GATE
