@@ -5,8 +5,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from os import PathLike
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -243,13 +244,27 @@ def _place(error: Any) -> str:
     return ".".join(part for part in parts if re.fullmatch(r"[a-z_]+|\d+", part) and part not in ("int", "str"))
 
 
+def _siblings(loc: Sequence[Any]) -> list[str]:
+    """The keys that there are where one is unknown."""
+    model: Any = JobConfig
+    for name in loc[:-1]:
+        field = model.model_fields.get(name)
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        if model is None:
+            return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
 def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return "missing; this key is required"
     if error["type"] == "extra_forbidden":
         plain = isinstance(error["input"], int | float)  # anything else may be a secret under a wrong name
         value = f" (value {error['input']!r})" if plain else ""
-        return f"unknown key{value}; remove it or correct its name"
+        near = get_close_matches(str(error["loc"][-1]), _siblings(error["loc"]), 1)
+        meant = f"; is {near[0]} meant?" if near else "; remove it or correct its name"
+        return f"unknown key{value}{meant}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message

@@ -208,10 +208,10 @@ def test_an_unknown_key_and_other_errors_are_reported_together(tmp_path: Path, a
     code, error = attempt(output={"topk": 5, "top_k": 0}, model={"kind": "magic"}, extra={"a": 1})
     assert code == 2
     assert "4 error(s)" in error
-    assert "output.topk: unknown key (value 5)" in error
+    assert "output.topk: unknown key (value 5); is top_k meant?" in error
     assert "output.top_k: found 0; input should be greater than or equal to 1" in error
     assert "kind: found 'magic'" in error
-    assert "extra: unknown key" in error
+    assert "extra: unknown key; remove it or correct its name" in error
 
 
 def test_a_value_that_fits_no_choice_is_one_error(tmp_path: Path, attempt: Any) -> None:

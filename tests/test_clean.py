@@ -72,7 +72,14 @@ def test_all_of_an_old_output_goes_and_what_is_not_ours_stays(output: Path, tmp_
     other.write_text(json.dumps({"path": str(output)}))
     assert "OTHER.json names it" in str(cleaned(cli, output, "--all", "--latest", other)["kept"])
     cleaned(cli, output, "--all")
-    assert names(output) == {"notes.txt"}
+    assert names(output) == {"notes.txt"} and [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_no_folder_of_ours_is_left_and_every_other_one(output: Path, cli: Cli) -> None:
+    (output / "notes.txt").unlink()
+    (output / "_manifest/theirs").mkdir()
+    cleaned(cli, output, "--all", "--force")
+    assert [str(path.relative_to(output)) for path in output.rglob("*")] == ["_manifest", "_manifest/theirs"]
 
 
 def test_the_mark_goes_first_and_the_plan_last(output: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

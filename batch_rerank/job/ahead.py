@@ -108,8 +108,10 @@ def _input_of(
     try:
         plan, model = make_plan(found.config if found else config)
     except ScatteredError as error:
-        log.info("%s", error)
-        if (found := staged(config)) is None:
+        found = find_stage(config)
+        if found is None:
+            log.info("%s", error)
+        if (found := found or staged(config)) is None:
             return None
         plan, model = make_plan(found.config)
     if found is None:

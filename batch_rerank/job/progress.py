@@ -126,14 +126,9 @@ class Display:
         elif now >= self._next_line or self._totals.units == self._units:
             self._next_line = now + LINE_SECONDS
             totals = self._totals
-            log.info(
-                "%d/%d units  %s/%s pairs  %s",
-                totals.units,
-                self._units,
-                f"{totals.rows_in:,}",
-                f"{self._pairs:,}",
-                self.rates(),
-            )
+            reused = f" ({totals.reused:,} reused)" if totals.reused else ""
+            pairs = f"{totals.rows_in:,}/{self._pairs:,} pairs{reused}"
+            log.info("%d/%d units  %s  %s", totals.units, self._units, pairs, self.rates())
 
     def rates(self) -> str:
         """Pairs/s, tokens/s, the share of the actors' time that computes and the time that is left: of this run, as far

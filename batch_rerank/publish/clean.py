@@ -1,13 +1,16 @@
 """What an output takes on storage, and removing what is not needed of it: only files that are named as ours."""
 
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from batch_rerank.errors import ConflictError
 from batch_rerank.publish.output import Place, is_stage, lease_seconds_of, open_output
+from batch_rerank.publish.publication import stands
 from batch_rerank.store.bookkeeping import expected_parts, is_ours
 from batch_rerank.store.filesystem import Location, locate
 from batch_rerank.store.latest import names as names_it
@@ -81,7 +84,16 @@ def clean(
             lease.check()
     if what == "all":  # the lease itself, which no next job would find a plan beside
         lease.remove()
+        _remove_folders(manifest.root, {name.rpartition("/")[0] for group in names.values() for name in group})
     return Cleaned(str(manifest.root), takes, _sizes(found.files, names))
+
+
+def _remove_folders(root: Location, folders: set[str]) -> None:
+    """Of a disk: those of ours in which nothing is left, and the output's own."""
+    if root.is_local:
+        for folder in sorted({*folders, FOLDER, "_manifest", ""}, key=len, reverse=True):
+            with suppress(OSError):  # not empty, or not there
+                os.rmdir(f"{root.path}/{folder}".rstrip("/"))
 
 
 def by_kind(manifest: Manifest, plan: Plan, found: Scan) -> dict[str, list[str]]:
@@ -129,10 +141,8 @@ def _kept(
 
 def _finished(manifest: Manifest, plan: Plan, found: Scan) -> bool:
     """Whether all of it is there: a unit's scores may be so, and the part that was made of them not."""
-    units = "_SUCCESS" in found.files.found and len(found.committed) == len(plan.units)
-    publication = found.publication
-    whole = publication is not None and len(found.parts) == len(publication.parts) and not found.condemned
-    return units and (manifest.staged or whole)
+    whole = "_SUCCESS" in found.files.found if manifest.staged else stands(manifest.read_mark(), plan, found)
+    return whole and len(found.committed) == len(plan.units)
 
 
 def _named(pointer: Location, root: Location) -> bool:
