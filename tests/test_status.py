@@ -81,6 +81,10 @@ def test_a_finished_run_has_its_start_its_time_and_its_rate(job_file: Path, tmp_
     assert code == 0
     for name in ("started at", "pairs per second", "seconds"):
         assert name in shown
+    kept = ("started_at", "seconds", "pairs_per_second")
+    assert cli("publish", job_file, "--local", "--set", "output.top_k=3")[0] == 0
+    after = json.loads((tmp_path / "out/_manifest/status.json").read_text())
+    assert after["state"] == "done" and [after[name] for name in kept] == [written[name] for name in kept]
 
 
 def test_a_status_that_is_somebodys_bytes_moves_no_cursor(job_file: Path, tmp_path: Path, cli: Cli) -> None:

@@ -243,7 +243,8 @@ def _create_mark(manifest: Manifest, mark: Mark, lease: Lease) -> None:
 @contextmanager
 def recording(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> Iterator[None]:
     """Keep `_manifest/status.json` true to how the job ends, as far as storage allows; a job that has lost its lease
-    leaves it to its successor."""
+    leaves it to its successor. What only publishes leaves the times and the rate of the run that has scored."""
+    before = manifest.read_status()
     manifest.write_status(status_of("running", plan, totals, lease))
     try:
         yield
@@ -255,7 +256,10 @@ def recording(manifest: Manifest, plan: Plan, totals: Totals, lease: Lease) -> I
         if not lease.lost:
             _try_status(manifest, _ending(error, plan, totals, lease))
         raise
-    manifest.write_status(status_of("done", plan, totals, lease, 0))
+    done = status_of("done", plan, totals, lease, 0)
+    if totals.rows_in == totals.resumed_pairs and before.pairs_per_second:
+        done |= {name: getattr(before, name) for name in ("started_at", "seconds", "pairs_per_second")}
+    manifest.write_status(done)
 
 
 def _ending(error: BaseException, plan: Plan, totals: Totals, lease: Lease) -> dict[str, Any]:
