@@ -469,14 +469,19 @@ def test_an_unfinished_output_is_nothing_to_be_held_against(nights: Nights, cli:
     assert cli("run", nights.file("two", gate=AGAINST), "--local")[0] == 4
 
 
-def test_judgements_of_other_queries_keep_the_scores(nights: Nights, cli: Cli) -> None:
+def test_judgements_of_other_queries_are_refused_before_anything_is_scored(nights: Nights, cli: Cli) -> None:
+    """Or, where they became so since, when they are looked at: the scores are kept."""
     qrels = nights.directory / "qrels"
     right = qrels.read_text()
     qrels.write_text("topic-7 0 d1 1\n")
-    file = nights.file("two", gate={"qrels": str(qrels), "error": ["RR >= 0"]})
-    code, _, error = cli("run", file, "--local")
-    assert code == 2 and "none of its 1 queries is in " in error and "'topic-7'" in error
-    assert not (nights.directory / "two/_SUCCESS").exists() and nights.live == "one"
+    file = nights.file("two", gate={"qrels": str(qrels), "error": ["RR >= 2"]})
+    for verb in ("plan", "run"):
+        code, _, error = cli(verb, file, "--local")
+        assert code == 2 and "none of its 1 queries is in the input, e.g. 'topic-7'; the input has e.g. 'q" in error
+    assert not (nights.directory / "two").exists() and nights.live == "one"
+    qrels.write_text(right)
+    assert cli("run", file, "--local")[0] == 7
+    qrels.write_text("topic-7 0 d1 1\n")
     code, _, error = cli("publish", file, "--local", "--despite-gate", "qrels are late")
     assert code == 0 and "could not be judged: gate.qrels: none of its 1 queries" in nights.recorded("two")["problem"]
     qrels.write_text(right)

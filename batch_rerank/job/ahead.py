@@ -98,7 +98,7 @@ def _input_of(
     configured_model(config)  # a stage may take long: what is wrong with the model comes before it
     refuse_overlap(config)
     refuse_pointer(config)
-    check_gate(config)
+    judged = check_gate(config)
     found: Staged | None = None
     if needs_stage(config):
         if (found := staged(config)) is None:
@@ -106,14 +106,14 @@ def _input_of(
     elif config.input.stage:  # named: its ids need not be read to see that they are scattered
         found = find_stage(config)
     try:
-        plan, model = make_plan(found.config if found else config)
+        plan, model = make_plan(found.config if found else config, judged)
     except ScatteredError as error:
         found = find_stage(config)
         if found is None:
             log.info("%s", error)
         if (found := found or staged(config)) is None:
             return None
-        plan, model = make_plan(found.config)
+        plan, model = make_plan(found.config, judged)
     if found is None:
         return config, plan, model
     missing = {name: count for name, count in found.counts.items() if name.startswith("missing_")}

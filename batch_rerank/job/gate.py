@@ -37,19 +37,22 @@ from batch_rerank.store.verdict import GATE, NOT_JUDGED, PASSED_OVER, Verdict, r
 log = logging.getLogger("batch_rerank")
 
 
-def check_gate(config: JobConfig) -> None:
-    """Raise ConfigError, before anything is scored, where a gate could not judge: qrels that cannot be read, or no
-    finished output to compare with. An output that is finished has passed its gate."""
+def check_gate(config: JobConfig) -> list[str]:
+    """The ids of the queries that a gate has judgements of. An output that is finished has passed its gate.
+
+    Raises ConfigError, before anything is scored, where it could not judge: qrels that cannot be read, or no finished
+    output to compare with."""
     gate = config.gate
     manifest = Manifest(locate(config.output.path, config.output.storage_options))
     if gate is None or config.limit is not None or manifest.success.exists():
-        return
-    _qrels(gate, config)
+        return []
+    judged = list(_qrels(gate, config) or ())
     _earlier(gate, config, manifest)
     top_k = config.output.top_k
     for _, one in gate.conditions:
         if (one.needs_qrels and looks_deeper(one.name, top_k)) or (top_k is not None and one.depth > top_k):
             log.warning("gate: %r looks deeper than output.top_k: %d; what is cut counts as not found", one.text, top_k)
+    return judged
 
 
 def await_gate(manifest: Manifest, config: JobConfig, gate: object, lease: Lease) -> None:

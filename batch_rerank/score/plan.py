@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 import batch_rerank
 from batch_rerank.conditions import LATEST
@@ -50,8 +52,9 @@ class Seen:
     passthrough_types: dict[str, str]
 
 
-def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
-    """Plan a job: everything that can be wrong is found here, before an accelerator is taken.
+def make_plan(config: JobConfig, judged: Sequence[str] = ()) -> tuple[Plan, ModelSpec]:
+    """Plan a job: everything that can be wrong is found here, before an accelerator is taken. judged: ids of queries,
+    some of which the job's gate has to find.
 
     Raises ConfigError, ModelError and InputError.
     """
@@ -66,6 +69,8 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         for index, shard in enumerate(seen)
     ]
     pairs = sum(int(shard.queries.pairs.sum()) for shard in seen)
+    if judged and pairs:
+        _refuse_other_judgements(seen, judged)
     sizes = [unit_pairs(config, model, pairs, shard.pair_bytes) for shard in seen]
     units = [unit for index, shard in enumerate(seen) for unit in _units_of(index, shard, sizes[index])]
     if config.limit is not None:
@@ -89,6 +94,16 @@ def make_plan(config: JobConfig) -> tuple[Plan, ModelSpec]:
         units=units,
     )
     return plan, model
+
+
+def _refuse_other_judgements(seen: Sequence[Seen], judged: Sequence[str]) -> None:
+    wanted = pa.array(judged, pa.large_string())
+    if not any(pc.any(pc.is_in(shard.queries.ids, wanted)).as_py() for shard in seen):
+        has = next(shard.queries.ids[0].as_py() for shard in seen if len(shard.queries.ids))
+        raise ConfigError(
+            f"gate.qrels: none of its {len(judged):,} queries is in the input, e.g. {judged[0]!r}; the input has e.g. "
+            f"{has!r}; expected judgements of these queries, by their query_id"
+        )
 
 
 def _stored(config: JobConfig) -> dict[str, object]:
