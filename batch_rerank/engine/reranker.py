@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
@@ -140,7 +140,7 @@ class Reranker:
     ) -> list[Ranked]:
         """The documents by score descending, ties in the order given, those without a score (NaN) last; all of them, or
         the best `top_k`. Raises what `score` raises."""
-        if isinstance(documents, str | Mapping | Set):
+        if isinstance(documents, str | Mapping | set | frozenset):
             found = "one text" if isinstance(documents, str) else f"a {type(documents).__name__}"
             raise InputError(f"documents: found {found}; expected a list of texts: [document]")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
@@ -189,7 +189,7 @@ class Reranker:
 
 
 def _two(pair: Any, position: int) -> tuple[Any, Any]:
-    if not isinstance(pair, str | Mapping | Set) and hasattr(pair, "__len__") and len(pair) == 2:
+    if not isinstance(pair, str | Mapping | set | frozenset) and hasattr(pair, "__len__") and len(pair) == 2:
         query, document = pair
         return query, document
     raise InputError(f"pairs[{position}]: found {type(pair).__name__}; expected two texts: (query, document)")
