@@ -49,8 +49,12 @@ def main() -> None:
         f"| {whole['pairs'] // 10**6} million pairs of {whole['text_bytes']} bytes, free scorer, from start to the "
         f"published output | {rate}, {files} files, driver {run['peak_mib']} MiB |"
     )
-    again, proof = whole["publish_again"]["seconds"], whole["verify"]["seconds"]
-    print(f"| the same published again with `top_k: 10`, and verified | {again:.0f} s, {proof:.0f} s |")
+    slow, proof = _read("publish-again.json"), whole["verify"]["seconds"]  # since parts are tried first
+    times, again = slow["run"]["seconds"] / whole["run"]["seconds"], slow["publish_again"]
+    print(
+        f"| the same published again with `top_k: 10`: tried, then made, on a machine {times:.1f} times slower; and "
+        f"verified | {again['try_out']:.0f} and {again['publish']:.0f} s; {proof:.0f} s |"
+    )
     plans, seen = _read("plan-scale.json"), _read("plan-coverage.json")["covered_of_100"]
     taken = ", ".join(f"{plans[str(pairs)]['seconds']:.0f}" for pairs in (10**6, 10**7, 10**8))
     peak = max(plans[str(pairs)]["peak_mib"] for pairs in (10**6, 10**7, 10**8))
