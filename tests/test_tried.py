@@ -10,6 +10,7 @@ from checkpoints import bert_reranker
 from conftest import Row, candidate_rows, job, rows_of, scored_only, write
 from test_labels_held import plainly
 
+import batch_rerank.job.finish as finish
 import batch_rerank.publish.score_files as score_files
 from batch_rerank.errors import ConfigError, InputError, StorageError
 from batch_rerank.job.again import score_movers
@@ -88,6 +89,25 @@ def test_scores_that_are_damaged(tmp_path: Path) -> None:
     again = job(tmp_path / "in", tmp_path / "out", output__top_k=2)
     with pytest.raises(StorageError, match="another checksum"):
         republish(Place(again.output.path, {}, again), local=True)
+    assert published(tmp_path / "out") == before
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.slow
+def test_on_ray_parts_are_tried_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a task, where the scores are many."""
+    monkeypatch.setattr(finish, "SMALL_BYTES", 1)
+    plainly(tmp_path / "in/0.parquet", ROWS)
+    keys = {"input__unit_pairs": 5, "output__file_bytes": 1}
+    run(job(tmp_path / "in", tmp_path / "out", **keys), local=True)
+    again = job(tmp_path / "in", tmp_path / "out", output__top_k=2, output__passthrough=["lang"], **keys)
+    assert republish(Place(again.output.path, {}, again)).rows_out == 8
+    assert verify(str(tmp_path / "out")).problems == []
+    before = published(tmp_path / "out")
+    flipped(tmp_path / "out")
+    again = job(tmp_path / "in", tmp_path / "out", output__top_k=3, **keys)
+    with pytest.raises(StorageError, match="verify --repair"):
+        republish(Place(again.output.path, {}, again))
     assert published(tmp_path / "out") == before
 
 
