@@ -113,8 +113,10 @@ def measure_of(name: str) -> "ir_measures.Measure":
 
 def looks_deeper(name: str, top_k: int | None) -> bool:
     """Whether a measure looks at ranks that an output of `top_k` has not: what was cut counts as not found."""
+    if top_k is None:
+        return False
     cutoff = measure_of(name).params.get("cutoff")
-    return top_k is not None and (cutoff is None or cutoff > top_k)
+    return cutoff is None or cutoff > top_k
 
 
 def _checked(text: str) -> str:

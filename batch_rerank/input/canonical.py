@@ -37,9 +37,8 @@ def candidates(batch: pa.RecordBatch, columns: Columns, first: int) -> pa.Table:
     if columns.layout == "nested":
         lists = batch.column(columns.names["candidates"])
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-        rows = pa.array(
-            np.repeat(np.arange(len(lists)), lengths)
-        )  # a null list may span values, which count for nothing
+        # not list_parent_indices: a null list may span values, which count for nothing
+        rows = pa.array(np.repeat(np.arange(len(lists)), lengths))
         structs = pc.list_flatten(lists)
     else:
         rows = structs = None

@@ -5,7 +5,7 @@ no other division of the same bytes has the same hash; a query that takes the jo
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_rerank.errors import InputError
 from batch_rerank.schema import QUERY_HASH, TEXT_HASH
 
 UInt64 = npt.NDArray[np.uint64]
@@ -41,18 +42,22 @@ def asked_hashes(rows: pa.Table, with_instructions: bool) -> UInt64:
     return asked
 
 
-def other_than_scored(scored: pa.Table, asked: UInt64, texts: pa.ChunkedArray) -> tuple[str, npt.NDArray[np.int64]]:
-    """Which rows have another query or text than was scored, and which of the two in words; none where no hash is
-    known. scored: with the hashes of what was scored; asked and texts: of the same rows now, without dictionaries."""
+def refuse_other_texts(scored: pa.Table, asked: UInt64, texts: pa.ChunkedArray, where: str, advice: str) -> None:
+    """Raise InputError for a row that has another query or text than was scored: a file's footer, by which its version
+    is known, may be the same with a letter changed. scored: `query_id`, `doc_id` and, where they are known, the hashes
+    of what was scored; asked (uint64[n], of the queries) and texts: of the same rows now, without dictionaries."""
     # a null text has no hash, and what it is held against is null too, or another
     here = text_hashes(pc.dictionary_encode(pc.fill_null(texts, "")))
-    now: Mapping[str, tuple[str, UInt64]] = {QUERY_HASH: ("the query", asked), TEXT_HASH: ("the document's text", here)}
-    for name, (what, hashes) in now.items():
-        if name in scored.column_names:
-            other = np.flatnonzero(pc.fill_null(pc.not_equal(scored[name], pa.array(hashes)), False).to_numpy())
-            if len(other):
-                return what, other
-    return "", np.empty(0, np.int64)
+    for name, what, now in ((QUERY_HASH, "the query", asked), (TEXT_HASH, "the document's text", here)):
+        if name not in scored.column_names:
+            continue
+        other = np.flatnonzero(pc.fill_null(pc.not_equal(scored[name], pa.array(now)), False).to_numpy())
+        if len(other):
+            (row,) = scored.select(["query_id", "doc_id"]).slice(int(other[0]), 1).to_pylist()
+            raise InputError(
+                f"{where}: query_id {row['query_id']!r}, doc_id {row['doc_id']!r}: {what} is not the one that was "
+                f"scored ({len(other):,} such rows of this unit); {advice}"
+            )
 
 
 def text_hashes(texts: pa.ChunkedArray) -> UInt64:

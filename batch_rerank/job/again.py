@@ -7,10 +7,12 @@ import pyarrow as pa
 
 from batch_rerank.engine.encoding import make_encoder
 from batch_rerank.engine.packing import best_chunks
-from batch_rerank.errors import InputError, ModelError
-from batch_rerank.input.hashes import asked_hashes, other_than_scored
+from batch_rerank.errors import ModelError
+from batch_rerank.input.hashes import asked_hashes, refuse_other_texts
 from batch_rerank.job.devices import settle, this_machine
+from batch_rerank.judge.rankings import work_of
 from batch_rerank.publish.output import Place, config_of, open_output
+from batch_rerank.publish.parts import PartWork
 from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.report.movers import Chosen, choose, rows_of_unit, shapes_of
 from batch_rerank.score.plan import configured_model
@@ -53,13 +55,18 @@ def score_movers(place: Place) -> list[Again]:
             f"model {config.model.name!r}: found {model.identity!r}, the output was scored by "
             f"{plan.model.get('identity')!r}; expected the same checkpoint"
         )
-    encoder, scorer = make_encoder(model), LoadedScorer(config, model)
+    encoder, scorer, work = make_encoder(model), LoadedScorer(config, model), work_of(plan, state)
     found: dict[Chosen, Again] = {}
     for unit in dict.fromkeys(one.unit for one in chosen):
         rows = rows_of_unit(plan, config, unit)
         own = sorted({one.mover.row: one for one in chosen if one.unit == unit}.items())
         places = [row for row, _ in own]
-        _refuse_other_texts(rows, places, unit, _scored(manifest, state, unit), model.takes_instruction)
+        scored = _scored(manifest, state, work, unit)
+        if scored is not None:
+            asked, texts = asked_hashes(rows, model.takes_instruction)[places], rows["text"].take(places)
+            advice = "have the input back as it was, or run the job on what there is now"
+            given = (scored.take(places), asked, texts.cast(pa.large_string()))
+            refuse_other_texts(*given, f"unit {unit.id}", advice)
         taken: pa.Table = rows.take(places)
         read = prepare(unit, taken, model.takes_instruction, include_text=False)
         encoded = encoder.encode(read.groups)
@@ -74,27 +81,10 @@ def score_movers(place: Place) -> list[Again]:
     return [found[one] for one in chosen if one in found]
 
 
-def _scored(manifest: Manifest, found: Scan, unit: Unit) -> pa.Table | None:
+def _scored(manifest: Manifest, found: Scan, work: PartWork, unit: Unit) -> pa.Table | None:
     """A unit's score-file rows with their hashes; None where they were not kept."""
     receipt = next(one for one in found.committed if one.unit == unit.id)
     if not found.available(manifest, receipt):
         return None
-    place = found.place(receipt)
-    scores = ScoreFiles(manifest, {unit.id: place} if place else {}, {} if place else {unit.id: receipt.sha256})
-    ((_, rows),) = scores.read([unit], hashed=True)
+    ((_, rows),) = ScoreFiles(manifest, work.places, work.checksums).read([unit], hashed=True)
     return rows
-
-
-def _refuse_other_texts(
-    rows: pa.Table, places: list[int], unit: Unit, scored: pa.Table | None, with_instructions: bool
-) -> None:
-    if scored is None:
-        return
-    texts = rows["text"].take(places).cast(pa.large_string())
-    what, other = other_than_scored(scored.take(places), asked_hashes(rows, with_instructions)[places], texts)
-    if len(other):
-        (row,) = rows.select(["query_id", "doc_id"]).slice(places[int(other[0])], 1).to_pylist()
-        raise InputError(
-            f"unit {unit.id}: query_id {row['query_id']!r}, doc_id {row['doc_id']!r}: {what} is not the one that was "
-            "scored; have the input back as it was, or run the job on what there is now"
-        )

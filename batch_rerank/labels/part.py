@@ -29,7 +29,7 @@ from batch_rerank.labels.texts import (
     held_out,
     input_rows,
     instruction_of,
-    refuse_other_texts,
+    refuse_other_labels,
     taken,
     with_texts,
 )
@@ -79,7 +79,7 @@ def _choose(work: Work, order: Order, qrels: Qrels) -> tuple[pa.Table, pa.Table,
         at = at_rows(rows, table, where)
         rows = with_texts(rows, table, at)
         choice = choose(rows.scored, order.labels)
-        refuse_other_texts(rows, choice, table, at, order.model, where)
+        refuse_other_labels(rows, choice, table, at, order.model, where)
         counts.update(rows.counts)
         counts.update(counts_of(choice))
         instruction = instruction_of(work.source.config)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from batch_rerank.config import JobConfig
 from batch_rerank.engine.checkpoint import ModelSpec
 from batch_rerank.errors import InputError
-from batch_rerank.input.hashes import asked_hashes, other_than_scored
+from batch_rerank.input.hashes import asked_hashes, refuse_other_texts
 from batch_rerank.input.layouts import run_starts
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.labels.choose import EMPTY_TEXT, Choice, Int64
@@ -79,22 +79,15 @@ def _numbered(text: pa.DictionaryArray) -> tuple[Int64, np.typing.NDArray[np.boo
     return numbers, np.append(empty.to_numpy(zero_copy_only=False).astype(np.bool_), True)[numbers]
 
 
-def refuse_other_texts(
+def refuse_other_labels(
     rows: UnitRows, choice: Choice, given: pa.Table, at: Int64, model: ModelSpec, where: object
 ) -> None:
-    """Raise InputError where a chosen row's text, or its query, is not what was scored. A file's footer, by which its
-    version is known, may be the same with a letter changed."""
+    """Raise InputError where a chosen row's text, or its query, is not what was scored."""
     here = at[choice.rows]
     texts = pc.cast(given["text"].take(pa.array(here)), pa.large_string())  # those that are chosen, and no dictionary
-    then = rows.table.take(pa.array(choice.rows))
-    what, other = other_than_scored(then, asked_hashes(given, model.takes_instruction)[here], texts)
-    if len(other):
-        row = then.slice(int(other[0]), 1).to_pylist()[0]
-        raise InputError(
-            f"{where}: unit {rows.unit.id}: query_id {row['query_id']!r}, doc_id {row['doc_id']!r}: {what} is not "
-            f"the one that was scored ({len(other):,} such rows of this unit's labels); have the input back as it "
-            "was, or run the job on what there is now and export that"
-        )
+    asked = asked_hashes(given, model.takes_instruction)[here]
+    advice = "have the input back as it was, or run the job on what there is now and export that"
+    refuse_other_texts(rows.table.take(pa.array(choice.rows)), asked, texts, f"{where}: unit {rows.unit.id}", advice)
 
 
 def taken(rows: UnitRows, choice: Choice, given: pa.Table, at: Int64, takes_instruction: str | None) -> pa.Table:

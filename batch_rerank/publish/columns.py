@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batch_rerank.config import JobConfig
 from batch_rerank.errors import InputError
-from batch_rerank.input.hashes import asked_hashes, other_than_scored
+from batch_rerank.input.hashes import asked_hashes, refuse_other_texts
 from batch_rerank.input.unit_reader import read_units
 from batch_rerank.publish.score_files import ScoreFiles
 from batch_rerank.schema import PASSED
@@ -26,8 +26,7 @@ def completed(
     scores: ScoreFiles, work: "PartWork", config: JobConfig, with_instructions: bool, extra: Sequence[str]
 ) -> Rows:
     """Units with score-file rows that have the columns `extra`, `text` or `+` and a name. Raises InputError where the
-    input has to be read and is not the one that was scored: a footer, by which its version is known, may be the same
-    with a letter changed."""
+    input has to be read and is not the one that was scored."""
     columns = [_column(name) for name in extra]
     for shard, units in groupby(scores.read(work.units, wanted=columns), key=lambda pair: pair[0].shard):
         read: Rows | None = None
@@ -42,15 +41,12 @@ def completed(
             if not same or not rows["query_id"].combine_chunks().equals(found["query_id"].combine_chunks()):
                 raise InputError(f"{work.shards[shard].url}: other rows than were scored in unit {unit.id}")
             texts = found["text"].cast(pa.large_string())
-            what, other = other_than_scored(rows, asked_hashes(found, with_instructions), texts)
-            if len(other):
-                row = rows.select(["query_id", "doc_id"]).slice(int(other[0]), 1).to_pylist()[0]
-                raise InputError(
-                    f"{work.shards[shard].url}: unit {unit.id}: query_id {row['query_id']!r}, doc_id "
-                    f"{row['doc_id']!r}: {what} is not the one that was scored ({len(other):,} such rows of this "
-                    f"unit); {', '.join(wanted)} would be of another input; have it back as it was, or run the job on "
-                    "what there is now"
-                )
+            where = f"{work.shards[shard].url}: unit {unit.id}"
+            advice = (
+                f"{', '.join(wanted)} would be of another input; have it back as it was, or run the job on what there "
+                "is now"
+            )
+            refuse_other_texts(rows, asked_hashes(found, with_instructions), texts, where, advice)
             for name in wanted:
                 values = texts if name == "text" else found[_column(name)]
                 rows = rows.append_column(_column(name), values)

@@ -5,7 +5,6 @@ checkpoint in a directory, or the one that a mirror names. Whoever scores fetche
 driver has seen, once for all processes of a node.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -40,6 +39,7 @@ from batch_rerank.model_settings import Model
 from batch_rerank.store.disk import place as place_file
 from batch_rerank.store.fetch import Fetched, Wanted, fetch, forget, key_of, read_range, refuse_other, threads
 from batch_rerank.store.filesystem import File, Location, locate, storage_errors
+from batch_rerank.store.manifest import sha256
 from batch_rerank.store.mirror import MIRROR, UNFINISHED, Done, mirror, names_below, read_mirror, refuse_unfinished
 from batch_rerank.store.node_cache import NodeCache
 
@@ -174,7 +174,7 @@ def _checksums(directory: Path, small: Sequence[Wanted]) -> dict[str, str]:
 
     def checksum(name: str) -> str:
         try:
-            return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+            return sha256((directory / name).read_bytes())
         except FileNotFoundError:
             return ""
 
