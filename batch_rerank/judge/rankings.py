@@ -63,7 +63,7 @@ def unpublished(manifest: Manifest, plan: Plan, found: Scan, config: JobConfig, 
 
 def work_of(plan: Plan, found: Scan) -> PartWork:
     """All units of a plan as one part that nobody makes."""
-    places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
+    places = found.places()
     checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
     return PartWork(0, "", plan.fingerprint, plan.units, places, checksums, {}, 0)
 

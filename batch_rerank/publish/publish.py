@@ -150,7 +150,7 @@ def _withdraw_parts(manifest: Manifest, files: Files, numbers: list[int]) -> Non
 
 
 def _works(publication: Publication, plan: Plan, found: Scan, numbers: Sequence[int], epoch: int) -> Iterator[PartWork]:
-    places = {receipt.unit: place for receipt in found.committed if (place := found.place(receipt)) is not None}
+    places = found.places()
     checksums = {receipt.unit: receipt.sha256 for receipt in found.committed}
     for number in numbers:
         units = of_units(publication, plan, number)

@@ -63,6 +63,10 @@ class Scan:
         found = (one for one in self.held.get(receipt.unit, ()) if one[2] == receipt.sha256)
         return next(((name, group) for name, group, _ in found), None)
 
+    def places(self) -> dict[str, tuple[str, int]]:
+        """The same of every unit that has one."""
+        return {one.unit: place for one in self.committed if (place := self.place(one)) is not None}
+
 
 def scan(manifest: Manifest, plan: Plan) -> Scan:
     """What is committed and what is not as it should be, as far as a listing shows; checksums are `verify`'s work.
